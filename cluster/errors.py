@@ -1,0 +1,102 @@
+"""Errors by cause. Each message says what was wrong, where, and what to do.
+
+`is_recoverable` is the one place that tells a failure worth retrying (a process or node died) from
+one that will come back (bad input, a full disk, another writer).
+"""
+
+from __future__ import annotations
+
+
+class MegaContextError(Exception):
+    """Base of every error this project raises on purpose; the command line prints it without a traceback."""
+
+    exit_code = 1
+
+
+class ConfigError(MegaContextError):
+    """A configuration key or value that cannot work; raised before any resource is asked for."""
+
+    exit_code = 2
+
+
+class CorpusError(MegaContextError):
+    """A corpus that cannot be read at all (a single bad document is quarantined instead)."""
+
+    exit_code = 3
+
+
+class ModelError(MegaContextError):
+    """A model, tokenizer or GistNet that is missing, malformed or of the wrong kind."""
+
+    exit_code = 4
+
+
+class StorageError(MegaContextError):
+    """Base of what the tree on disk can refuse."""
+
+    exit_code = 5
+
+
+class ContextNotFoundError(StorageError):
+    """No context of that name in the store."""
+
+
+class IncompatibleTreeError(StorageError):
+    """The tree was made by another model, tokenizer, GistNet, dtype, dim or format than the one offered."""
+
+
+class CorruptTreeError(StorageError):
+    """A checksum, size or relation on disk is wrong; names the segment and node. Never served."""
+
+
+class WriterConflictError(StorageError):
+    """Another live process is the context's writer."""
+
+
+class StaleWriterError(WriterConflictError):
+    """This writer was fenced: a newer one has taken the context over."""
+
+
+class OutOfOrderError(StorageError):
+    """A write that would leave a gap in a document or a level, or contradict what is stored."""
+
+
+class DiskFullError(StorageError):
+    """The disk cannot hold the write, or an estimate says it will not. Nothing was lost."""
+
+
+class NodeMissingError(StorageError):
+    """A node outside the pinned version was asked for."""
+
+
+class ResourceTimeoutError(MegaContextError):
+    """Ray did not give what was asked for in time; says what was requested and what there was."""
+
+    exit_code = 6
+
+
+class TrackingError(MegaContextError):
+    """MLflow could not be reached or refused the run."""
+
+    exit_code = 7
+
+
+FATAL = (ConfigError, CorpusError, ModelError, StorageError)
+
+
+def is_recoverable(error: BaseException) -> bool:
+    """Whether running the same step again can help: true for lost processes, false for our own refusals.
+
+    Ray wraps what an actor raised; the cause is looked at, by name so that this module stays free of Ray.
+    """
+    cause = getattr(error, "cause", None)
+    if isinstance(error, FATAL) or isinstance(cause, FATAL):
+        return False
+    return type(error).__name__ in {
+        "ActorDiedError",
+        "ActorUnavailableError",
+        "NodeDiedError",
+        "ObjectLostError",
+        "OutOfMemoryError",
+        "WorkerCrashedError",
+    }
