@@ -57,6 +57,10 @@ class StaleWriterError(WriterConflictError):
     """This writer was fenced: a newer one has taken the context over."""
 
 
+class InvalidWriteError(StorageError):
+    """A write whose arrays have the wrong names, shapes, dtypes or values; nothing of it was stored."""
+
+
 class OutOfOrderError(StorageError):
     """A write that would leave a gap in a document or a level, or contradict what is stored."""
 

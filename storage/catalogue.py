@@ -1,0 +1,203 @@
+"""The catalogue of a context: one SQLite file that is also the journal.
+
+WAL mode with synchronous=FULL: a commit is one transaction, one fsync, one acknowledgement. Versions, documents,
+segments and the recent super-blocks change together or not at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from cluster.errors import CorruptTreeError, DiskFullError, IncompatibleTreeError, StorageError
+from storage.schema import FORMAT_VERSION
+
+CATALOGUE_FILE = "catalogue.sqlite"
+
+_SCHEMA = """
+CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE writer (only INTEGER PRIMARY KEY CHECK (only = 1), epoch INTEGER NOT NULL, owner TEXT NOT NULL);
+CREATE TABLE encodings (encoding_id INTEGER PRIMARY KEY AUTOINCREMENT, body TEXT NOT NULL);
+
+-- A branch is a movable tip. parent and fork_block are NULL for a root branch.
+CREATE TABLE branches (
+  branch_id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE, encoding_id INTEGER NOT NULL,
+  parent_branch_id INTEGER, fork_block INTEGER, head_seq INTEGER NOT NULL);
+
+-- One row a commit: an immutable version. level_counts: nodes of LOD1, LOD2, ... as JSON.
+CREATE TABLE commits (
+  seq INTEGER PRIMARY KEY AUTOINCREMENT, branch_id INTEGER NOT NULL, encoding_id INTEGER NOT NULL,
+  num_tokens INTEGER NOT NULL, level_counts TEXT NOT NULL, created_at REAL NOT NULL, request_id TEXT NOT NULL);
+
+CREATE TABLE documents (
+  document_id INTEGER PRIMARY KEY AUTOINCREMENT, branch_id INTEGER NOT NULL, key TEXT NOT NULL, uri TEXT NOT NULL,
+  content_sha256 TEXT NOT NULL, size_bytes INTEGER NOT NULL, modified_at REAL, tags TEXT NOT NULL,
+  first_block INTEGER NOT NULL, num_blocks INTEGER NOT NULL, num_tokens INTEGER NOT NULL, state TEXT NOT NULL,
+  UNIQUE (branch_id, key));
+CREATE INDEX documents_by_block ON documents (branch_id, first_block);
+CREATE INDEX documents_by_uri ON documents (uri);
+
+-- The open document's tokens that have no gist yet.
+CREATE TABLE tails (branch_id INTEGER PRIMARY KEY, document_id INTEGER NOT NULL, tokens BLOB NOT NULL);
+
+-- Recent nodes, one row a run that never crosses a super-block (LOD0, LOD1) or a sibling group (LOD2 and up).
+-- LOD0 rows count blocks and belong to encoding 0. crc is the crc32c of payload.
+CREATE TABLE journal (
+  row_id INTEGER PRIMARY KEY AUTOINCREMENT, branch_id INTEGER NOT NULL, encoding_id INTEGER NOT NULL,
+  lod INTEGER NOT NULL, first INTEGER NOT NULL, count INTEGER NOT NULL, crc INTEGER NOT NULL, payload BLOB NOT NULL);
+CREATE UNIQUE INDEX journal_by_node ON journal (branch_id, encoding_id, lod, first);
+
+CREATE TABLE segments (
+  segment_id INTEGER PRIMARY KEY AUTOINCREMENT, folder TEXT NOT NULL UNIQUE, payload_bytes INTEGER NOT NULL,
+  stored_bytes INTEGER NOT NULL, manifest TEXT NOT NULL, sealed_at REAL NOT NULL);
+-- Which nodes a segment holds; LOD0 extents count blocks and belong to encoding 0.
+CREATE TABLE extents (
+  segment_id INTEGER NOT NULL, branch_id INTEGER NOT NULL, encoding_id INTEGER NOT NULL, lod INTEGER NOT NULL,
+  first INTEGER NOT NULL, count INTEGER NOT NULL, PRIMARY KEY (branch_id, encoding_id, lod, first)) WITHOUT ROWID;
+
+-- Spans that are not `whole`: gist_only, tombstoned, speculative.
+CREATE TABLE node_states (
+  branch_id INTEGER NOT NULL, lod INTEGER NOT NULL, first INTEGER NOT NULL, count INTEGER NOT NULL,
+  state TEXT NOT NULL, PRIMARY KEY (branch_id, lod, first)) WITHOUT ROWID;
+-- Data derived behind the commits (lexical index, counters) and how far each has come.
+CREATE TABLE derived (name TEXT PRIMARY KEY, branch_id INTEGER NOT NULL, next_block INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE tags (name TEXT PRIMARY KEY, seq INTEGER NOT NULL, created_at REAL NOT NULL) WITHOUT ROWID;
+CREATE TABLE audit (
+  audit_id INTEGER PRIMARY KEY AUTOINCREMENT, at REAL NOT NULL, actor TEXT NOT NULL, action TEXT NOT NULL,
+  detail TEXT NOT NULL);
+"""
+
+MIGRATIONS: dict[int, Callable[[sqlite3.Connection], None]] = {}
+"""Step from format n to n + 1, run by the writer in one transaction before anything else."""
+
+
+def create(folder: Path, meta: dict[str, str]) -> None:
+    """Make a new, empty catalogue that holds `meta` and the format version.
+
+    Raises:
+        StorageError: the folder holds a catalogue already, or the disk refused.
+    """
+    path = folder / CATALOGUE_FILE
+    if path.exists():
+        raise StorageError(f"{path} exists already; open the context instead of creating it")
+    with translated(path):
+        connection = sqlite3.connect(path, isolation_level=None)
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            connection.execute("PRAGMA synchronous=FULL")
+            # One explicit transaction: a crash leaves an empty database, never half a schema.
+            connection.execute("BEGIN IMMEDIATE")
+            for statement in _SCHEMA.split(";\n"):
+                if statement.strip():
+                    connection.execute(statement)
+            rows = {**meta, "format_version": str(FORMAT_VERSION), "created_at": str(time.time())}
+            connection.executemany("INSERT INTO meta VALUES (?, ?)", rows.items())
+            connection.execute("INSERT INTO writer VALUES (1, 0, '')")
+            connection.execute("COMMIT")
+        finally:
+            connection.close()
+
+
+def connect(folder: Path, *, read_only: bool) -> sqlite3.Connection:
+    """Open a context's catalogue; autocommit, so that transactions are explicit.
+
+    Raises:
+        CorruptTreeError: the file is missing, not SQLite, or damaged.
+        IncompatibleTreeError: the format is newer than this program.
+    """
+    path = folder / CATALOGUE_FILE
+    if not path.exists():
+        raise CorruptTreeError(f"{path} is missing: the context lost its catalogue. Restore it from a backup.")
+    mode = "ro" if read_only else "rw"
+    with translated(path):
+        connection = sqlite3.connect(
+            f"file:{_quoted(path)}?mode={mode}",
+            uri=True,
+            isolation_level=None,
+            check_same_thread=False,
+            timeout=30.0,
+        )
+        try:
+            if not read_only:
+                connection.execute("PRAGMA journal_mode=WAL")
+                connection.execute("PRAGMA synchronous=FULL")
+            row = connection.execute("SELECT value FROM meta WHERE key = 'format_version'").fetchone()
+            _check_format(path, int(row[0]), read_only, connection)
+        except BaseException:
+            connection.close()
+            raise
+    return connection
+
+
+def _check_format(path: Path, found: int, read_only: bool, connection: sqlite3.Connection) -> None:
+    if found > FORMAT_VERSION:
+        raise IncompatibleTreeError(
+            f"{path} has format {found}; this program knows up to {FORMAT_VERSION}. Update megacontext."
+        )
+    if found < FORMAT_VERSION and read_only:
+        raise IncompatibleTreeError(
+            f"{path} has format {found}, this program writes {FORMAT_VERSION}. Open it once for writing "
+            "(any `compact` into the context) to migrate it."
+        )
+    for version in range(found, FORMAT_VERSION):
+        with transaction(connection):
+            MIGRATIONS[version](connection)
+            connection.execute("UPDATE meta SET value = ? WHERE key = 'format_version'", (str(version + 1),))
+
+
+@contextlib.contextmanager
+def transaction(connection: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
+    """A write transaction that commits on success and leaves nothing behind otherwise."""
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        yield connection
+        connection.execute("COMMIT")
+    except BaseException:
+        # After a failed COMMIT or a full disk SQLite may have rolled back by itself.
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        raise
+
+
+@contextlib.contextmanager
+def snapshot(connection: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
+    """A short read transaction: everything read inside belongs to one commit."""
+    connection.execute("BEGIN")
+    try:
+        yield connection
+    finally:
+        if connection.in_transaction:
+            connection.execute("COMMIT")
+
+
+@contextlib.contextmanager
+def translated(path: Path) -> Iterator[None]:
+    """Turn SQLite's errors into ours, with the file and what to do."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        text = str(error)
+        if "full" in text:
+            raise DiskFullError(
+                f"the disk (or quota) under {path.parent} is full; nothing of this write was stored, what was "
+                "acknowledged before is safe. Free space and run the same command again."
+            ) from error
+        if "locked" in text or "busy" in text:
+            raise StorageError(
+                f"{path} stayed locked by another program for 30 s; stop it and run the same command again"
+            ) from error
+        raise StorageError(
+            f"{path}: {text}. What was acknowledged before is safe. Check the disk and the file's permissions."
+        ) from error
+    except sqlite3.DatabaseError as error:
+        raise CorruptTreeError(
+            f"{path} is damaged ({error}). Nothing was changed. Restore the file from a backup; sealed segments "
+            "beside it are plain Zarr and stay readable."
+        ) from error
+
+
+def _quoted(path: Path) -> str:
+    return str(path.absolute()).replace("%", "%25").replace("?", "%3f").replace("#", "%23")

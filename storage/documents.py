@@ -1,0 +1,175 @@
+"""Rows of the documents table, and the high-water mark that moves with a document's data."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from cluster.errors import OutOfOrderError
+from storage.contract import DocumentInfo, DocumentMark, DocumentMeta, SpanWrite
+from storage.geometry import NO_TOKEN
+
+_COLUMNS = (
+    "d.document_id, d.key, d.uri, d.content_sha256, d.size_bytes, d.modified_at, d.tags, d.first_block, d.num_blocks, "
+    "d.num_tokens, d.state"
+)
+
+
+@dataclass
+class OpenDocument:
+    """A document as the writer sees it; `tail` holds tokens beyond its blocks."""
+
+    document_id: int | None
+    meta: DocumentMeta
+    first_block: int
+    num_blocks: int = 0
+    num_tokens: int = 0
+    state: str = "open"
+    tail: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint32))
+
+    def copy(self) -> OpenDocument:
+        """A copy to plan on."""
+        return replace(self)
+
+    def mark(self) -> DocumentMark:
+        """Its high-water mark."""
+        return DocumentMark(self.num_blocks, self.num_tokens, len(self.tail), self.state)
+
+    def grow(self, span: SpanWrite) -> None:
+        """Account for a span that follows what is stored; takes its tokens out of the tail.
+
+        Raises:
+            OutOfOrderError: the tail holds other tokens than the span, or would be left behind by a last block.
+        """
+        tokens = span.tokens[span.tokens != NO_TOKEN]
+        overlap = min(len(tokens), len(self.tail))
+        if not np.array_equal(tokens[:overlap], self.tail[:overlap]):
+            raise OutOfOrderError(
+                f"document {self.meta.key!r}: blocks from {span.first_block} on differ from the stored tail tokens"
+            )
+        self.tail = self.tail[overlap:]
+        if span.last and len(self.tail):
+            raise OutOfOrderError(
+                f"document {self.meta.key!r} cannot end: {len(self.tail)} tail tokens follow its last block"
+            )
+        self.num_blocks += span.num_blocks
+        self.num_tokens += len(tokens)
+        if span.last:
+            self.state = "complete"
+
+    def end(self, *, complete: bool) -> None:
+        """End it: as `complete`, or early as `cut` (the tail is dropped and the key is freed).
+
+        Raises:
+            OutOfOrderError: tail tokens would be lost by completing it.
+        """
+        if complete and len(self.tail):
+            raise OutOfOrderError(
+                f"document {self.meta.key!r} cannot be complete: {len(self.tail)} tail tokens are in no block yet"
+            )
+        self.state = "complete" if complete else "cut"
+        self.tail = self.tail[:0]
+
+
+def find_document(connection: sqlite3.Connection, branch_id: int, key: str) -> OpenDocument | None:
+    """The document of a key, with its tail."""
+    row = connection.execute(
+        f"SELECT {_COLUMNS}, t.tokens FROM documents d LEFT JOIN tails t ON t.document_id = d.document_id "
+        "WHERE d.branch_id = ? AND d.key = ?",
+        (branch_id, key),
+    ).fetchone()
+    return None if row is None else _document(row)
+
+
+def open_document(connection: sqlite3.Connection, branch_id: int) -> OpenDocument | None:
+    """The document that is still growing: always the newest."""
+    row = connection.execute(
+        f"SELECT {_COLUMNS}, t.tokens FROM documents d LEFT JOIN tails t ON t.document_id = d.document_id "
+        "WHERE d.branch_id = ? ORDER BY d.document_id DESC LIMIT 1",
+        (branch_id,),
+    ).fetchone()
+    if row is None or row[10] != "open":
+        return None
+    return _document(row)
+
+
+def insert_document(db: sqlite3.Connection, branch_id: int, document: OpenDocument) -> int:
+    """Add a document's row and tail; returns its id."""
+    meta = document.meta
+    cursor = db.execute(
+        "INSERT INTO documents (branch_id, key, uri, content_sha256, size_bytes, modified_at, tags, first_block, "
+        "num_blocks, num_tokens, state) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        (
+            branch_id,
+            meta.key,
+            meta.uri,
+            meta.content_sha256,
+            meta.size_bytes,
+            meta.modified_at,
+            json.dumps(meta.tags),
+            document.first_block,
+            document.num_blocks,
+            document.num_tokens,
+            document.state,
+        ),
+    )
+    assert cursor.lastrowid is not None
+    if len(document.tail):
+        _set_tail(db, branch_id, cursor.lastrowid, document.tail)
+    return cursor.lastrowid
+
+
+def update_document(db: sqlite3.Connection, branch_id: int, document: OpenDocument) -> None:
+    """Move a document's high-water mark, state and tail."""
+    assert document.document_id is not None
+    # A cut document keeps its span but not its key: the same text may come again, from its start.
+    key = f"{document.meta.key}#cut{document.document_id}" if document.state == "cut" else document.meta.key
+    db.execute(
+        "UPDATE documents SET key = ?, num_blocks = ?, num_tokens = ?, state = ? WHERE document_id = ?",
+        (key, document.num_blocks, document.num_tokens, document.state, document.document_id),
+    )
+    _set_tail(db, branch_id, document.document_id, document.tail)
+
+
+def _set_tail(db: sqlite3.Connection, branch_id: int, document_id: int, tail: np.ndarray) -> None:
+    if len(tail):
+        db.execute(
+            "INSERT INTO tails VALUES (?, ?, ?) ON CONFLICT (branch_id) DO UPDATE SET "
+            "document_id = excluded.document_id, tokens = excluded.tokens",
+            (branch_id, document_id, tail.astype("<u4").tobytes()),
+        )
+    else:
+        db.execute("DELETE FROM tails WHERE branch_id = ?", (branch_id,))
+
+
+def document_infos(connection: sqlite3.Connection, branch_id: int, num_blocks: int) -> list[DocumentInfo]:
+    """Documents that begin before block `num_blocks`, in timeline order."""
+    rows = connection.execute(
+        f"SELECT {_COLUMNS}, NULL FROM documents d WHERE d.branch_id = ? AND d.first_block < ? AND d.num_blocks > 0 "
+        "ORDER BY d.first_block",
+        (branch_id, num_blocks),
+    )
+    return [_info(_document(row)) for row in rows]
+
+
+def document_info_at(connection: sqlite3.Connection, branch_id: int, block: int) -> DocumentInfo | None:
+    """The document whose span holds a block."""
+    row = connection.execute(
+        f"SELECT {_COLUMNS}, NULL FROM documents d WHERE d.branch_id = ? AND d.first_block <= ? AND d.num_blocks > 0 "
+        "ORDER BY d.first_block DESC LIMIT 1",
+        (branch_id, block),
+    ).fetchone()
+    return None if row is None else _info(_document(row))
+
+
+def _info(document: OpenDocument) -> DocumentInfo:
+    return DocumentInfo(document.meta, document.first_block, document.num_blocks, document.num_tokens, document.state)
+
+
+def _document(row: tuple) -> OpenDocument:
+    meta = DocumentMeta(row[1], row[2], row[3], row[4], row[5], tuple(json.loads(row[6])))
+    tail = np.frombuffer(row[11], "<u4") if row[11] is not None else np.empty(0, np.uint32)
+    return OpenDocument(row[0], meta, row[7], row[8], row[9], row[10], tail)

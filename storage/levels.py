@@ -1,0 +1,108 @@
+"""How far each level is stored, and which part of a write to a level is new."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from cluster.config import TOKENS_PER_BLOCK as K
+from cluster.errors import InvalidWriteError, OutOfOrderError
+from storage.codec import Values, encode_arrays
+from storage.journal import Level
+from storage.schema import Encoding
+
+
+def sealed_nodes(connection: sqlite3.Connection, level: Level) -> int:
+    """Nodes of a level that are in segments: a prefix of the level."""
+    row = connection.execute(
+        "SELECT first + count FROM extents WHERE branch_id = ? AND encoding_id = ? AND lod = ? "
+        "ORDER BY first DESC LIMIT 1",
+        level.key,
+    ).fetchone()
+    return 0 if row is None else int(row[0])
+
+
+def level_counts(connection: sqlite3.Connection, branch_id: int, encoding_id: int) -> tuple[int, ...]:
+    """Nodes stored of LOD1, LOD2, … of an encoding."""
+    counts: list[int] = []
+    while True:
+        lod = len(counts) + 1
+        found = [
+            connection.execute(
+                f"SELECT first + count FROM {table} WHERE branch_id = ? AND encoding_id = ? AND lod = ? "
+                "ORDER BY first DESC LIMIT 1",
+                (branch_id, encoding_id, lod),
+            ).fetchone()
+            for table in ("extents", "journal")
+        ]
+        stored = max((int(row[0]) for row in found if row is not None), default=0)
+        if stored == 0:
+            return tuple(counts)
+        counts.append(stored)
+
+
+@dataclass(frozen=True)
+class FreshNodes:
+    """The part of a write that a level does not hold yet."""
+
+    first: int
+    count: int
+    arrays: dict[str, np.ndarray]
+
+
+def stored_prefix(
+    encoding: Encoding,
+    num_blocks: int,
+    counts: Sequence[int],
+    lod: int,
+    first: int,
+    arrays: Mapping[str, Values],
+) -> tuple[int, int]:
+    """`(num_nodes, stored)`: how many nodes a write holds, and how many of those the level has already.
+
+    Args:
+        encoding: of the level.
+        num_blocks: blocks of the timeline (LOD1's own children are their tokens).
+        counts: nodes of LOD1, LOD2, … so far.
+        lod: the level written to.
+        first: node the write starts at.
+        arrays: by name, `(nodes * rows_per_node, width)`.
+
+    Raises:
+        InvalidWriteError: an array is missing.
+        OutOfOrderError: a gap, or children that are not complete.
+    """
+    leading = encoding.arrays[0]
+    if leading.name not in arrays:
+        raise InvalidWriteError(f"array {leading.name!r} is missing; got {sorted(arrays)}")
+    num_nodes = arrays[leading.name].reshape(-1, leading.width).shape[0] // leading.rows_per_node
+    have = counts[lod - 1] if lod <= len(counts) else 0
+    if first > have:
+        raise OutOfOrderError(f"LOD{lod} has {have} nodes; the write starts at {first}. Send those between first.")
+    children = num_blocks * K if lod == 1 else (counts[lod - 2] if lod - 1 <= len(counts) else 0)
+    if (first + num_nodes) * K > children:
+        raise OutOfOrderError(
+            f"LOD{lod} node {first + num_nodes - 1} needs {(first + num_nodes) * K} nodes of LOD{lod - 1}; "
+            f"there are {children}"
+        )
+    return num_nodes, min(have - first, num_nodes)
+
+
+def fresh_nodes(
+    encoding: Encoding,
+    num_blocks: int,
+    counts: Sequence[int],
+    lod: int,
+    first: int,
+    arrays: Mapping[str, Values],
+) -> FreshNodes | None:
+    """Encode a write of whole nodes without what is stored; None when all of it is. Arguments as `stored_prefix`."""
+    num_nodes, stored = stored_prefix(encoding, num_blocks, counts, lod, first, arrays)
+    if stored == num_nodes:
+        return None
+    encoded = encode_arrays(encoding.arrays, arrays, num_nodes)
+    kept = {s.name: encoded[s.name][stored * s.rows_per_node :] for s in encoding.stored()}
+    return FreshNodes(first + stored, num_nodes - stored, kept)

@@ -1,0 +1,337 @@
+"""Reads one pinned version of a context on disk.
+
+Sealed nodes come from memory-mapped segments, recent ones from the journal. The reader holds no SQLite snapshot
+(that would grow the WAL for as long as it lives): counts and extents are taken once, and a journal row that has been
+sealed since is found in its segment. Nodes are written once, so the version cannot change under the reader.
+"""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import json
+import sqlite3
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cluster.config import TOKENS_PER_BLOCK as K
+from cluster.errors import CorruptTreeError, NodeMissingError, StorageError
+from storage import catalogue, journal
+from storage.codec import decode_array
+from storage.contract import DocumentInfo, Tail, Version
+from storage.documents import document_info_at, document_infos, open_document
+from storage.journal import Level, Run
+from storage.schema import ArraySpec, Encoding, StoredArray
+from storage.sealing import SEGMENT_FOLDER, array_spec
+from storage.segment import SegmentArray
+
+CACHED_RUNS = 256
+"""Journal runs kept parsed: at most 32 nodes each, about 20 MB at d = 576 with keys."""
+
+
+@dataclass
+class _Extent:
+    first: int
+    count: int
+    folder: Path
+    array: SegmentArray | None = None
+
+
+class _StoredNodes:
+    """The nodes of one stored array of one level: where they are, and copies of them."""
+
+    def __init__(self, reader: ContextReader, level: Level, stored: StoredArray, num_nodes: int) -> None:
+        self._reader = reader
+        self._level = level
+        self._stored = stored
+        self.num_nodes = num_nodes
+        # Tokens lie flat in a segment: 32 rows of one number a block.
+        flat = level.encoding_id == journal.BLOCKS
+        self._rows = stored.width if flat else stored.rows_per_node
+        self._shape = (stored.rows_per_node, stored.width)
+        self._extents: list[_Extent] = []
+        self._starts: list[int] = []
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Learn of segments sealed since."""
+        known = {extent.first: extent for extent in self._extents}
+        found = self._reader.extents(self._level)
+        self._extents = [known.get(first) or _Extent(first, count, folder) for first, count, folder in found]
+        self._starts = [extent.first for extent in self._extents]
+
+    def _sealed(self, index: int) -> _Extent | None:
+        position = bisect.bisect_right(self._starts, index) - 1
+        if position < 0:
+            return None
+        extent = self._extents[position]
+        return extent if index < extent.first + extent.count else None
+
+    def _map(self, extent: _Extent) -> SegmentArray:
+        if extent.array is None:
+            extent.array = SegmentArray(extent.folder, array_spec(self._level, self._stored, extent.count))
+        return extent.array
+
+    def _check(self, first: int, count: int) -> None:
+        if first < 0 or count < 0 or first + count > self.num_nodes:
+            unit = "block" if self._level.encoding_id == journal.BLOCKS else f"LOD{self._level.lod} node"
+            raise NodeMissingError(
+                f"{unit}s {first} to {first + count - 1} were asked for; version {self._reader.version.seq} of context "
+                f"{self._reader.version.context!r} has {self.num_nodes}"
+            )
+
+    def nodes(self, first: int, count: int) -> np.ndarray:
+        """Copy of consecutive nodes: `(count, rows_per_node, width)`."""
+        self._check(first, count)
+        extent = self._sealed(first)
+        if extent is not None and first + count <= extent.first + extent.count:
+            rows = self._map(extent).rows((first - extent.first) * self._rows, count * self._rows)
+            return rows.reshape(count, *self._shape)
+        out = np.empty((count, *self._shape), self._stored.dtype)
+        done = 0
+        while done < count:
+            done += self._copy_from(first + done, out[done:])
+        return out
+
+    def _copy_from(self, index: int, out: np.ndarray) -> int:
+        """Fill `out` from node `index` on as far as one segment or run reaches; returns how many nodes."""
+        for attempt in range(2):
+            extent = self._sealed(index)
+            if extent is not None:
+                size = min(len(out), extent.first + extent.count - index)
+                rows = self._map(extent).rows((index - extent.first) * self._rows, size * self._rows)
+                out[:size] = rows.reshape(size, *self._shape)
+                return size
+            run = self._reader.run(self._level, index)
+            if run is not None:
+                size = min(len(out), run.first + run.count - index)
+                start = (index - run.first) * self._shape[0]
+                rows = run.arrays[self._stored.name][start : start + size * self._shape[0]]
+                out[:size] = rows.reshape(size, *self._shape)
+                return size
+            # Neither: it was sealed between our look at the extents and at the journal.
+            if attempt == 0:
+                self.refresh()
+        raise CorruptTreeError(
+            f"LOD{self._level.lod} node {index} is in the version but neither in a segment nor in the journal of "
+            f"context {self._reader.version.context!r}. Run `tree verify` and restore from a backup."
+        )
+
+    def gather(self, indices: np.ndarray) -> np.ndarray:
+        """Copy of nodes in any order: `(len(indices), rows_per_node, width)`."""
+        out = np.empty((len(indices), *self._shape), self._stored.dtype)
+        if len(indices) == 0:
+            return out
+        self._check(int(indices.min()), 1)
+        self._check(int(indices.max()), 1)
+        positions = np.searchsorted(self._starts, indices, side="right") - 1
+        for position in np.unique(positions):
+            chosen = np.flatnonzero(positions == position)
+            extent = self._extents[position] if position >= 0 else None
+            sealed = np.zeros(len(chosen), bool)
+            if extent is not None:
+                sealed = indices[chosen] < extent.first + extent.count
+                inside = chosen[sealed]
+                rows = (indices[inside] - extent.first) * self._rows
+                if len(inside):
+                    out[inside] = self._map(extent).gather(rows, self._rows).reshape(-1, *self._shape)
+            for slot in chosen[~sealed]:
+                self._copy_from(int(indices[slot]), out[slot : slot + 1])
+        return out
+
+
+class ContextReader:
+    """Implements `TreeReader` on disk. Cheap to open; use one a thread."""
+
+    def __init__(self, folder: Path, name: str, branch: str = "main", seq: int | None = None) -> None:
+        """Pin a version.
+
+        Args:
+            folder: the context's folder.
+            name: the context's name.
+            branch: whose tip to pin.
+            seq: pin this version instead of the newest.
+
+        Raises:
+            StorageError: no such branch or version.
+            CorruptTreeError, IncompatibleTreeError: see `catalogue.connect`.
+        """
+        self.folder = folder
+        self._connection = catalogue.connect(folder, read_only=True)
+        try:
+            with (
+                catalogue.translated(folder / catalogue.CATALOGUE_FILE),
+                catalogue.snapshot(self._connection) as db,
+            ):
+                self._branch_id, self._encoding_id, self._version = _load_version(db, name, branch, seq)
+        except BaseException:
+            self._connection.close()
+            raise
+        self._nodes: dict[tuple[str, int], _StoredNodes] = {}
+        self._specs: dict[tuple[str, int], tuple[ArraySpec, list[_StoredNodes]]] = {}
+        self._cached_run = functools.lru_cache(maxsize=CACHED_RUNS)(self._load_run)
+
+    @property
+    def version(self) -> Version:
+        """The version this reader is pinned to."""
+        return self._version
+
+    # -- where nodes are -----------------------------------------------------------------------------------------
+
+    def extents(self, level: Level) -> list[tuple[int, int, Path]]:
+        """`(first, count, segment folder)` of a level's sealed nodes, in order."""
+        with catalogue.translated(self.folder / catalogue.CATALOGUE_FILE):
+            rows = self._connection.execute(
+                "SELECT e.first, e.count, s.folder FROM extents e JOIN segments s USING (segment_id) "
+                "WHERE branch_id = ? AND encoding_id = ? AND lod = ? ORDER BY e.first",
+                level.key,
+            ).fetchall()
+        return [(first, count, self.folder / SEGMENT_FOLDER / folder) for first, count, folder in rows]
+
+    def run(self, level: Level, index: int) -> Run | None:
+        """The journal's run that holds a node, or None when the journal does not hold it (any more)."""
+        with catalogue.translated(self.folder / catalogue.CATALOGUE_FILE):
+            found = journal.find(self._connection, level, index)
+            return None if found is None else self._cached_run(level, found[0])
+
+    def _load_run(self, level: Level, row_id: int) -> Run | None:
+        return journal.load(self._connection, level, row_id)
+
+    def _blocks(self, name: str) -> _StoredNodes:
+        nodes = self._nodes.get((name, 0))
+        if nodes is None:
+            level = journal.block_level(self._branch_id)
+            stored = next(s for s in level.layout if s.name == name)
+            nodes = self._nodes[name, 0] = _StoredNodes(self, level, stored, self._version.num_blocks)
+        return nodes
+
+    def _level(self, name: str, lod: int) -> tuple[ArraySpec, list[_StoredNodes]]:
+        found = self._specs.get((name, lod))
+        if found is None:
+            if lod < 1:
+                raise NodeMissingError(f"LOD{lod} holds no array {name!r}; arrays begin at LOD1, tokens are LOD0")
+            spec = self._version.encoding.spec(name)
+            level = journal.gist_level(self._branch_id, self._encoding_id, self._version.encoding, lod)
+            num_nodes = self._version.num_nodes(lod)
+            found = spec, [_StoredNodes(self, level, stored, num_nodes) for stored in spec.stored()]
+            self._specs[name, lod] = found
+        return found
+
+    # -- TreeReader ----------------------------------------------------------------------------------------------
+
+    def tokens(self, first_block: int, num_blocks: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of consecutive blocks (`TreeReader.tokens`)."""
+        tokens = self._blocks("tokens").nodes(first_block, num_blocks)
+        counts = self._blocks("num_tokens").nodes(first_block, num_blocks)
+        return tokens.reshape(num_blocks, K), counts.reshape(num_blocks)
+
+    def tokens_before(self, blocks: np.ndarray) -> np.ndarray:
+        """Real tokens of the timeline before each block (`TreeReader.tokens_before`)."""
+        blocks = np.asarray(blocks, np.int64)
+        flat = blocks.reshape(-1)
+        inside = flat != self._version.num_blocks
+        out = np.full(len(flat), self._version.num_tokens, np.int64)
+        out[inside] = self._blocks("tokens_before").gather(flat[inside]).reshape(-1)
+        return out.reshape(blocks.shape)
+
+    def read(self, name: str, lod: int, indices: np.ndarray | Sequence[int]) -> torch.Tensor:
+        """Nodes of a level in the order asked for (`TreeReader.read`)."""
+        spec, stored = self._level(name, lod)
+        wanted = np.asarray(indices, np.int64).reshape(-1)
+        if len(stored) == 1:
+            return decode_array(spec, {name: stored[0].gather(wanted)})
+        return decode_array(spec, {s.name: n.gather(wanted) for s, n in zip(spec.stored(), stored, strict=True)})
+
+    def _consecutive(self, name: str, lod: int, first: int, count: int) -> torch.Tensor:
+        spec, stored = self._level(name, lod)
+        if len(stored) == 1:
+            return decode_array(spec, {name: stored[0].nodes(first, count)})
+        return decode_array(spec, {s.name: n.nodes(first, count) for s, n in zip(spec.stored(), stored, strict=True)})
+
+    def read_node(self, name: str, lod: int, index: int) -> torch.Tensor:
+        """One node (`TreeReader.read_node`)."""
+        return self._consecutive(name, lod, index, 1)[0]
+
+    def read_group(self, name: str, lod: int, group: int) -> torch.Tensor:
+        """A sibling group (`TreeReader.read_group`)."""
+        first = group * K
+        return self._consecutive(name, lod, first, min(K, self._version.num_nodes(lod) - first))
+
+    def documents(self) -> list[DocumentInfo]:
+        """The version's documents in timeline order (`TreeReader.documents`)."""
+        with catalogue.translated(self.folder / catalogue.CATALOGUE_FILE):
+            found = document_infos(self._connection, self._branch_id, self._version.num_blocks)
+        return [self._clipped(document) for document in found]
+
+    def document_at(self, block: int) -> DocumentInfo:
+        """The document a block belongs to (`TreeReader.document_at`)."""
+        if 0 <= block < self._version.num_blocks:
+            with catalogue.translated(self.folder / catalogue.CATALOGUE_FILE):
+                found = document_info_at(self._connection, self._branch_id, block)
+            if found is not None:
+                return self._clipped(found)
+        raise NodeMissingError(
+            f"block {block} is outside version {self._version.seq} of context {self._version.context!r}, which has "
+            f"{self._version.num_blocks} blocks"
+        )
+
+    def _clipped(self, document: DocumentInfo) -> DocumentInfo:
+        """The document as it was in this version: it may have grown since."""
+        stop = document.first_block + document.num_blocks
+        if stop <= self._version.num_blocks:
+            return document
+        start_tokens = int(self.tokens_before(np.array([document.first_block]))[0])
+        return replace(
+            document,
+            num_blocks=self._version.num_blocks - document.first_block,
+            num_tokens=self._version.num_tokens - start_tokens,
+            state="open",
+        )
+
+    def tail(self) -> Tail | None:
+        """The open document's unfilled tail, when this version is still the newest (`TreeReader.tail`)."""
+        with (
+            catalogue.translated(self.folder / catalogue.CATALOGUE_FILE),
+            catalogue.snapshot(self._connection) as db,
+        ):
+            head = db.execute("SELECT head_seq FROM branches WHERE branch_id = ?", (self._branch_id,)).fetchone()[0]
+            document = open_document(db, self._branch_id) if head == self._version.seq else None
+        if document is None or len(document.tail) == 0:
+            return None
+        return Tail(document.meta, document.tail)
+
+    def close(self) -> None:
+        """Release the catalogue and the maps."""
+        self._nodes.clear()
+        self._specs.clear()
+        self._cached_run.cache_clear()
+        self._connection.close()
+
+    def __enter__(self) -> ContextReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _load_version(db: sqlite3.Connection, name: str, branch: str, seq: int | None) -> tuple[int, int, Version]:
+    row = db.execute("SELECT branch_id, head_seq FROM branches WHERE name = ?", (branch,)).fetchone()
+    if row is None:
+        known = ", ".join(r[0] for r in db.execute("SELECT name FROM branches ORDER BY name"))
+        raise StorageError(f"context {name!r} has no branch {branch!r}; it has: {known}")
+    branch_id, head = row
+    wanted = head if seq is None else seq
+    commit = db.execute(
+        "SELECT c.encoding_id, e.body, c.num_tokens, c.level_counts FROM commits c "
+        "JOIN encodings e USING (encoding_id) WHERE c.seq = ? AND c.branch_id = ?",
+        (wanted, branch_id),
+    ).fetchone()
+    if commit is None:
+        raise StorageError(f"branch {branch!r} of context {name!r} has no version {wanted}; the newest is {head}")
+    counts = tuple(json.loads(commit[3]))
+    version = Version(name, branch, wanted, Encoding.from_json(commit[1]), commit[2], counts)
+    return branch_id, commit[0], version

@@ -1,0 +1,151 @@
+"""The background work of a writer: full segments leave the journal for Zarr while commits go on."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cluster.errors import DiskFullError, StorageError
+from storage import catalogue, journal, sealing
+from storage.levels import level_counts, sealed_nodes
+from storage.schema import Encoding
+
+if TYPE_CHECKING:
+    from storage.writer import ContextWriter
+
+logger = logging.getLogger("megacontext.storage")
+
+
+class Sealer:
+    """Seals for one writer. A full disk makes it wait, with everything still in the journal."""
+
+    def __init__(
+        self, writer: ContextWriter, segment_nodes: int, write_file: Callable[[Path, bytes], None] | None
+    ) -> None:
+        """Make a sealer; `start` gives it a thread.
+
+        Args:
+            writer: whose journal is sealed.
+            segment_nodes: nodes of a level that make a segment (blocks, for the lowest).
+            write_file: writes and fsyncs one file; None is the ordinary way.
+        """
+        self.segment_nodes = segment_nodes
+        self.error: StorageError | None = None
+        self._writer = writer
+        self._write_file = write_file
+        self._one_at_a_time = threading.Lock()
+        self._wake = threading.Condition()
+        # True at first: a dead writer may have left full segments unsealed.
+        self._requested = True
+        self._stopping = False
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Seal in the background from now on."""
+        self._thread = threading.Thread(target=self._loop, name=f"seal-{self._writer.name}", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread after the segment it is writing."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify_all()
+        if self._thread is not None:
+            self._thread.join()
+
+    def notify(self, first: int, count: int) -> None:
+        """Nodes `[first, first + count)` of a level were committed; wake up if they completed a segment."""
+        if first // self.segment_nodes < (first + count) // self.segment_nodes:
+            with self._wake:
+                self._requested = True
+                self._wake.notify()
+
+    def seal(self) -> None:
+        """Seal every full segment before returning.
+
+        Raises:
+            DiskFullError, StorageError: the disk refused; the journal still holds everything.
+        """
+        with self._one_at_a_time:
+            while self._seal_once():
+                pass
+        self.error = None
+
+    def write_segment(self, parts: list[sealing.Part]) -> sealing.SealedSegment:
+        """Write a segment's files; the caller records it.
+
+        Raises:
+            DiskFullError, StorageError: the disk refused; nothing is left behind.
+        """
+        writer = self._writer
+        attributes = {
+            "context": writer.name,
+            "branch": writer.version().branch,
+            "encoding_id": parts[-1].level.encoding_id,
+        }
+        try:
+            return sealing.write(writer.folder, writer.epoch, parts, attributes, self._write_file)
+        except OSError as error:
+            if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+                raise DiskFullError(
+                    f"no space for a segment under {writer.folder}; what was acknowledged is safe in the journal. "
+                    "Free space and run the same command again."
+                ) from error
+            raise StorageError(f"cannot write a segment under {writer.folder}: {error}") from error
+
+    def _loop(self) -> None:
+        while True:
+            with self._wake:
+                self._wake.wait_for(lambda: self._requested or self._stopping)
+                self._requested = False
+            try:
+                with self._one_at_a_time:
+                    while not self._stopping and self._seal_once():
+                        pass
+                self.error = None
+            except StorageError as error:
+                if self.error is None:
+                    logger.warning("context %s: sealing waits: %s", self._writer.name, error)
+                self.error = error
+            if self._stopping:
+                return
+
+    def _full_levels(self) -> list[tuple[journal.Level, int]]:
+        """Levels of which the journal holds a whole segment, with its first node; at most one segment's worth."""
+        writer, db = self._writer, self._writer.connection
+        num_blocks = writer.version().num_blocks
+        base = journal.block_level(writer.branch_id)
+        gists = journal.gist_level(writer.branch_id, writer.encoding_id, writer.encoding, 1)
+        levels = [(base, num_blocks), (gists, num_blocks)]
+        for encoding_id, body in db.execute("SELECT encoding_id, body FROM encodings").fetchall():
+            encoding = Encoding.from_json(body)
+            for lod, count in enumerate(level_counts(db, writer.branch_id, encoding_id), start=1):
+                if lod > 1 or encoding_id != writer.encoding_id:
+                    levels.append((journal.gist_level(writer.branch_id, encoding_id, encoding, lod), count))
+        sealed = [(level, sealed_nodes(db, level), count) for level, count in levels]
+        full = [(level, first) for level, first, count in sealed if count - first >= self.segment_nodes]
+        # Tokens and their gists share a segment unless a rebuild left one of them behind.
+        together = len(full) > 1 and full[0][0] is base and full[1][0] is gists and full[0][1] == full[1][1]
+        return full[:2] if together else full[:1]
+
+    def _seal_once(self) -> bool:
+        writer, size = self._writer, self.segment_nodes
+        with writer.lock, catalogue.translated(writer.folder / catalogue.CATALOGUE_FILE):
+            parts = [
+                sealing.Part(level, first, size, journal.read_range(writer.connection, level, first, size))
+                for level, first in self._full_levels()
+            ]
+        if not parts:
+            return False
+        # Files are written without the lock: commits go on meanwhile.
+        sealed = self.write_segment(parts)
+        with writer.lock, writer.commit() as db:
+            sealed.record(db)
+            for part in parts:
+                journal.delete_range(db, part.level, part.first, part.count)
+        logger.debug("context %s: sealed %s (%d bytes)", writer.name, sealed.folder_name, sealed.stored_bytes)
+        return True

@@ -1,0 +1,101 @@
+"""Sealing: how a range of nodes becomes a Zarr segment and a few rows of the catalogue."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.config import SLOTS_PER_SUPER_BLOCK
+from cluster.config import TOKENS_PER_BLOCK as K
+from storage import journal
+from storage.journal import Arrays, Level
+from storage.schema import StoredArray
+from storage.segment import SegmentArraySpec, write_segment
+
+SEGMENT_FOLDER = "segments"
+
+
+@dataclass(frozen=True)
+class Part:
+    """Nodes of one level that go into a segment; counts are multiples of 32."""
+
+    level: Level
+    first: int
+    count: int
+    arrays: Arrays
+
+
+def array_spec(level: Level, stored: StoredArray, count: int) -> SegmentArraySpec:
+    """How a level's array lies in a segment: one chunk a sibling group, tokens flat in chunks of 1,024 slots."""
+    path = f"lod{level.lod}/{stored.name}"
+    if level.encoding_id == journal.BLOCKS:
+        num_rows = count * stored.width
+        chunk = SLOTS_PER_SUPER_BLOCK if stored.name == "tokens" else K
+        return SegmentArraySpec(path, stored.dtype, num_rows, 0, chunk)
+    rows = stored.rows_per_node
+    logical = stored.logical_dtype if stored.logical_dtype == "bfloat16" else ""
+    return SegmentArraySpec(path, stored.dtype, count * rows, stored.width, K * rows, logical)
+
+
+@dataclass(frozen=True)
+class SealedSegment:
+    """A segment on disk that the catalogue does not know yet."""
+
+    folder_name: str
+    payload_bytes: int
+    manifest: dict[str, dict[str, int]]
+    parts: list[Part]
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all its files."""
+        return sum(entry["bytes"] for entry in self.manifest.values())
+
+    def record(self, connection: sqlite3.Connection) -> None:
+        """Make it known; call inside a transaction."""
+        cursor = connection.execute(
+            "INSERT INTO segments (folder, payload_bytes, stored_bytes, manifest, sealed_at) VALUES (?, ?, ?, ?, ?)",
+            (self.folder_name, self.payload_bytes, self.stored_bytes, json.dumps(self.manifest), time.time()),
+        )
+        for part in self.parts:
+            connection.execute(
+                "INSERT INTO extents VALUES (?, ?, ?, ?, ?, ?)",
+                (cursor.lastrowid, *part.level.key, part.first, part.count),
+            )
+
+
+def write(
+    context_folder: Path,
+    epoch: int,
+    parts: list[Part],
+    attributes: Mapping[str, Any],
+    write_file: Callable[[Path, bytes], None] | None = None,
+) -> SealedSegment:
+    """Write parts as one durable segment. The writer's epoch in the name keeps a fenced writer's file apart.
+
+    Raises:
+        OSError: the disk refused; nothing is left behind.
+    """
+    head = parts[0]
+    lods = "-".join(str(part.level.lod) for part in parts)
+    encoding_id = parts[-1].level.encoding_id
+    name = f"lod{lods}_branch{head.level.branch_id}_enc{encoding_id}_{head.first:010d}_{head.count}_w{epoch}.zarr"
+    specs, arrays = [], {}
+    for part in parts:
+        for stored in part.level.layout:
+            spec = array_spec(part.level, stored, part.count)
+            specs.append(spec)
+            arrays[spec.path] = part.arrays[stored.name]
+    described = {
+        **attributes,
+        "levels": [{"lod": p.level.lod, "first_node": p.first, "num_nodes": p.count} for p in parts],
+        "lod0_node_is": "block of 32 slots",
+    }
+    manifest = write_segment(context_folder / SEGMENT_FOLDER / name, arrays, specs, described, write_file)
+    payload = sum(part.count * part.level.node_bytes for part in parts)
+    return SealedSegment(name, payload, manifest, parts)

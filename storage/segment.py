@@ -1,0 +1,302 @@
+"""Sealed segments: write-once Zarr v3 groups whose arrays are one uncompressed shard each.
+
+A full shard of an array that is chunked along its first axis only is, by construction here, its chunks in order,
+each followed by its crc32c, then the shard index. So the file is plain Zarr for everybody else, and for us a flat
+array that can be memory-mapped (6.5 us a node against 270-730 us through zarr-python). Shards are written as bytes
+for the same reason (zarr-python needs 12x as long at 32 vectors a chunk). The Zarr spec promises no chunk order
+inside a shard, so the index is checked whenever a segment is opened; a chunk's crc32c is checked when it is first
+touched.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+
+from cluster.errors import CorruptTreeError
+
+CRC_BYTES = 4
+_ZARR_DTYPES = {
+    "<f2": "float16",
+    "<f4": "float32",
+    "<u2": "uint16",
+    "<u4": "uint32",
+    "<i8": "int64",
+    "|i1": "int8",
+    "|u1": "uint8",
+}
+
+
+@dataclass(frozen=True)
+class SegmentArraySpec:
+    """One array of a segment: `(num_rows, width)` or, with width 0, `(num_rows,)`; `chunk_rows` divides `num_rows`."""
+
+    path: str
+    """Inside the segment, for example `lod1/gists`."""
+    dtype: str
+    num_rows: int
+    width: int
+    chunk_rows: int
+    logical_dtype: str = ""
+    """What the bytes mean where Zarr has no such dtype (bfloat16 stored as uint16)."""
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Payload bytes of a chunk."""
+        return self.chunk_rows * max(self.width, 1) * np.dtype(self.dtype).itemsize
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks of the shard."""
+        return self.num_rows // self.chunk_rows
+
+    @property
+    def stride(self) -> int:
+        """Bytes from one chunk to the next."""
+        return self.chunk_bytes + CRC_BYTES
+
+    @property
+    def index_bytes(self) -> int:
+        """Bytes of the shard index: offset and length of each chunk, and a crc32c."""
+        return self.num_chunks * 16 + CRC_BYTES
+
+    @property
+    def file_bytes(self) -> int:
+        """Size of the shard file."""
+        return self.num_chunks * self.stride + self.index_bytes
+
+    @property
+    def shard_file(self) -> str:
+        """Path of the shard inside the segment."""
+        return f"{self.path}/c/0/0" if self.width else f"{self.path}/c/0"
+
+    def zarr_metadata(self) -> dict[str, Any]:
+        """The array's `zarr.json` (Zarr v3 core, sharding_indexed codec)."""
+        columns = [self.width] if self.width else []
+        little = {"name": "bytes", "configuration": {"endian": "little"}}
+        plain = {"name": "bytes"} if np.dtype(self.dtype).itemsize == 1 else little
+        return {
+            "zarr_format": 3,
+            "node_type": "array",
+            "shape": [self.num_rows, *columns],
+            "data_type": _ZARR_DTYPES[self.dtype],
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [self.num_rows, *columns]}},
+            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+            "fill_value": 0,
+            "codecs": [
+                {
+                    "name": "sharding_indexed",
+                    "configuration": {
+                        "chunk_shape": [self.chunk_rows, *columns],
+                        "codecs": [plain, {"name": "crc32c"}],
+                        "index_codecs": [little, {"name": "crc32c"}],
+                        "index_location": "end",
+                    },
+                }
+            ],
+            "attributes": {"dtype": self.logical_dtype} if self.logical_dtype else {},
+            "storage_transformers": [],
+        }
+
+
+def shard_bytes(spec: SegmentArraySpec, values: np.ndarray) -> bytes:
+    """The shard file of an array: chunks with their crc32c, then the index with its own.
+
+    Args:
+        spec: the array.
+        values: `(num_rows, width)` or `(num_rows,)`, C-contiguous, of the stored dtype.
+    """
+    flat = np.ascontiguousarray(values, dtype=spec.dtype).reshape(-1).view(np.uint8)
+    chunks = flat.reshape(spec.num_chunks, spec.chunk_bytes)
+    out = np.empty((spec.num_chunks, spec.stride), np.uint8)
+    out[:, : spec.chunk_bytes] = chunks
+    crcs = np.fromiter((google_crc32c.value(chunk.tobytes()) for chunk in chunks), "<u4", spec.num_chunks)
+    out[:, spec.chunk_bytes :] = crcs[:, None].view(np.uint8)
+    index = _index_bytes(spec)
+    return out.tobytes() + index
+
+
+def _index_bytes(spec: SegmentArraySpec) -> bytes:
+    entries = np.empty((spec.num_chunks, 2), "<u8")
+    entries[:, 0] = np.arange(spec.num_chunks, dtype=np.uint64) * np.uint64(spec.stride)
+    # The recorded length covers the chunk as encoded: payload and checksum.
+    entries[:, 1] = spec.stride
+    raw = entries.tobytes()
+    return raw + google_crc32c.value(raw).to_bytes(CRC_BYTES, "little")
+
+
+def write_segment(
+    folder: Path,
+    arrays: Mapping[str, np.ndarray],
+    specs: list[SegmentArraySpec],
+    attributes: Mapping[str, Any],
+    write_file: Callable[[Path, bytes], None] | None = None,
+) -> dict[str, dict[str, int]]:
+    """Write a segment durably: temporary name, fsync of files and folders, rename, fsync of the parent.
+
+    Args:
+        folder: final path; must not exist.
+        arrays: values by array path.
+        specs: the arrays, in a fixed order.
+        attributes: of the Zarr group.
+        write_file: writes and fsyncs one file; replaced by fault drills.
+
+    Returns:
+        For every file its size and crc32c, to be kept in the catalogue.
+
+    Raises:
+        OSError: the disk refused; the temporary folder is removed.
+    """
+    write_file = write_file or _write_file_durably
+    temporary = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    manifest: dict[str, dict[str, int]] = {}
+
+    def put(relative: str, data: bytes) -> None:
+        path = temporary / relative
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, data)
+        manifest[relative] = {"bytes": len(data), "crc32c": google_crc32c.value(data)}
+
+    try:
+        temporary.mkdir(parents=True)
+        put("zarr.json", _json({"zarr_format": 3, "node_type": "group", "attributes": dict(attributes)}))
+        for level in sorted({spec.path.split("/")[0] for spec in specs}):
+            put(f"{level}/zarr.json", _json({"zarr_format": 3, "node_type": "group", "attributes": {}}))
+        for spec in specs:
+            put(f"{spec.path}/zarr.json", _json(spec.zarr_metadata()))
+            put(spec.shard_file, shard_bytes(spec, arrays[spec.path]))
+        for directory, _, _ in os.walk(temporary):
+            _fsync_folder(Path(directory))
+        temporary.rename(folder)
+        _fsync_folder(folder.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return manifest
+
+
+class SegmentArray:
+    """A memory-mapped array of a sealed segment; chunks are verified when first touched."""
+
+    def __init__(self, segment_folder: Path, spec: SegmentArraySpec) -> None:
+        """Map the shard.
+
+        Raises:
+            CorruptTreeError: the file is missing, has another size, or its index is not what was written.
+        """
+        self.spec = spec
+        self.path = segment_folder / spec.shard_file
+        try:
+            with self.path.open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                # A map of a truncated file would kill the process with SIGBUS on touch.
+                if size != spec.file_bytes:
+                    raise CorruptTreeError(
+                        f"segment file {self.path} has {size} bytes, expected {spec.file_bytes}: it was truncated or "
+                        "overwritten. Restore it from a backup."
+                    )
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except FileNotFoundError as error:
+            raise CorruptTreeError(
+                f"segment file {self.path} is missing. Restore the segment folder from a backup."
+            ) from error
+        index_start = spec.num_chunks * spec.stride
+        if self._map[index_start:] != _index_bytes(spec):
+            raise CorruptTreeError(f"segment file {self.path}: the shard index is damaged. Restore it from a backup.")
+        itemsize = np.dtype(spec.dtype).itemsize
+        # (num_chunks, chunk_rows, width): every chunk, skipping the checksums between them.
+        self._chunks = np.ndarray(
+            (spec.num_chunks, spec.chunk_rows, max(spec.width, 1)),
+            spec.dtype,
+            self._map,
+            strides=(spec.stride, max(spec.width, 1) * itemsize, itemsize),
+        )
+        self._payload = np.ndarray((spec.num_chunks, spec.chunk_bytes), np.uint8, self._map, strides=(spec.stride, 1))
+        self._verified = bytearray(spec.num_chunks)
+
+    def verify_chunk(self, chunk: int) -> None:
+        """Check a chunk's crc32c now.
+
+        Raises:
+            CorruptTreeError: naming the file and the rows that are damaged.
+        """
+        start = chunk * self.spec.stride + self.spec.chunk_bytes
+        expected = int.from_bytes(self._map[start : start + CRC_BYTES], "little")
+        if google_crc32c.value(self._payload[chunk].tobytes()) != expected:
+            rows = self.spec.chunk_rows
+            raise CorruptTreeError(
+                f"segment file {self.path}: checksum of rows {chunk * rows}-{(chunk + 1) * rows - 1} does not match; "
+                "the bytes on disk are damaged and are not served. `tree verify` lists all damage."
+            )
+        self._verified[chunk] = 1
+
+    def rows(self, first: int, count: int) -> np.ndarray:
+        """Copy of consecutive rows: `(count, width)`."""
+        size = self.spec.chunk_rows
+        chunk, offset = divmod(first, size)
+        if offset + count <= size:
+            if not self._verified[chunk]:
+                self.verify_chunk(chunk)
+            return self._chunks[chunk, offset : offset + count].copy()
+        last = (first + count - 1) // size
+        for touched in range(chunk, last + 1):
+            if not self._verified[touched]:
+                self.verify_chunk(touched)
+        whole = self._chunks[chunk : last + 1].reshape(-1, max(self.spec.width, 1))
+        return whole[offset : offset + count].copy()
+
+    def gather(self, rows: np.ndarray, span: int) -> np.ndarray:
+        """Copy of `span` rows from each start in `rows` (all inside one chunk): `(len(rows), span, width)`."""
+        chunks, offsets = np.divmod(rows, self.spec.chunk_rows)
+        for touched in np.unique(chunks):
+            if not self._verified[touched]:
+                self.verify_chunk(int(touched))
+        if span == 1:
+            return self._chunks[chunks, offsets][:, None, :]
+        return self._chunks[chunks[:, None], offsets[:, None] + np.arange(span)]
+
+
+def check_manifest(folder: Path, manifest: Mapping[str, Mapping[str, int]]) -> list[str]:
+    """Compare every file of a segment with the manifest; one line for each that differs, naming it."""
+    problems = []
+    for relative, expected in manifest.items():
+        path = folder / relative
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            problems.append(f"{path}: {error.strerror or error}")
+            continue
+        if len(data) != expected["bytes"]:
+            problems.append(f"{path}: {len(data)} bytes, expected {expected['bytes']}")
+        elif google_crc32c.value(data) != expected["crc32c"]:
+            problems.append(f"{path}: checksum does not match; damaged bytes")
+    return problems
+
+
+def _json(value: Mapping[str, Any]) -> bytes:
+    return json.dumps(value, indent=1, sort_keys=True).encode()
+
+
+def _write_file_durably(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _fsync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

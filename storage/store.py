@@ -1,0 +1,296 @@
+"""A store: a folder of contexts, and who is reading and writing them.
+
+`store.sqlite` lists the contexts, their writers' epochs and the readers' leases. The epoch that fences a stale
+writer is in the context's own catalogue, because it must be checked in the transaction that writes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import sqlite3
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from cluster.errors import ContextNotFoundError, DiskFullError, IncompatibleTreeError
+from storage import catalogue
+from storage.reader import ContextReader
+from storage.schema import Encoding, TreeIdentity, check_same
+from storage.sealing import SEGMENT_FOLDER
+from storage.writer import MAIN_BRANCH, ContextWriter
+
+STORE_FILE = "store.sqlite"
+LEASE_S = 3600.0
+"""How long a reader's pin is honoured by garbage collection unless it is renewed, in seconds."""
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS contexts (
+  name TEXT PRIMARY KEY, folder TEXT NOT NULL, created_at REAL NOT NULL, owner TEXT NOT NULL, epoch INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS pins (
+  pin_id TEXT PRIMARY KEY, context TEXT NOT NULL, branch TEXT NOT NULL, seq INTEGER NOT NULL, expires_at REAL NOT NULL);
+"""
+
+
+@dataclass(frozen=True)
+class ContextInfo:
+    """A context as the store lists it."""
+
+    name: str
+    folder: Path
+    created_at: float
+    owner: str
+    epoch: int
+
+
+class PinnedReader(ContextReader):
+    """A reader whose version is kept by a lease until it is closed."""
+
+    def __init__(self, store: Store, folder: Path, name: str, branch: str, seq: int | None) -> None:
+        super().__init__(folder, name, branch, seq)
+        self._store = store
+        self._pin_id = uuid.uuid4().hex
+        store.set_pin(self._pin_id, self.version.context, branch, self.version.seq)
+
+    def renew(self) -> None:
+        """Keep the version for another lease; long readers call it every few minutes."""
+        self._store.set_pin(self._pin_id, self.version.context, self.version.branch, self.version.seq)
+
+    def close(self) -> None:
+        """Give the lease back."""
+        self._store.drop_pin(self._pin_id)
+        super().close()
+
+
+class Store:
+    """Creates, opens and lists contexts."""
+
+    def __init__(self, root: Path, *, create: bool = False) -> None:
+        """Open a store.
+
+        Args:
+            root: its folder.
+            create: make it when there is none.
+
+        Raises:
+            ContextNotFoundError: there is no store and `create` is False.
+        """
+        self.root = root.expanduser()
+        if not (self.root / STORE_FILE).exists():
+            if not create:
+                raise ContextNotFoundError(
+                    f"there is no store at {self.root}; set --store.root, or run `compact` to make one"
+                )
+            self.root.mkdir(parents=True, exist_ok=True)
+        with self._connect() as db:
+            db.execute("PRAGMA journal_mode=WAL")
+            for statement in _SCHEMA.split(";\n"):
+                if statement.strip():
+                    db.execute(statement)
+
+    @contextlib.contextmanager
+    def _connect(self) -> Iterator[sqlite3.Connection]:
+        path = self.root / STORE_FILE
+        with (
+            catalogue.translated(path),
+            contextlib.closing(sqlite3.connect(path, isolation_level=None, timeout=30.0)) as connection,
+        ):
+            yield connection
+
+    # -- contexts ------------------------------------------------------------------------------------------------
+
+    def contexts(self) -> list[ContextInfo]:
+        """All contexts, by name."""
+        with self._connect() as db:
+            rows = db.execute("SELECT name, folder, created_at, owner, epoch FROM contexts ORDER BY name").fetchall()
+        return [ContextInfo(row[0], self.root / row[1], row[2], row[3], row[4]) for row in rows]
+
+    def has_context(self, name: str) -> bool:
+        """Whether the store lists a context."""
+        return any(info.name == name for info in self.contexts())
+
+    def folder(self, name: str) -> Path:
+        """A context's folder.
+
+        Raises:
+            ContextNotFoundError: with the names there are.
+        """
+        infos = self.contexts()
+        for info in infos:
+            if info.name == name:
+                return info.folder
+        known = ", ".join(info.name for info in infos) or "none"
+        raise ContextNotFoundError(f"store {self.root} has no context {name!r}; it has: {known}")
+
+    def create_context(self, name: str, identity: TreeIdentity, encoding: Encoding) -> None:
+        """Make an empty context with branch `main`.
+
+        The catalogue is built in a temporary folder, so a crash leaves no half-made context.
+
+        Raises:
+            StorageError: it exists already, or the disk refused.
+        """
+        folder = self.root / name
+        temporary = self.root / f".{name}.tmp-{uuid.uuid4().hex[:8]}"
+        if not folder.exists():
+            temporary.mkdir()
+            try:
+                (temporary / SEGMENT_FOLDER).mkdir()
+                catalogue.create(temporary, {"name": name, "identity": json.dumps(asdict(identity), sort_keys=True)})
+                with (
+                    contextlib.closing(catalogue.connect(temporary, read_only=False)) as db,
+                    catalogue.transaction(db),
+                ):
+                    _create_main_branch(db, encoding)
+                temporary.rename(folder)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+        with self._connect() as db:
+            db.execute("INSERT OR IGNORE INTO contexts VALUES (?, ?, ?, '', 0)", (name, name, time.time()))
+
+    def identity(self, name: str) -> tuple[TreeIdentity, Encoding]:
+        """What made a context's tokens and the gists of its newest version."""
+        with contextlib.closing(catalogue.connect(self.folder(name), read_only=True)) as db:
+            identity = TreeIdentity(
+                **json.loads(db.execute("SELECT value FROM meta WHERE key = 'identity'").fetchone()[0])
+            )
+            body = db.execute(
+                "SELECT e.body FROM branches b JOIN encodings e USING (encoding_id) WHERE b.name = ?",
+                (MAIN_BRANCH,),
+            ).fetchone()[0]
+        return identity, Encoding.from_json(body)
+
+    def open_writer(
+        self,
+        name: str,
+        identity: TreeIdentity,
+        encoding: Encoding | None = None,
+        *,
+        create: bool = False,
+        segment_super_blocks: int = 32,
+        owner: str = "",
+    ) -> ContextWriter:
+        """Become a context's writer.
+
+        Args:
+            name: the context.
+            identity: what the tokens to be written are; must match the context's.
+            encoding: what the gists to be written are; None skips the check (rebuilding brings its own).
+            create: make the context when there is none (needs `encoding`).
+            segment_super_blocks: see `ContextWriter`.
+            owner: see `ContextWriter`.
+
+        Raises:
+            IncompatibleTreeError: the context was made by something else; nothing was touched.
+            WriterConflictError: another live writer holds it.
+        """
+        if create and encoding is not None and not self.has_context(name):
+            self.create_context(name, identity, encoding)
+        found_identity, found_encoding = self.identity(name)
+        check_same(
+            f"context {name!r}",
+            found_identity,
+            identity,
+            "Use the model it was made for, or write to another context with --store.context",
+        )
+        if encoding is not None:
+            check_same(
+                f"context {name!r}",
+                found_encoding,
+                encoding,
+                "Use the GistNet it was made with, write to another context with --store.context, or re-derive its "
+                "gists with `tree rebuild-gists`",
+            )
+        writer = ContextWriter(self.folder(name), name, segment_super_blocks=segment_super_blocks, owner=owner)
+        with self._connect() as db:
+            db.execute("UPDATE contexts SET owner = ?, epoch = ? WHERE name = ?", (owner, writer.epoch, name))
+        return writer
+
+    def open_reader(self, name: str, branch: str = MAIN_BRANCH, seq: int | None = None) -> PinnedReader:
+        """A reader pinned to a version; the pin is a lease of `LEASE_S` seconds.
+
+        Raises:
+            ContextNotFoundError, StorageError: no such context, branch or version.
+        """
+        return PinnedReader(self, self.folder(name), name, branch, seq)
+
+    # -- pins ----------------------------------------------------------------------------------------------------
+
+    def set_pin(self, pin_id: str, context: str, branch: str, seq: int) -> None:
+        """Add or renew a lease, and forget those that have run out."""
+        with self._connect() as db:
+            db.execute("DELETE FROM pins WHERE expires_at < ?", (time.time(),))
+            db.execute(
+                "INSERT INTO pins VALUES (?, ?, ?, ?, ?) ON CONFLICT (pin_id) DO UPDATE SET "
+                "expires_at = excluded.expires_at",
+                (pin_id, context, branch, seq, time.time() + LEASE_S),
+            )
+
+    def drop_pin(self, pin_id: str) -> None:
+        """Give a lease back."""
+        with self._connect() as db:
+            db.execute("DELETE FROM pins WHERE pin_id = ?", (pin_id,))
+
+    def pins(self, name: str) -> list[int]:
+        """Versions of a context that live leases hold."""
+        with self._connect() as db:
+            rows = db.execute(
+                "SELECT seq FROM pins WHERE context = ? AND expires_at >= ? ORDER BY seq", (name, time.time())
+            ).fetchall()
+        return [row[0] for row in rows]
+
+
+def _create_main_branch(db: sqlite3.Connection, encoding: Encoding) -> None:
+    encoding_id = db.execute("INSERT INTO encodings (body) VALUES (?)", (encoding.to_json(),)).lastrowid
+    branch_id = db.execute(
+        "INSERT INTO branches (name, encoding_id, head_seq) VALUES (?, ?, 0)", (MAIN_BRANCH, encoding_id)
+    ).lastrowid
+    seq = db.execute(
+        "INSERT INTO commits (branch_id, encoding_id, num_tokens, level_counts, created_at, request_id) "
+        "VALUES (?, ?, 0, '[]', ?, 'create')",
+        (branch_id, encoding_id, time.time()),
+    ).lastrowid
+    db.execute("UPDATE branches SET head_seq = ? WHERE branch_id = ?", (seq, branch_id))
+
+
+def estimate_bytes(encoding: Encoding, num_tokens: int) -> int:
+    """Disk need of a tree of `num_tokens` tokens, in bytes, the journal's and temporary copies included.
+
+    A block costs its 32 tokens, count and prefix sum, and its LOD1 node; each level above adds a 32nd. Documents end
+    in short blocks, for which a tenth is added, and up to one segment stands on disk twice while it is sealed.
+    """
+    num_blocks = -(-num_tokens // 32)
+    payload = num_blocks * (32 * 4 + 8 + 1) + num_blocks * encoding.node_bytes * 32 // 31
+    return int(payload * 1.1) + 64 * 2**20
+
+
+def check_disk_space(root: Path, encoding: Encoding, num_tokens: int) -> int:
+    """Refuse an ingest the disk cannot hold; returns the estimate in bytes.
+
+    Raises:
+        DiskFullError: with the need, what is free, and what to do.
+    """
+    need = estimate_bytes(encoding, num_tokens)
+    probe = root.expanduser().absolute()
+    while not probe.exists():
+        probe = probe.parent
+    free = shutil.disk_usage(probe).free
+    if need > free:
+        raise DiskFullError(
+            f"about {num_tokens:,} tokens need {need / 2**30:.1f} GiB under {root}; {free / 2**30:.1f} GiB are free. "
+            "Free space, set --store.root to a larger disk, or store gists as int8 (--store.gist_dtype int8)."
+        )
+    return need
+
+
+__all__ = [
+    "ContextInfo",
+    "IncompatibleTreeError",
+    "PinnedReader",
+    "Store",
+    "check_disk_space",
+    "estimate_bytes",
+]

@@ -1,0 +1,199 @@
+"""Checks every byte and relation of a context, and says what is wrong in plain lines that name the place."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sqlite3
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from cluster.config import TOKENS_PER_BLOCK as K
+from cluster.errors import CorruptTreeError, StorageError
+from storage import catalogue, journal
+from storage.geometry import NO_TOKEN
+from storage.journal import Level
+from storage.reader import ContextReader
+from storage.schema import Encoding
+from storage.sealing import SEGMENT_FOLDER, array_spec
+from storage.segment import SegmentArray, check_manifest
+
+BLOCKS_AT_A_TIME = 4096
+
+
+@dataclass
+class VerifyReport:
+    """What was looked at and what is wrong."""
+
+    num_segments: int = 0
+    num_bytes: int = 0
+    num_journal_rows: int = 0
+    num_blocks: int = 0
+    num_documents: int = 0
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Nothing is wrong."""
+        return not self.problems
+
+
+def verify_context(folder: Path, name: str) -> VerifyReport:
+    """Read everything a context holds, in every encoding.
+
+    Checked: the SQLite file's own structure; every file of every segment against its recorded size and checksum;
+    every chunk's checksum and every shard's index; every journal row's checksum; that each level is covered once and
+    without a gap; that tokens, counts, prefix sums and documents agree.
+
+    Raises:
+        CorruptTreeError: the catalogue cannot be opened at all, so there is nothing to compare with.
+    """
+    report = VerifyReport()
+    with contextlib.closing(catalogue.connect(folder, read_only=True)) as db:
+        with catalogue.translated(folder / catalogue.CATALOGUE_FILE):
+            found = [row[0] for row in db.execute("PRAGMA integrity_check(20)")]
+        report.problems += [f"{folder / catalogue.CATALOGUE_FILE}: {line}" for line in found if line != "ok"]
+        if report.problems:
+            return report
+        _check_segments(db, folder, report)
+        for branch_id, branch in db.execute("SELECT branch_id, name FROM branches").fetchall():
+            _check_levels(db, folder, branch_id, report)
+            if report.ok:
+                _check_timeline(folder, name, branch, report)
+    return report
+
+
+def _check_segments(db: sqlite3.Connection, folder: Path, report: VerifyReport) -> None:
+    known = set()
+    for segment_folder, stored_bytes, manifest in db.execute("SELECT folder, stored_bytes, manifest FROM segments"):
+        report.num_segments += 1
+        report.num_bytes += stored_bytes
+        known.add(segment_folder)
+        report.problems += check_manifest(folder / SEGMENT_FOLDER / segment_folder, json.loads(manifest))
+
+
+def _check_levels(db: sqlite3.Connection, folder: Path, branch_id: int, report: VerifyReport) -> None:
+    """Coverage and checksums of each level, by the extents and journal rows that hold it."""
+    encodings = {row[0]: Encoding.from_json(row[1]) for row in db.execute("SELECT encoding_id, body FROM encodings")}
+    held = db.execute(
+        "SELECT encoding_id, lod FROM extents WHERE branch_id = ? UNION SELECT encoding_id, lod FROM journal "
+        "WHERE branch_id = ? ORDER BY encoding_id, lod",
+        (branch_id, branch_id),
+    ).fetchall()
+    for encoding_id, lod in held:
+        if encoding_id == journal.BLOCKS:
+            level = journal.block_level(branch_id)
+        else:
+            level = journal.gist_level(branch_id, encoding_id, encodings[encoding_id], lod)
+        ranges = _check_extents(db, folder, level, report) + _check_rows(db, level, report)
+        expected = 0
+        for first, count, where in sorted(ranges):
+            if first != expected:
+                fault = "missing" if first > expected else "stored twice"
+                report.problems.append(
+                    f"LOD{lod} (encoding {encoding_id}): nodes {min(first, expected)}-{max(first, expected) - 1} are "
+                    f"{fault}, before {where}"
+                )
+            expected = max(expected, first + count)
+    counts = db.execute(
+        "SELECT c.level_counts, b.encoding_id FROM branches b JOIN commits c ON c.seq = b.head_seq "
+        "WHERE b.branch_id = ?",
+        (branch_id,),
+    ).fetchone()
+    _check_counts(db, branch_id, counts[1], json.loads(counts[0]), report)
+
+
+def _check_counts(
+    db: sqlite3.Connection, branch_id: int, encoding_id: int, counts: list[int], report: VerifyReport
+) -> None:
+    levels = [(journal.BLOCKS, 0, counts[0] if counts else 0)]
+    levels += [(encoding_id, lod, count) for lod, count in enumerate(counts, start=1)]
+    for owner, lod, count in levels:
+        stored = db.execute(
+            "SELECT "
+            "(SELECT coalesce(sum(count), 0) FROM extents WHERE branch_id = ?1 AND encoding_id = ?2 AND lod = ?3) "
+            "+ (SELECT coalesce(sum(count), 0) FROM journal WHERE branch_id = ?1 AND encoding_id = ?2 AND lod = ?3)",
+            (branch_id, owner, lod),
+        ).fetchone()[0]
+        if stored != count:
+            report.problems.append(f"LOD{lod}: the newest version has {count} nodes, {stored} are stored")
+
+
+def _check_extents(
+    db: sqlite3.Connection, folder: Path, level: Level, report: VerifyReport
+) -> list[tuple[int, int, str]]:
+    ranges = []
+    for first, count, segment in db.execute(
+        "SELECT e.first, e.count, s.folder FROM extents e LEFT JOIN segments s USING (segment_id) "
+        "WHERE branch_id = ? AND encoding_id = ? AND lod = ?",
+        level.key,
+    ):
+        ranges.append((first, count, f"segment {segment}"))
+        for stored in level.layout:
+            try:
+                array = SegmentArray(folder / SEGMENT_FOLDER / segment, array_spec(level, stored, count))
+            except CorruptTreeError as error:
+                report.problems.append(f"LOD{level.lod} nodes {first}-{first + count - 1}: {error}")
+                continue
+            for chunk in range(array.spec.num_chunks):
+                try:
+                    array.verify_chunk(chunk)
+                except CorruptTreeError as error:
+                    size = count // array.spec.num_chunks
+                    node = first + chunk * size
+                    report.problems.append(f"LOD{level.lod} nodes {node}-{node + size - 1}: {error}")
+    return ranges
+
+
+def _check_rows(db: sqlite3.Connection, level: Level, report: VerifyReport) -> list[tuple[int, int, str]]:
+    ranges = []
+    for row_id, first, count, crc, payload in db.execute(
+        "SELECT row_id, first, count, crc, payload FROM journal WHERE branch_id = ? AND encoding_id = ? AND lod = ?",
+        level.key,
+    ):
+        report.num_journal_rows += 1
+        report.num_bytes += len(payload)
+        ranges.append((first, count, f"journal row {row_id}"))
+        try:
+            journal.unpack(level, first, count, crc, payload)
+        except CorruptTreeError as error:
+            report.problems.append(str(error))
+    return ranges
+
+
+def _check_timeline(folder: Path, name: str, branch: str, report: VerifyReport) -> None:
+    """Tokens, counts, prefix sums and documents against each other."""
+    try:
+        with ContextReader(folder, name, branch) as reader:
+            version = reader.version
+            report.num_blocks = version.num_blocks
+            total = 0
+            for first in range(0, version.num_blocks, BLOCKS_AT_A_TIME):
+                size = min(BLOCKS_AT_A_TIME, version.num_blocks - first)
+                tokens, counts = reader.tokens(first, size)
+                before = reader.tokens_before(np.arange(first, first + size))
+                expected = total + np.cumsum(counts, dtype=np.int64) - counts
+                for block in np.flatnonzero(before != expected)[:5]:
+                    report.problems.append(
+                        f"block {first + block}: prefix sum {before[block]}, counted {expected[block]}"
+                    )
+                wrong = ((tokens == NO_TOKEN) != (np.arange(K) >= counts[:, None])).any(axis=1)
+                report.problems += [f"block {first + b}: tokens and count disagree" for b in np.flatnonzero(wrong)[:5]]
+                total += int(counts.sum(dtype=np.int64))
+            if total != version.num_tokens:
+                report.problems.append(f"the version says {version.num_tokens} tokens, {total} are stored")
+            expected_block = 0
+            for document in reader.documents():
+                report.num_documents += 1
+                if document.first_block != expected_block:
+                    report.problems.append(
+                        f"document {document.meta.key!r} begins at block {document.first_block}, "
+                        f"expected {expected_block}"
+                    )
+                expected_block = document.first_block + document.num_blocks
+            if expected_block != version.num_blocks:
+                report.problems.append(f"documents cover {expected_block} of {version.num_blocks} blocks")
+    except StorageError as error:
+        report.problems.append(str(error))

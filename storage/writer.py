@@ -1,0 +1,367 @@
+"""The one writer of a context on disk.
+
+A commit is one SQLite transaction that checks the fencing epoch, stores new blocks in the journal, moves the
+document's high-water mark and the branch's tip, and adds a version. Sealing runs on a thread of its own behind the
+commits. A live second writer is refused by a file lock; a writer that lost its place without knowing (another
+machine took over) is refused by the epoch inside its own transaction.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import shutil
+import socket
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from cluster.config import BLOCKS_PER_SUPER_BLOCK
+from cluster.errors import (
+    InvalidWriteError,
+    StaleWriterError,
+    StorageError,
+    WriterConflictError,
+)
+from storage import catalogue, journal, sealing
+from storage.accept import accept_spans, accept_tail, ended_document
+from storage.codec import Values
+from storage.contract import Ack, DocumentMark, DocumentMeta, SpanWrite, Version
+from storage.documents import OpenDocument, find_document, insert_document, open_document, update_document
+from storage.levels import fresh_nodes, sealed_nodes
+from storage.reader import ContextReader
+from storage.schema import Encoding
+from storage.sealer import Sealer
+
+logger = logging.getLogger("megacontext.storage")
+
+LOCK_FILE = "writer.lock"
+MAIN_BRANCH = "main"
+
+
+class ContextWriter:
+    """Appends to one branch of one context. Implements `TreeWriter`; thread-safe."""
+
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        *,
+        segment_super_blocks: int = 32,
+        branch: str = MAIN_BRANCH,
+        owner: str = "",
+        seal_in_background: bool = True,
+        write_file: Callable[[Path, bytes], None] | None = None,
+    ) -> None:
+        """Take the writer's place and recover.
+
+        Args:
+            folder: the context's folder.
+            name: the context's name, for messages.
+            segment_super_blocks: super-blocks (1,024 slots) of a sealed segment.
+            branch: which tip to move.
+            owner: who writes, shown to those who are refused.
+            seal_in_background: False seals only in `seal` and `flush`.
+            write_file: how segment files are written durably; fault drills replace it.
+
+        Raises:
+            WriterConflictError: another live writer holds the context.
+            CorruptTreeError, IncompatibleTreeError: see `catalogue.connect`.
+        """
+        self.folder = folder
+        self.name = name
+        self.lock = threading.RLock()
+        self._catalogue_path = folder / catalogue.CATALOGUE_FILE
+        self._lock_file = _take_lock(folder, name)
+        try:
+            self.connection = catalogue.connect(folder, read_only=False)
+            try:
+                self._epoch = self._take_epoch(owner)
+                self._load_branch(branch)
+                self._recover()
+            except BaseException:
+                self.connection.close()
+                raise
+        except BaseException:
+            self._lock_file.close()
+            raise
+        self._closed = False
+        self.sealer = Sealer(self, segment_super_blocks * BLOCKS_PER_SUPER_BLOCK, write_file)
+        if seal_in_background:
+            self.sealer.start()
+
+    # -- state ---------------------------------------------------------------------------------------------------
+
+    def _take_epoch(self, owner: str) -> int:
+        owner = owner or f"pid {os.getpid()} on {socket.gethostname()}"
+        with catalogue.translated(self._catalogue_path), catalogue.transaction(self.connection) as db:
+            db.execute("UPDATE writer SET epoch = epoch + 1, owner = ?", (owner,))
+            return int(db.execute("SELECT epoch FROM writer").fetchone()[0])
+
+    def _load_branch(self, branch: str) -> None:
+        with catalogue.translated(self._catalogue_path):
+            row = self.connection.execute(
+                "SELECT b.branch_id, b.encoding_id, e.body, c.seq, c.num_tokens, c.level_counts FROM branches b "
+                "JOIN encodings e USING (encoding_id) JOIN commits c ON c.seq = b.head_seq WHERE b.name = ?",
+                (branch,),
+            ).fetchone()
+            if row is None:
+                raise StorageError(f"context {self.name!r} has no branch {branch!r}")
+            self.branch_id, self.encoding_id = int(row[0]), int(row[1])
+            self.encoding = Encoding.from_json(row[2])
+            counts = tuple(json.loads(row[5]))
+            self._version = Version(self.name, branch, int(row[3]), self.encoding, int(row[4]), counts)
+            self._open = open_document(self.connection, self.branch_id)
+
+    def reload(self) -> None:
+        """Take the branch's state from disk again."""
+        self._load_branch(self._version.branch)
+
+    def _recover(self) -> None:
+        """Remove what a dead writer left half-made: temporary folders and segments no catalogue row names."""
+        segments = self.folder / sealing.SEGMENT_FOLDER
+        segments.mkdir(exist_ok=True)
+        known = {row[0] for row in self.connection.execute("SELECT folder FROM segments")}
+        orphans = [path for path in segments.iterdir() if path.name not in known]
+        for path in orphans:
+            shutil.rmtree(path)
+        if orphans:
+            logger.warning(
+                "context %s: removed %d segment folder(s) of an interrupted sealing; their data is in the journal",
+                self.name,
+                len(orphans),
+            )
+
+    @property
+    def epoch(self) -> int:
+        """The fencing number of this writer."""
+        return self._epoch
+
+    def version(self) -> Version:
+        """The newest committed version."""
+        return self._version
+
+    def open_document(self) -> DocumentMeta | None:
+        """The document that is still growing."""
+        return self._open.meta if self._open else None
+
+    def _find_document(self, key: str) -> OpenDocument | None:
+        with catalogue.translated(self._catalogue_path):
+            return find_document(self.connection, self.branch_id, key)
+
+    def marks(self, keys: Sequence[str]) -> dict[str, DocumentMark]:
+        """High-water marks of those documents that are known."""
+        with self.lock:
+            found = ((key, self._find_document(key)) for key in keys)
+            return {key: document.mark() for key, document in found if document is not None}
+
+    def reader(self) -> ContextReader:
+        """A reader pinned to the newest version."""
+        return ContextReader(self.folder, self.name, self._version.branch)
+
+    # -- writing -------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def commit(self) -> Iterator[sqlite3.Connection]:
+        """A transaction under the epoch; on failure the writer's memory goes back to what is on disk."""
+        if self._closed:
+            raise StorageError(f"the writer of context {self.name!r} is closed")
+        try:
+            with catalogue.translated(self._catalogue_path), catalogue.transaction(self.connection) as db:
+                found = db.execute("SELECT epoch, owner FROM writer").fetchone()
+                if found[0] != self._epoch:
+                    raise StaleWriterError(
+                        f"context {self.name!r} was taken over by {found[1]} (epoch {found[0]}, this writer has "
+                        f"{self._epoch}); nothing was written. Stop this job."
+                    )
+                yield db
+        except BaseException:
+            with contextlib.suppress(StorageError):
+                self.reload()
+            raise
+
+    def _advance(
+        self,
+        db: sqlite3.Connection,
+        request_id: str,
+        num_tokens: int,
+        counts: tuple[int, ...],
+        encoding_id: int | None = None,
+    ) -> Version:
+        """Add a version and move the branch's tip; returned, not yet believed until the transaction commits."""
+        cursor = db.execute(
+            "INSERT INTO commits (branch_id, encoding_id, num_tokens, level_counts, created_at, request_id) "
+            "VALUES (?, ?, ?, ?, ?, ?)",
+            (
+                self.branch_id,
+                encoding_id or self.encoding_id,
+                num_tokens,
+                json.dumps(counts),
+                time.time(),
+                request_id,
+            ),
+        )
+        seq = cursor.lastrowid
+        assert seq is not None
+        db.execute("UPDATE branches SET head_seq = ? WHERE branch_id = ?", (seq, self.branch_id))
+        old = self._version
+        return Version(self.name, old.branch, seq, self.encoding, num_tokens, counts)
+
+    def append(self, spans: Sequence[SpanWrite], request_id: str = "", *, direct: bool = False) -> Ack:
+        """Store spans in one commit (`TreeWriter.append`).
+
+        Args:
+            spans: in timeline order.
+            request_id: kept with the version.
+            direct: write the blocks as a segment at once instead of through the journal. They must fill exactly
+                one segment from its boundary on, as `BulkWriter` arranges.
+        """
+        with self.lock:
+            accepted = accept_spans(spans, self.name, self._version.num_blocks, self._open, self._find_document)
+            if not accepted.spans:
+                return Ack(self._version, skipped_blocks=accepted.skipped_blocks)
+            first = self._version.num_blocks
+            count = accepted.num_blocks
+            blocks = accepted.blocks(self._version.num_tokens)
+            gists = accepted.encoded(self.encoding)
+            base = journal.block_level(self.branch_id)
+            level = journal.gist_level(self.branch_id, self.encoding_id, self.encoding, 1)
+            sealed = None
+            if direct:
+                if sealed_nodes(self.connection, base) < first:
+                    self.sealer.seal()
+                if first % self.sealer.segment_nodes or count != self.sealer.segment_nodes:
+                    raise InvalidWriteError(
+                        f"a direct write must fill one segment of {self.sealer.segment_nodes} blocks; "
+                        f"got {count} at {first}"
+                    )
+                sealed = self.sealer.write_segment(
+                    [sealing.Part(base, first, count, blocks), sealing.Part(level, first, count, gists)]
+                )
+            num_tokens = self._version.num_tokens + int(blocks["num_tokens"].sum(dtype=np.int64))
+            with self.commit() as db:
+                for document in accepted.documents:
+                    if document.document_id is None:
+                        document.document_id = insert_document(db, self.branch_id, document)
+                    else:
+                        update_document(db, self.branch_id, document)
+                if sealed is None:
+                    journal.insert(db, base, first, count, blocks)
+                    journal.insert(db, level, first, count, gists)
+                else:
+                    sealed.record(db)
+                counts = (first + count, *self._version.level_counts[1:])
+                version = self._advance(db, request_id, num_tokens, counts)
+            self._version = version
+            self._open = accepted.open_document
+            self.sealer.notify(first, count)
+            return Ack(version, new_blocks=count, skipped_blocks=accepted.skipped_blocks)
+
+    def append_tail(self, document: DocumentMeta, token_offset: int, tokens: np.ndarray) -> Ack:
+        """Make raw tokens of the open document durable before their blocks are full (`TreeWriter.append_tail`)."""
+        with self.lock:
+            known = self._find_document(document.key)
+            target = accept_tail(document, token_offset, tokens, self.name, self._version.num_blocks, self._open, known)
+            if target is None:
+                return Ack(self._version)
+            with self.commit() as db:
+                if target.document_id is None:
+                    target.document_id = insert_document(db, self.branch_id, target)
+                else:
+                    update_document(db, self.branch_id, target)
+                version = self._advance(db, "tail", self._version.num_tokens, self._version.level_counts)
+            self._version, self._open = version, target
+            return Ack(version)
+
+    def close_document(self, key: str, *, complete: bool = False) -> Ack:
+        """End the open document, so that another may begin (`TreeWriter.close_document`)."""
+        with self.lock:
+            document = ended_document(key, self.name, self._open, complete=complete)
+            with self.commit() as db:
+                update_document(db, self.branch_id, document)
+                self.audit(db, f"close_document: {document.state}", {"key": key, "num_blocks": document.num_blocks})
+                version = self._advance(db, "close", self._version.num_tokens, self._version.level_counts)
+            self._version, self._open = version, None
+            return Ack(version)
+
+    def put_nodes(self, lod: int, first: int, arrays: Mapping[str, Values]) -> Ack:
+        """Store nodes of a level above the blocks (`TreeWriter.put_nodes`)."""
+        if lod < 2:
+            raise InvalidWriteError(f"put_nodes takes LOD2 and above, got LOD{lod}; blocks go through append")
+        with self.lock:
+            counts = self._version.level_counts
+            nodes = fresh_nodes(self.encoding, self._version.num_blocks, counts, lod, first, arrays)
+            if nodes is None:
+                return Ack(self._version)
+            grown = list(counts) + [0] * (lod - len(counts))
+            grown[lod - 1] = nodes.first + nodes.count
+            with self.commit() as db:
+                level = journal.gist_level(self.branch_id, self.encoding_id, self.encoding, lod)
+                journal.insert(db, level, nodes.first, nodes.count, nodes.arrays)
+                version = self._advance(db, f"lod{lod}", self._version.num_tokens, tuple(grown))
+            self._version = version
+            self.sealer.notify(nodes.first, nodes.count)
+            return Ack(version, new_nodes=nodes.count)
+
+    def switch_encoding(self, db: sqlite3.Connection, encoding_id: int, counts: tuple[int, ...]) -> None:
+        """Give the branch another encoding in a new version; inside `commit`, followed by `reload`."""
+        db.execute("UPDATE branches SET encoding_id = ? WHERE branch_id = ?", (encoding_id, self.branch_id))
+        self._advance(db, "activate", self._version.num_tokens, counts, encoding_id)
+
+    def audit(self, db: sqlite3.Connection, action: str, detail: dict[str, object]) -> None:
+        db.execute(
+            "INSERT INTO audit (at, actor, action, detail) VALUES (?, ?, ?, ?)",
+            (time.time(), f"writer epoch {self._epoch}", action, json.dumps(detail)),
+        )
+
+    # -- end -----------------------------------------------------------------------------------------------------
+
+    def flush(self) -> Ack:
+        """Every `append` here is durable when it returns; this seals what is full and reports what sealing met."""
+        self.sealer.seal()
+        return Ack(self._version)
+
+    def close(self) -> None:
+        """Stop sealing, fold the WAL into the database, give up the writer's place. Idempotent."""
+        if self._closed:
+            return
+        self.sealer.stop()
+        self._closed = True
+        self.connection.close()
+        self._lock_file.close()
+
+    def __enter__(self) -> ContextWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _take_lock(folder: Path, name: str) -> IO[str]:
+    """The context's lock file, held until closed; the kernel frees it when the process dies, however it dies."""
+    file = (folder / LOCK_FILE).open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise WriterConflictError(
+            f"context {name!r} is being written by another process ({_describe_owner(folder)}). A context has one "
+            "writer: wait for that job, stop it, or write to another context with --store.context."
+        ) from error
+    return file
+
+
+def _describe_owner(folder: Path) -> str:
+    connection = catalogue.connect(folder, read_only=True)
+    try:
+        return str(connection.execute("SELECT owner FROM writer").fetchone()[0])
+    finally:
+        connection.close()
