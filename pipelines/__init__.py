@@ -1,0 +1,1 @@
+"""The jobs. Each file reads as the story of one of them."""

@@ -1,0 +1,163 @@
+"""The actors of a compaction job: one tree store, its follower, and the compactors.
+
+What Ray does when a process dies: a compactor is restarted and its calls are made again (they are pure). The store
+is restarted but its calls are not repeated blindly: the caller sees the failure, asks the marks, and goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from actors.compactor import Compactor, CompactorSpec
+from actors.follower import FollowerSpec, LevelFollower, next_missing
+from actors.tree_store import TreeStore, TreeStoreSpec
+from cluster.config import CompactionConfig, RayConfig
+from cluster.ray_calls import check_resources, get_or_raise, wait_for_actors
+from models.gistnet import GistNet
+from storage.contract import Ack, Version
+
+CALL_TIMEOUT_S = 1800.0
+"""Longest wait for one call of an actor; far above any honest one, so that a hang ends as an error."""
+
+
+class _FollowerActor(LevelFollower):
+    """A follower that writes through the store's actor."""
+
+    def __init__(self, spec: FollowerSpec, gistnet: GistNet, store: Any) -> None:
+        def put_nodes(lod: int, first: int, arrays: Mapping[str, np.ndarray]) -> Ack:
+            return get_or_raise(store.put_nodes.remote(lod, first, arrays), CALL_TIMEOUT_S, f"storing LOD{lod} nodes")
+
+        super().__init__(spec, gistnet, put_nodes)
+
+
+@dataclass(frozen=True)
+class Workers:
+    """How compactors share a cluster's CPUs and GPUs."""
+
+    count: int
+    threads: int
+    num_cpus: float
+    num_gpus: float
+
+
+def plan_workers(config: CompactionConfig, cluster_cpus: float, *, reserved_cpus: float = 0.0) -> Workers:
+    """Share CPUs out: threads of each compactor, and the CPUs it books with Ray.
+
+    `reserved_cpus` are left unbooked for the tasks that feed the compactors.
+    """
+    share = max(cluster_cpus / config.num_compactors, 1.0)
+    threads = config.threads_per_compactor or int(share)
+    bookable = max((cluster_cpus - reserved_cpus) / config.num_compactors, 0.1)
+    num_cpus = min(float(threads), int(bookable * 100) / 100)
+    return Workers(config.num_compactors, threads, num_cpus, config.gpus_per_compactor)
+
+
+class Crew:
+    """Handles of a job's actors. Use as a context manager: leaving closes the store and ends the actors."""
+
+    def __init__(self, store_spec: TreeStoreSpec, ray_config: RayConfig) -> None:
+        """Start the store on this machine and take the writer's place.
+
+        Raises:
+            StorageError: the store refused; nothing was changed.
+            ResourceTimeoutError: Ray gave no process in time.
+        """
+        self._timeout_s = ray_config.resource_timeout_s
+        self._here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self.store: Any = (
+            ray.remote(TreeStore)
+            .options(num_cpus=0, max_restarts=-1, max_task_retries=0, scheduling_strategy=self._here)
+            .remote(store_spec)
+        )
+        self.compactors: list[Any] = []
+        self.follower: Any = None
+        self._follow_ref: Any = None
+        self.nodes_made = 0
+        try:
+            self.version: Version = self.call(self.store.open.remote(), "opening the context").version
+        except BaseException:
+            self._kill()
+            raise
+
+    def call(self, ref: Any, what: str) -> Any:
+        """The result of one call, within `CALL_TIMEOUT_S`; errors of ours arrive as themselves."""
+        return get_or_raise(ref, CALL_TIMEOUT_S, what)
+
+    def hire_compactors(self, spec: CompactorSpec, gistnet_ref: Any, workers: Workers) -> None:
+        """Start the compactors and wait until they have loaded their models.
+
+        Raises:
+            ResourceError: the cluster could never give what they ask for.
+            ResourceTimeoutError: it did not in time.
+        """
+        requested = {"CPU": workers.num_cpus}
+        if workers.num_gpus:
+            requested["GPU"] = workers.num_gpus
+        check_resources([requested] * workers.count, "the compactors")
+        remote = ray.remote(Compactor).options(
+            num_cpus=workers.num_cpus, num_gpus=workers.num_gpus, max_restarts=-1, max_task_retries=-1
+        )
+        self.compactors = [remote.remote(spec, gistnet_ref) for _ in range(workers.count)]
+        wait_for_actors(self.compactors, requested, self._timeout_s, "compactors")
+
+    def hire_follower(self, spec: FollowerSpec, gistnet_ref: Any) -> None:
+        """Start the follower beside the store, whose files it reads."""
+        self.follower = (
+            ray.remote(_FollowerActor)
+            .options(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=self._here)
+            .remote(spec, gistnet_ref, self.store)
+        )
+        wait_for_actors([self.follower], {}, self._timeout_s, "follower")
+
+    def follow(self, version: Version) -> None:
+        """Let the follower work when there is something for it and it is idle."""
+        if self._follow_ref is not None:
+            done, _ = ray.wait([self._follow_ref], timeout=0)
+            if not done:
+                return
+            self._collect()
+        if next_missing(version) is not None:
+            self._follow_ref = self.follower.advance.remote()
+
+    def finish_levels(self) -> None:
+        """Wait until every node that can be made is made."""
+        if self._follow_ref is not None:
+            self._collect()
+        self._follow_ref = self.follower.advance.remote()
+        self._collect()
+
+    def _collect(self) -> None:
+        ref, self._follow_ref = self._follow_ref, None
+        self.nodes_made += self.call(ref, "making the upper levels")
+
+    def close(self) -> None:
+        """Flush and close the store, end the actors.
+
+        Raises:
+            StorageError: what flushing met; what was acknowledged is safe.
+        """
+        try:
+            self.call(self.store.close.remote(), "closing the context")
+        finally:
+            self._kill()
+
+    def _kill(self) -> None:
+        for actor in (*self.compactors, self.follower, self.store):
+            if actor is not None:
+                ray.kill(actor)
+
+    def __enter__(self) -> Crew:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if error is None:
+            self.close()
+        else:
+            # The store may be what failed; its context is safe whatever happens to the process.
+            self._kill()

@@ -1,0 +1,167 @@
+"""Two ways of feeding the same stages: plain actors with a bounded window, or Ray Data.
+
+Both keep the corpus's order up to the store, hold a bounded number of batches, and may be started again at any time:
+the store's marks say what is there, so nothing is done or stored twice.
+"""
+
+from __future__ import annotations
+
+import functools
+import pickle
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import pyarrow as pa
+import ray
+import ray.data
+from ray.data import ActorPoolStrategy, DataContext, ExecutionResources
+
+from actors.compactor import Compactor, CompactorSpec
+from actors.crew import CALL_TIMEOUT_S, Crew, Workers
+from actors.packing import Marks, PackedItem, Packer, batched_windows
+from actors.rows import PACKED_SCHEMA, encoded_schema, other_items, packed_row, span_row, window_from
+from cluster.config import BaseLMConfig, CompactionConfig
+from cluster.ray_calls import get_or_raise
+from models.tokenizer import Tokenizer
+from storage.contract import Ack, DocumentMark
+from storage.corpus import CorpusSource
+from storage.corpus.document import CorpusItem
+
+PACKER_CPUS = 0.5
+"""Must differ from a compactor's: Ray Data fuses stages of equal resources into one."""
+
+TABLES_IN_FLIGHT = 2
+"""Tables the store may have waiting; more would only fill the object store."""
+
+OnAck = Callable[[Ack], None]
+OnOther = Callable[[PackedItem], None]
+
+
+def remote_marks(store: Any) -> Marks:
+    """Marks asked of a store actor."""
+
+    def marks(keys: Sequence[str]) -> dict[str, DocumentMark]:
+        return get_or_raise(store.marks.remote(list(keys)), CALL_TIMEOUT_S, "asking what is stored") if keys else {}
+
+    return marks
+
+
+def run_actor_feed(
+    crew: Crew,
+    items: Iterable[CorpusItem],
+    tokenizer: Tokenizer,
+    config: CompactionConfig,
+    on_ack: OnAck,
+    on_other: OnOther,
+) -> None:
+    """Read and pack in this process, encode in the crew's compactors, store in order.
+
+    Spans go from compactor to store without passing here; Ray keeps the order of one caller's calls.
+    """
+    packed = Packer(tokenizer, remote_marks(crew.store)).pack(items)
+    limit = config.max_in_flight * len(crew.compactors)
+    waiting: deque[Any] = deque()
+
+    def collect() -> None:
+        on_ack(crew.call(waiting.popleft(), "storing a batch"))
+
+    for number, batch in enumerate(batched_windows(packed, config.windows_per_batch, on_other)):
+        compactor = crew.compactors[number % len(crew.compactors)]
+        waiting.append(crew.store.append.remote(compactor.encode.remote(batch)))
+        while len(waiting) >= limit:
+            collect()
+    while waiting:
+        collect()
+
+
+class PackShard:
+    """Ray Data task: reads and packs one shard."""
+
+    def __init__(self, base_lm: BaseLMConfig, store: Any) -> None:
+        self._base_lm = base_lm
+        self._store = store
+
+    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
+        """Packed rows of each shard in the batch, a few at a time."""
+        packer = Packer(_tokenizer(self._base_lm), remote_marks(self._store))
+        for shard in batch["shard"]:
+            rows: list[dict[str, Any]] = []
+            for item in packer.pack(pickle.loads(shard.as_py()).read()):
+                rows.append(packed_row(item))
+                if len(rows) >= 256:
+                    yield pa.Table.from_pylist(rows, PACKED_SCHEMA)
+                    rows = []
+            yield pa.Table.from_pylist(rows, PACKED_SCHEMA)
+
+
+@functools.lru_cache(maxsize=2)
+def _tokenizer(base_lm: BaseLMConfig) -> Tokenizer:
+    return Tokenizer.load(base_lm)
+
+
+class EncodeWindows:
+    """Ray Data actor: a compactor over rows."""
+
+    def __init__(self, spec: CompactorSpec, gistnet_ref: list[Any]) -> None:
+        # In a list, so that Ray Data does not resolve the reference on the driver.
+        self._compactor = Compactor(spec, ray.get(gistnet_ref[0]))
+        self._schema = encoded_schema(spec.encoding.arrays)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Rows of spans for rows of windows; other rows pass through in their place."""
+        rows = batch.to_pylist()
+        is_data = [bool(row["tokens"]) for row in rows]
+        spans = iter(self._compactor.encode([window_from(r) for r, data in zip(rows, is_data, strict=True) if data]))
+        out = [span_row(next(spans)) if data else row for row, data in zip(rows, is_data, strict=True)]
+        return pa.Table.from_pylist(out, self._schema)
+
+
+def run_ray_data_feed(
+    crew: Crew,
+    source: CorpusSource,
+    spec: CompactorSpec,
+    gistnet_ref: Any,
+    workers: Workers,
+    config: CompactionConfig,
+    on_ack: OnAck,
+    on_other: OnOther,
+) -> None:
+    """Shards through Ray Data: packing tasks, then a pool of compactor actors, in order, into the store."""
+    context = DataContext.get_current()
+    context.execution_options.preserve_order = True
+    context.actor_task_retry_on_errors = True
+    context.enable_progress_bars = False
+    # The CPUs are Ray Data's own: the crew of this feed books none.
+    context.execution_options.exclude_resources = ExecutionResources()
+    shards = [{"shard": pickle.dumps(shard)} for shard in source.shards()]
+    if not shards:
+        return
+    dataset = (
+        ray.data.from_items(shards, override_num_blocks=len(shards))
+        .map_batches(
+            PackShard(spec.base_lm, crew.store),
+            batch_size=1,
+            batch_format="pyarrow",
+            num_cpus=PACKER_CPUS,
+            zero_copy_batch=True,
+        )
+        .map_batches(
+            EncodeWindows,
+            fn_constructor_args=(spec, [gistnet_ref]),
+            batch_size=config.windows_per_batch,
+            batch_format="pyarrow",
+            num_cpus=workers.num_cpus,
+            num_gpus=workers.num_gpus or None,
+            compute=ActorPoolStrategy(size=workers.count, max_tasks_in_flight_per_actor=config.max_in_flight),
+        )
+    )
+    waiting: deque[Any] = deque()
+    for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
+        for item in other_items(table):
+            on_other(item)
+        waiting.append(crew.store.append_table.remote(table))
+        while len(waiting) >= TABLES_IN_FLIGHT:
+            on_ack(crew.call(waiting.popleft(), "storing a table"))
+    while waiting:
+        on_ack(crew.call(waiting.popleft(), "storing a table"))

@@ -1,0 +1,85 @@
+"""The follower: LOD2 and above, made behind the commits as sibling groups complete.
+
+It keeps no state of its own. What is missing follows from the levels' counts, so it goes on wherever it, or the job,
+was stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from models.node_encoder import NodeEncoder
+
+from actors.compactor import GISTS, KEYS
+from cluster.config import TOKENS_PER_BLOCK as K
+from models.gistnet import GistNet
+from storage.codec import encode_arrays
+from storage.contract import Ack, Version
+from storage.reader import ContextReader
+
+GROUPS_AT_A_TIME = 64
+"""Sibling groups read and written at once: about 5 MB at d = 576 with keys."""
+
+PutNodes = Callable[[int, int, Mapping[str, np.ndarray]], Ack]
+
+
+def next_missing(version: Version) -> tuple[int, int, int] | None:
+    """`(lod, first, count)` of the lowest level whose children are complete and that is not; None when all are."""
+    lod = 2
+    while version.num_nodes(lod - 1) >= K:
+        have, possible = version.num_nodes(lod), version.num_nodes(lod - 1) // K
+        if have < possible:
+            return lod, have, possible - have
+        lod += 1
+    return None
+
+
+@dataclass(frozen=True)
+class FollowerSpec:
+    """Whose levels are followed."""
+
+    folder: Path
+    context: str
+    num_threads: int
+    encoding_id: int | None = None
+    """An encoding under construction; None follows the branch's own."""
+
+
+class LevelFollower:
+    """Plain class; `feeds` hosts it on the store's machine, where it reads the context directly."""
+
+    def __init__(self, spec: FollowerSpec, gistnet: GistNet, put_nodes: PutNodes) -> None:
+        """Follow a context; `put_nodes` hands nodes to its writer and returns when they are durable."""
+        torch.set_num_threads(spec.num_threads)
+        self._spec = spec
+        self._encoder = NodeEncoder(gistnet)
+        self._put_nodes = put_nodes
+
+    def advance(self) -> int:
+        """Make every node that can be made now; returns how many."""
+        made = 0
+        while True:
+            # A fresh pin for every round: new blocks and new levels become visible.
+            with ContextReader(self._spec.folder, self._spec.context, encoding_id=self._spec.encoding_id) as reader:
+                missing = next_missing(reader.version)
+                if missing is None:
+                    return made
+                lod, first, count = missing
+                for start in range(first, first + count, GROUPS_AT_A_TIME):
+                    size = min(GROUPS_AT_A_TIME, first + count - start)
+                    self._put_nodes(lod, start, self._encode(reader, lod, start, size))
+                    made += size
+
+    def _encode(self, reader: ContextReader, lod: int, first: int, count: int) -> dict[str, np.ndarray]:
+        children = np.arange(first * K, (first + count) * K)
+        gists = reader.read(GISTS, lod - 1, children).float()
+        keys = reader.read(KEYS, lod - 1, children).float()
+        nodes = self._encoder.encode_nodes(
+            gists.reshape(count, K, *gists.shape[1:]).numpy(), keys.reshape(count, K, -1).numpy(), lod
+        )
+        specs = reader.version.encoding.arrays
+        return encode_arrays(specs, {GISTS: nodes.gists, KEYS: nodes.keys}, count)

@@ -1,0 +1,90 @@
+"""Live ingest: a document that grows token by token, durable at once, compacted block by block.
+
+The result is, bit for bit, what bulk ingest of the finished document gives.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from actors.compactor import Compactor
+from actors.packing import Window
+from cluster.config import SLOTS_PER_SUPER_BLOCK as WINDOW_TOKENS
+from cluster.config import TOKENS_PER_BLOCK as K
+from storage.contract import Ack, DocumentMeta, TreeWriter
+
+
+class DocumentStream:
+    """One growing document. After a restart, make it again with the same document: it goes on where it was."""
+
+    def __init__(self, writer: TreeWriter, compactor: Compactor, document: DocumentMeta) -> None:
+        """Begin or continue a document; no other may be open in the context."""
+        self._writer = writer
+        self._compactor = compactor
+        self._document = document
+        # Tokens of the current window, which is encoded as a whole: its last blocks see its first.
+        self._window = np.empty(0, np.uint32)
+        self._window_start = 0
+        self._stored_blocks = 0
+        mark = writer.marks([document.key]).get(document.key)
+        if mark is not None:
+            self._restore(mark.num_blocks)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the document so far, all durable."""
+        return self._window_start + len(self._window)
+
+    def _restore(self, num_blocks: int) -> None:
+        """Read the current window and the tail back from the tree."""
+        self._stored_blocks = num_blocks
+        self._window_start = num_blocks * K // WINDOW_TOKENS * WINDOW_TOKENS
+        reader = self._writer.reader()
+        try:
+            in_window = num_blocks - self._window_start // K
+            if in_window:
+                # It is the open document, so its blocks are the newest of the timeline.
+                tokens, _ = reader.tokens(reader.version.num_blocks - in_window, in_window)
+                self._window = tokens.reshape(-1)
+            tail = reader.tail()
+            if tail is not None and tail.document.key == self._document.key:
+                self._window = np.concatenate([self._window, tail.tokens])
+        finally:
+            reader.close()
+        self._store_full_blocks()
+
+    def push(self, tokens: np.ndarray) -> Ack:
+        """Add tokens, `(n,)` uint32. Durable when it returns, and compacted as far as blocks are full."""
+        tokens = np.ascontiguousarray(tokens, np.uint32)
+        ack = self._writer.append_tail(self._document, self.num_tokens, tokens)
+        rest = tokens
+        while len(rest):
+            room = WINDOW_TOKENS - len(self._window)
+            self._window, rest = np.concatenate([self._window, rest[:room]]), rest[room:]
+            ack = self._store_full_blocks() or ack
+        return ack
+
+    def finish(self) -> Ack:
+        """End the document: its last block may be short."""
+        if len(self._window) > self._blocks_in_window() * K:
+            return self._store(len(self._window), last=True)
+        return self._writer.close_document(self._document.key, complete=True)
+
+    def _blocks_in_window(self) -> int:
+        return self._stored_blocks - self._window_start // K
+
+    def _store_full_blocks(self) -> Ack | None:
+        """Compact the blocks that became full; start a new window when this one is."""
+        full = len(self._window) // K
+        ack = self._store(full * K, last=False) if full > self._blocks_in_window() else None
+        if len(self._window) == WINDOW_TOKENS:
+            self._window, self._window_start = self._window[:0], self._window_start + WINDOW_TOKENS
+        return ack
+
+    def _store(self, num_tokens: int, *, last: bool) -> Ack:
+        window = Window(self._document, self._window_start // K, self._window[:num_tokens], last)
+        span = self._compactor.encode([window])[0]
+        new = span.part(self._blocks_in_window(), span.num_blocks)
+        ack = self._writer.append([new])
+        self._stored_blocks += new.num_blocks
+        return ack

@@ -1,0 +1,155 @@
+"""tree: care for a context. `verify` checks every byte; `rebuild-gists` re-derives its levels with another net."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+import ray
+from cluster.run import JobRun
+
+from actors.crew import Crew, plan_workers
+from actors.follower import FollowerSpec
+from actors.packing import Window, windows_of
+from actors.plan import check_space, plan_models
+from actors.tree_store import TreeStoreSpec
+from cluster import metric_names as names
+from cluster.config import TOKENS_PER_BLOCK as K
+from cluster.config import TreeRebuildGistsJob, TreeVerifyJob
+from cluster.errors import CorruptTreeError
+from cluster.ray_runtime import ray_session
+from cluster.tables import print_table
+from pipelines.tree_report import encoding_rows, human_bytes, level_rows, measure_tree
+from storage.contract import TreeReader
+from storage.geometry import NO_TOKEN
+from storage.store import Store
+from storage.verify import VerifyReport, verify_context
+
+logger = logging.getLogger("megacontext.tree")
+
+SHOWN_PROBLEMS = 20
+
+
+def verify(job: TreeVerifyJob) -> None:
+    """Check every byte and relation of a context.
+
+    Raises:
+        CorruptTreeError: something is wrong; all of it has been printed.
+    """
+    name = job.store.context
+    report = verify_context(Store(job.store.root).folder(name), name)
+    if job.json:
+        sys.stdout.write(json.dumps({"context": name, "ok": report.ok, **asdict(report)}, indent=1) + "\n")
+    else:
+        print_table(f"Context {name}", _verify_rows(report))
+        for problem in report.problems[:SHOWN_PROBLEMS]:
+            sys.stdout.write(f"  {problem}\n")
+    if not report.ok:
+        raise CorruptTreeError(
+            f"context {name!r} has {len(report.problems)} problem(s); damaged nodes are not served. Restore the files "
+            "named above from a backup."
+        )
+
+
+def _verify_rows(report: VerifyReport) -> list[dict[str, Any]]:
+    return [
+        {"what": "blocks", "value": f"{report.num_blocks:,}"},
+        {"what": "documents", "value": f"{report.num_documents:,}"},
+        {"what": "segments", "value": f"{report.num_segments:,}"},
+        {"what": "journal rows", "value": f"{report.num_journal_rows:,}"},
+        {"what": "bytes read", "value": human_bytes(report.num_bytes)},
+        {"what": "problems", "value": f"{len(report.problems):,}"},
+    ]
+
+
+def rebuild_gists(job: TreeRebuildGistsJob) -> None:
+    """Encode the stored tokens again with another GistNet, beside the old gists, and activate the result.
+
+    Interrupted, it goes on where it stopped. Readers pinned before the activation keep the old gists.
+    """
+    plan = plan_models(job.base_lm, job.gistnet, job.store)
+    store = Store(job.store.root)
+    folder = store.folder(job.store.context)
+    with store.open_reader(job.store.context) as reader:
+        num_tokens = reader.version.num_tokens
+    check_space(job.store, plan, num_tokens)
+    spec = TreeStoreSpec(job.store, plan.identity, None, owner=f"job tree rebuild-gists, run {job.run.name!r}")
+    with JobRun.start("rebuild-gists", job) as job_run:
+        job_run.log_digests(plan.digests())
+        with ray_session(job.ray), Crew(spec, job.ray) as crew:
+            encoding_id, counts = crew.call(crew.store.begin_rebuild.remote(plan.encoding), "starting the rebuild")
+            workers = plan_workers(job.compaction, ray.cluster_resources().get("CPU", 1.0))
+            gistnet_ref = ray.put(plan.gistnet)
+            crew.hire_follower(FollowerSpec(folder, job.store.context, 1, encoding_id), gistnet_ref)
+            crew.hire_compactors(
+                plan.compactor_spec(workers.threads, job.compaction.window_batch), gistnet_ref, workers
+            )
+            done = counts[0] if counts else 0
+            with (
+                store.open_reader(job.store.context) as reader,
+                job_run.progress(reader.version.num_blocks, "blocks", "rebuilding") as progress,
+            ):
+                progress.advance(done)
+                _encode_again(crew, reader, done, job, progress.advance)
+            crew.finish_levels()
+            version = crew.call(crew.store.activate_rebuild.remote(), "activating the new gists").version
+        tree = measure_tree(job.store)
+        tables = [("The tree", level_rows(tree)), ("What made the gists", encoding_rows(version.encoding))]
+        for title, rows in tables:
+            print_table(title, rows)
+        job_run.finish(
+            {
+                names.BLOCKS_TOTAL: version.num_blocks,
+                names.NODES_BY_LOD: list(version.level_counts),
+                names.BYTES_STORED: tree.stored_bytes,
+                "version": version.seq,
+                "gistnet": version.encoding.gistnet_id,
+            },
+            tables,
+        )
+
+
+def _encode_again(crew: Crew, reader: TreeReader, done: int, job: TreeRebuildGistsJob, advance: Any) -> None:
+    """Windows of the stored documents through the compactors, in timeline order."""
+    limit = job.compaction.max_in_flight * len(crew.compactors)
+    waiting: deque[tuple[Any, int]] = deque()
+
+    def collect() -> None:
+        ref, num_blocks = waiting.popleft()
+        crew.call(ref, "storing rebuilt gists")
+        advance(num_blocks)
+
+    for number, (first_block, windows) in enumerate(_stored_windows(reader, done, job.compaction.windows_per_batch)):
+        spans = crew.compactors[number % len(crew.compactors)].encode.remote(windows)
+        num_blocks = sum(-(-len(window.tokens) // K) for window in windows)
+        waiting.append((crew.store.put_spans.remote(first_block, spans), num_blocks))
+        while len(waiting) >= limit:
+            collect()
+    while waiting:
+        collect()
+
+
+def _stored_windows(reader: TreeReader, done: int, size: int) -> Iterator[tuple[int, list[Window]]]:
+    """`(first block on the timeline, windows)` of everything from block `done` on, `size` windows at a time."""
+    batch: list[Window] = []
+    first_block = 0
+    for document in reader.documents():
+        if document.first_block + document.num_blocks <= done:
+            continue
+        tokens, _ = reader.tokens(document.first_block, document.num_blocks)
+        flat = tokens.reshape(-1)
+        stored = max(done - document.first_block, 0)
+        for window in windows_of(document.meta, flat[flat != NO_TOKEN], stored):
+            if not batch:
+                first_block = document.first_block + window.first_block
+            batch.append(window)
+            if len(batch) == size:
+                yield first_block, batch
+                batch = []
+    if batch:
+        yield first_block, batch
