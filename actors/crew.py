@@ -6,7 +6,8 @@ is restarted but its calls are not repeated blindly: the caller sees the failure
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,24 +17,60 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.compactor import Compactor, CompactorSpec
 from actors.follower import FollowerSpec, LevelFollower, next_missing
+from actors.packing import Window
 from actors.tree_store import TreeStore, TreeStoreSpec
 from cluster.config import CompactionConfig, RayConfig
 from cluster.ray_calls import check_resources, get_or_raise, wait_for_actors
 from models.gistnet import GistNet
-from storage.contract import Ack, Version
+from storage.contract import Ack, SpanWrite, Version
 
 CALL_TIMEOUT_S = 1800.0
 """Longest wait for one call of an actor; far above any honest one, so that a hang ends as an error."""
 
 
-class _FollowerActor(LevelFollower):
-    """A follower that writes through the store's actor."""
+class CompactorActor:
+    """Hosts a compactor.
 
-    def __init__(self, spec: FollowerSpec, gistnet: GistNet, store: Any) -> None:
+    The net comes with every call, as a reference in a list that is followed once in a process's life. Constructors
+    get no references: a restarted actor may find them gone, and Ray prints an error for every one that could.
+    """
+
+    def __init__(self, spec: CompactorSpec) -> None:
+        self._spec = spec
+        self._compactor: Compactor | None = None
+
+    def load(self, gistnet_refs: list[Any]) -> Compactor:
+        """The compactor, made when first needed."""
+        if self._compactor is None:
+            self._compactor = Compactor(self._spec, ray.get(gistnet_refs[0]))
+        return self._compactor
+
+    def ready(self, gistnet_refs: list[Any]) -> int:
+        """Answers with its process id once the models are loaded."""
+        self.load(gistnet_refs)
+        return os.getpid()
+
+    def encode(self, windows: Sequence[Window], gistnet_refs: list[Any]) -> list[SpanWrite]:
+        """As `Compactor.encode`."""
+        return self.load(gistnet_refs).encode(windows)
+
+
+class FollowerActor:
+    """Hosts a follower that writes through the store's actor; references as in `CompactorActor`."""
+
+    def __init__(self, spec: FollowerSpec) -> None:
+        self._spec = spec
+        self._follower: LevelFollower | None = None
+
+    def advance(self, gistnet_refs: list[Any], store: Any) -> int:
+        """As `LevelFollower.advance`."""
+
         def put_nodes(lod: int, first: int, arrays: Mapping[str, np.ndarray]) -> Ack:
             return get_or_raise(store.put_nodes.remote(lod, first, arrays), CALL_TIMEOUT_S, f"storing LOD{lod} nodes")
 
-        super().__init__(spec, gistnet, put_nodes)
+        if self._follower is None:
+            self._follower = LevelFollower(self._spec, ray.get(gistnet_refs[0]), put_nodes)
+        return self._follower.advance()
 
 
 @dataclass(frozen=True)
@@ -76,6 +113,8 @@ class Crew:
             .remote(store_spec)
         )
         self.compactors: list[Any] = []
+        self._gistnet_refs: list[Any] = []
+        self._num_batches = 0
         self.follower: Any = None
         self._follow_ref: Any = None
         self.nodes_made = 0
@@ -89,7 +128,11 @@ class Crew:
         """The result of one call, within `CALL_TIMEOUT_S`; errors of ours arrive as themselves."""
         return get_or_raise(ref, CALL_TIMEOUT_S, what)
 
-    def hire_compactors(self, spec: CompactorSpec, gistnet_ref: Any, workers: Workers) -> None:
+    def bring_gistnet(self, gistnet: GistNet) -> None:
+        """Put the net where every actor can fetch it."""
+        self._gistnet_refs = [ray.put(gistnet)]
+
+    def hire_compactors(self, spec: CompactorSpec, workers: Workers) -> None:
         """Start the compactors and wait until they have loaded their models.
 
         Raises:
@@ -100,20 +143,31 @@ class Crew:
         if workers.num_gpus:
             requested["GPU"] = workers.num_gpus
         check_resources([requested] * workers.count, "the compactors")
-        remote = ray.remote(Compactor).options(
+        remote = ray.remote(CompactorActor).options(
             num_cpus=workers.num_cpus, num_gpus=workers.num_gpus, max_restarts=-1, max_task_retries=-1
         )
-        self.compactors = [remote.remote(spec, gistnet_ref) for _ in range(workers.count)]
+        self.compactors = [remote.remote(spec) for _ in range(workers.count)]
         wait_for_actors(self.compactors, requested, self._timeout_s, "compactors")
+        self.call([c.ready.remote(self._gistnet_refs) for c in self.compactors], "loading the models")
 
-    def hire_follower(self, spec: FollowerSpec, gistnet_ref: Any) -> None:
+    def hire_follower(self, spec: FollowerSpec) -> None:
         """Start the follower beside the store, whose files it reads."""
         self.follower = (
-            ray.remote(_FollowerActor)
+            ray.remote(FollowerActor)
             .options(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=self._here)
-            .remote(spec, gistnet_ref, self.store)
+            .remote(spec)
         )
-        wait_for_actors([self.follower], {}, self._timeout_s, "follower")
+
+    @property
+    def gistnet_refs(self) -> list[Any]:
+        """The net's reference, in the list that actors follow once."""
+        return self._gistnet_refs
+
+    def encode(self, windows: Sequence[Window]) -> Any:
+        """Reference to the spans of a batch, made by the compactor whose turn it is."""
+        compactor = self.compactors[self._num_batches % len(self.compactors)]
+        self._num_batches += 1
+        return compactor.encode.remote(windows, self._gistnet_refs)
 
     def follow(self, version: Version) -> None:
         """Let the follower work when there is something for it and it is idle."""
@@ -123,13 +177,13 @@ class Crew:
                 return
             self._collect()
         if next_missing(version) is not None:
-            self._follow_ref = self.follower.advance.remote()
+            self._follow_ref = self.follower.advance.remote(self._gistnet_refs, self.store)
 
     def finish_levels(self) -> None:
         """Wait until every node that can be made is made."""
         if self._follow_ref is not None:
             self._collect()
-        self._follow_ref = self.follower.advance.remote()
+        self._follow_ref = self.follower.advance.remote(self._gistnet_refs, self.store)
         self._collect()
 
     def _collect(self) -> None:

@@ -7,6 +7,7 @@ the store's marks say what is there, so nothing is done or stored twice.
 from __future__ import annotations
 
 import functools
+import logging
 import pickle
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,10 +16,10 @@ from typing import Any
 import pyarrow as pa
 import ray
 import ray.data
-from ray.data import ActorPoolStrategy, DataContext, ExecutionResources
+from ray.data import ActorPoolStrategy, DataContext
 
-from actors.compactor import Compactor, CompactorSpec
-from actors.crew import CALL_TIMEOUT_S, Crew, Workers
+from actors.compactor import CompactorSpec
+from actors.crew import CALL_TIMEOUT_S, CompactorActor, Crew, Workers
 from actors.packing import Marks, PackedItem, Packer, batched_windows
 from actors.rows import PACKED_SCHEMA, encoded_schema, other_items, packed_row, span_row, window_from
 from cluster.config import BaseLMConfig, CompactionConfig
@@ -30,6 +31,10 @@ from storage.corpus.document import CorpusItem
 
 PACKER_CPUS = 0.5
 """Must differ from a compactor's: Ray Data fuses stages of equal resources into one."""
+
+BLOCK_BYTES = 4 * 2**20
+MAX_INPUT_BLOCKS = 200
+"""Tasks of the packing stage; a block holds several shards of a larger corpus. Each task costs some 10 ms."""
 
 TABLES_IN_FLIGHT = 2
 """Tables the store may have waiting; more would only fill the object store."""
@@ -66,9 +71,8 @@ def run_actor_feed(
     def collect() -> None:
         on_ack(crew.call(waiting.popleft(), "storing a batch"))
 
-    for number, batch in enumerate(batched_windows(packed, config.windows_per_batch, on_other)):
-        compactor = crew.compactors[number % len(crew.compactors)]
-        waiting.append(crew.store.append.remote(compactor.encode.remote(batch)))
+    for batch in batched_windows(packed, config.windows_per_batch, on_other):
+        waiting.append(crew.store.append.remote(crew.encode(batch)))
         while len(waiting) >= limit:
             collect()
     while waiting:
@@ -103,9 +107,8 @@ def _tokenizer(base_lm: BaseLMConfig) -> Tokenizer:
 class EncodeWindows:
     """Ray Data actor: a compactor over rows."""
 
-    def __init__(self, spec: CompactorSpec, gistnet_ref: list[Any]) -> None:
-        # In a list, so that Ray Data does not resolve the reference on the driver.
-        self._compactor = Compactor(spec, ray.get(gistnet_ref[0]))
+    def __init__(self, spec: CompactorSpec, gistnet_refs: list[Any]) -> None:
+        self._compactor = CompactorActor(spec).load(gistnet_refs)
         self._schema = encoded_schema(spec.encoding.arrays)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -121,7 +124,6 @@ def run_ray_data_feed(
     crew: Crew,
     source: CorpusSource,
     spec: CompactorSpec,
-    gistnet_ref: Any,
     workers: Workers,
     config: CompactionConfig,
     on_ack: OnAck,
@@ -132,13 +134,14 @@ def run_ray_data_feed(
     context.execution_options.preserve_order = True
     context.actor_task_retry_on_errors = True
     context.enable_progress_bars = False
-    # The CPUs are Ray Data's own: the crew of this feed books none.
-    context.execution_options.exclude_resources = ExecutionResources()
+    # Small blocks keep results flowing: with Ray's own 128 MiB the store would wait for minutes of work at a time.
+    context.target_max_block_size = BLOCK_BYTES
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     shards = [{"shard": pickle.dumps(shard)} for shard in source.shards()]
     if not shards:
         return
     dataset = (
-        ray.data.from_items(shards, override_num_blocks=len(shards))
+        ray.data.from_items(shards, override_num_blocks=min(len(shards), MAX_INPUT_BLOCKS))
         .map_batches(
             PackShard(spec.base_lm, crew.store),
             batch_size=1,
@@ -148,7 +151,7 @@ def run_ray_data_feed(
         )
         .map_batches(
             EncodeWindows,
-            fn_constructor_args=(spec, [gistnet_ref]),
+            fn_constructor_args=(spec, crew.gistnet_refs),
             batch_size=config.windows_per_batch,
             batch_format="pyarrow",
             num_cpus=workers.num_cpus,

@@ -50,6 +50,7 @@ class StoreStatus:
     num_commits: int
     commit_ms_p50: float
     commit_ms_p99: float
+    """Of commits through the journal; 0 where blocks went straight into segments."""
     waiting_seal: str
     """Why sealing waits; empty when it does not."""
 
@@ -98,7 +99,9 @@ class TreeStore:
         started = time.perf_counter()
         spans = [span for batch in batches for span in batch]
         self._cut_abandoned(writer, spans)
-        ack = (self._bulk or writer).append(spans)
+        if self._bulk is not None:
+            return self._bulk.append(spans)
+        ack = writer.append(spans)
         self._latencies_ms.append((time.perf_counter() - started) * 1e3)
         return ack
 

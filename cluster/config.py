@@ -36,7 +36,8 @@ class RunConfig:
     """Name of the run, and of its folder. Empty: the job's default name. The same name resumes."""
 
     dir: Path = Path("runs")
-    """Folder of all runs; this one writes to `<dir>/<name>/`."""
+    """Folder of all runs; this one writes to `<dir>/<name>/`. A relative path starts at MEGACONTEXT_HOME when
+    that is set, at `~/megacontext` in a submitted job (whose own folder is temporary), else where you are."""
 
     def validate(self) -> None:
         _require(
@@ -50,8 +51,9 @@ class RayConfig:
     """The cluster a job runs on."""
 
     address: str = "auto"
-    """`auto`: the cluster of a submitted job or of RAY_ADDRESS, else an embedded one. `local`: always embedded.
-    Otherwise the address of a running cluster (`host:port` or `ray://host:port`)."""
+    """`auto`: the cluster of a submitted job or of RAY_ADDRESS, else an embedded one. `local`: always
+    embedded. Otherwise the address of a running cluster this machine is a node of (`host:port`), or of its
+    Ray Client server (`ray://host:port`)."""
 
     num_cpus: int = 0
     """CPUs of an embedded cluster; 0 takes all of the machine. Ignored on an existing cluster."""
@@ -69,7 +71,7 @@ class RayConfig:
         _require(self.num_cpus >= 0, f"ray.num_cpus={self.num_cpus} must be 0 (all) or more")
         _require(
             self.object_store_memory_mb >= 80,
-            f"ray.object_store_memory_mb={self.object_store_memory_mb} must be at least 80 (Ray's own minimum)",
+            f"ray.object_store_memory_mb={self.object_store_memory_mb} must be at least 80, Ray's own minimum",
         )
         _require(self.start_timeout_s > 0, "ray.start_timeout_s must be positive")
         _require(self.resource_timeout_s > 0, "ray.resource_timeout_s must be positive")
@@ -97,7 +99,8 @@ class CorpusConfig:
     """What to read."""
 
     paths: list[str] = field(default_factory=list)
-    """Files, folders or globs (`~` and `**` work). Folders are walked in sorted order."""
+    """Files, folders or globs (`~` and `**` work). Folders are walked in sorted order. `stdlib:` stands for the
+    sources of the running Python's standard library."""
 
     format: Literal["auto", "text", "jsonl", "parquet", "huggingface"] = "auto"
     """`auto` goes by file name: .jsonl/.ndjson, .parquet, anything else is text."""
@@ -105,22 +108,20 @@ class CorpusConfig:
     include: list[str] = field(default_factory=lambda: ["*"])
     """File-name globs a walked folder's files must match (any of them), for example `*.py`."""
 
-    exclude: list[str] = field(
-        default_factory=lambda: [".*", "__pycache__", "node_modules", "*.pyc", "*.so", "*.lock"]
-    )
+    exclude: list[str] = field(default_factory=lambda: [".*", "__pycache__", "node_modules", "*.pyc", "*.so", "*.lock"])
     """Globs of file or folder names that are left out of a walk."""
 
     text_column: str = "text"
     """Column of a JSON Lines, Parquet or Hugging Face row that holds the text."""
 
     uri_column: str = ""
-    """Column that names a row's document. Empty: `<file>#<row>`."""
+    """Column that names a row's document. Empty: `<file>#<byte offset>` (JSON Lines) or `<file>#<row>`."""
 
     max_document_bytes: int = 64 * 2**20
-    """Larger documents go to quarantine. In bytes of the raw text."""
+    """Larger documents go to quarantine. In bytes of the raw text (JSON Lines: of the whole line)."""
 
     dataset: str = ""
-    """Hugging Face dataset id (format `huggingface`; needs the `hub` extra and a network)."""
+    """Hugging Face dataset as `id` or `id:configuration` (format `huggingface`; needs the `hub` extra and network)."""
 
     dataset_split: str = "train"
     """Split of the Hugging Face dataset."""
@@ -145,7 +146,8 @@ class BaseLMConfig:
     """The language model whose memory this is. Frozen."""
 
     source: str = "smollm2-135m"
-    """`smollm2-135m` (the packaged GGUF), `tiny` (a small random model for tests), a local folder, or a hub id."""
+    """`smollm2-135m` (the packaged GGUF), `tiny` (a small random model for tests), a local folder, or a hub
+    id."""
 
     dtype: ComputeDtype = "auto"
     """Compute dtype. `auto` measures float32 against bfloat16 at start and takes what is faster and close."""
@@ -166,7 +168,8 @@ class GistNetConfig:
 
     kind: GistNetKind = "windowed"
     """`windowed`: embeddings and lower-layer states of the LM over the last 1,024 tokens. `block`: a small
-    transformer over 32 tokens alone. `constant`, `last_token`, `mean`: controls. Ignored when `path` is set."""
+    transformer over 32 tokens alone. `constant`, `last_token`, `mean`: controls. Ignored when `path` is
+    set."""
 
     path: str = ""
     """Folder of a saved GistNet (safetensors + config). Empty: an untrained one of `kind`."""
@@ -197,7 +200,7 @@ class StoreConfig:
     """The MegaContext Tree on disk."""
 
     root: Path = Path("data/store")
-    """Folder of the store. One store holds many contexts."""
+    """Folder of the store. One store holds many contexts. Relative paths: see run.dir."""
 
     context: str = "default"
     """Name of the context (one tree) in the store."""
@@ -208,13 +211,9 @@ class StoreConfig:
     segment_super_blocks: int = 32
     """Super-blocks (1,024 slots each) of one sealed segment: 32 is 32,768 slots, about 2.5 MB at d = 576."""
 
-    commit_interval_ms: float = 5.0
-    """Longest time a small streaming write waits for others to share its commit. 0 commits each at once."""
-
     def validate(self) -> None:
         _require(
-            bool(self.context) and all(c.isalnum() or c in "-_." for c in self.context)
-            and self.context[0] not in ".-",
+            bool(self.context) and all(c.isalnum() or c in "-_." for c in self.context) and self.context[0] not in ".-",
             f"store.context={self.context!r} may hold letters, digits, '-', '_' and '.', "
             "and starts with a letter, digit or '_'",
         )
@@ -222,7 +221,6 @@ class StoreConfig:
             self.segment_super_blocks >= 1 and self.segment_super_blocks & (self.segment_super_blocks - 1) == 0,
             f"store.segment_super_blocks={self.segment_super_blocks} must be a power of two",
         )
-        _require(self.commit_interval_ms >= 0, "store.commit_interval_ms must be 0 or more")
 
 
 @dataclass(frozen=True)
@@ -230,8 +228,8 @@ class CompactionConfig:
     """How documents become gists."""
 
     feed: Literal["auto", "actors", "ray_data"] = "auto"
-    """`actors`: plain actors with a bounded window, quick to start, for small or live input. `ray_data`: for bulk
-    corpora. `auto` picks by size and says so."""
+    """`actors`: plain actors with a bounded window, quick to start, for small or live input. `ray_data`: for
+    bulk corpora. `auto` picks by size and says so."""
 
     bulk_threshold_tokens: int = 3_000_000
     """With feed=auto, corpora estimated above this go through Ray Data (its start costs 15-30 s)."""
@@ -240,8 +238,8 @@ class CompactionConfig:
     """GistNet workers. On CPUs one worker with all threads is best; with GPUs take one a device."""
 
     threads_per_compactor: int = 0
-    """torch threads of a worker; 0 shares the cluster's CPUs out evenly. Results are bit-identical only at equal
-    thread counts."""
+    """torch threads of a worker; 0 shares the cluster's CPUs out evenly. Results are bit-identical only at
+    equal thread counts."""
 
     gpus_per_compactor: float = 0.0
     """GPUs of a worker; 0 computes on the CPU."""
@@ -253,8 +251,8 @@ class CompactionConfig:
     """Document windows (1,024 tokens each) of one call to a worker, and of one commit."""
 
     window_batch: int = 1
-    """Windows of one forward pass, always padded to this number so that results are bit-identical. 1 is best on
-    CPUs, 8-32 on GPUs."""
+    """Windows of one forward pass, always padded to this number so that results are bit-identical. 1 is best
+    on CPUs, 8-32 on GPUs."""
 
     def validate(self) -> None:
         _require(self.num_compactors >= 1, "compaction.num_compactors must be at least 1")
@@ -285,7 +283,7 @@ class ReadBackConfig:
         _require(self.num_samples >= 2, "read_back.num_samples must be at least 2 (for an error bar)")
         _require(
             self.history_tokens >= TOKENS_PER_BLOCK and self.history_tokens % TOKENS_PER_BLOCK == 0,
-            f"read_back.history_tokens={self.history_tokens} must be a positive multiple of {TOKENS_PER_BLOCK}",
+            f"read_back.history_tokens={self.history_tokens} must be a multiple of {TOKENS_PER_BLOCK}, not 0",
         )
         _require(self.horizon_tokens >= 1, "read_back.horizon_tokens must be at least 1")
 

@@ -73,16 +73,26 @@ class NodeMissingError(StorageError):
     """A node outside the pinned version was asked for."""
 
 
-class ResourceTimeoutError(MegaContextError):
-    """Ray did not give what was asked for in time; says what was requested and what there was."""
+class ResourceError(MegaContextError):
+    """The cluster cannot be reached, refused us, or can never give what is asked for."""
 
     exit_code = 6
+
+
+class ResourceTimeoutError(ResourceError):
+    """Ray did not give what was asked for in time; says what was requested and what there was."""
 
 
 class TrackingError(MegaContextError):
     """MLflow could not be reached or refused the run."""
 
     exit_code = 7
+
+
+class RunConflictError(MegaContextError):
+    """Another live process is writing the run's folder."""
+
+    exit_code = 8
 
 
 FATAL = (ConfigError, CorpusError, ModelError, StorageError)

@@ -12,11 +12,8 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import ray
-from cluster.ray_runtime import ray_session
-from cluster.run import JobRun
 
 from actors.crew import Crew, plan_workers
 from actors.feeds import PACKER_CPUS, run_actor_feed, run_ray_data_feed
@@ -27,6 +24,9 @@ from actors.tree_store import StoreStatus, TreeStoreSpec
 from cluster import metric_names as names
 from cluster.config import CompactJob
 from cluster.errors import WriterConflictError, is_recoverable
+from cluster.ray_runtime import ray_session
+from cluster.run import JobRun
+from cluster.tables import Table
 from pipelines.tree_report import TreeSize, level_rows, measure_tree, plot_growth
 from storage.contract import Ack, Version
 from storage.corpus import CorpusSource, QuarantinedItem, QuarantineTable, open_corpus, read_corpus
@@ -68,12 +68,15 @@ class CompactionResult:
 def run(job: CompactJob) -> None:
     """Compact a corpus into a context and leave a report."""
     source = open_corpus(job.corpus)
-    plan = prepare(job, source)
     with JobRun.start("compact", job) as job_run:
+        plan = prepare(job, source)
         result = compact(job, plan, source, job_run)
         tree = measure_tree(job.store)
-        report_compaction(job_run, result, tree)
-        job_run.finish(result_report(result, tree), compaction_tables(result, tree))
+        plot_growth(result.growth, tree, job_run.folder / "tree.png")
+        tables = compaction_tables(result, tree)
+        for table in tables:
+            table.show()
+        job_run.finish(result_report(result, tree), tables)
 
 
 def prepare(job: CompactJob, source: CorpusSource) -> CompactionPlan:
@@ -100,7 +103,6 @@ def compact(job: CompactJob, plan: CompactionPlan, source: CorpusSource, job_run
         QuarantineTable(job_run.folder / "quarantine.parquet") as quarantine,
         job_run.progress(estimate, "tokens", "compacting") as progress,
     ):
-        gistnet_ref = ray.put(plan.gistnet)
 
         def on_other(item: PackedItem) -> None:
             if isinstance(item, QuarantinedItem):
@@ -115,12 +117,13 @@ def compact(job: CompactJob, plan: CompactionPlan, source: CorpusSource, job_run
             result.new_blocks += ack.new_blocks
             result.new_tokens += ack.version.num_tokens - before
             progress.advance(ack.version.num_tokens - before)
+            job_run.log_metrics({names.TOKENS_TOTAL: ack.version.num_tokens}, step=ack.version.seq)
             result.growth.append((time.perf_counter() - started, ack.version.num_tokens, ack.version.level_counts))
 
         while True:
             result.skipped_documents = 0
             try:
-                _run_crew(job, plan, source, result, gistnet_ref, started, on_ack, on_other)
+                _run_crew(job, plan, source, result, started, on_ack, on_other)
                 break
             except Exception as error:
                 if result.num_restarts >= MAX_RESTARTS or not is_recoverable(error):
@@ -137,7 +140,6 @@ def _run_crew(
     plan: CompactionPlan,
     source: CorpusSource,
     result: CompactionResult,
-    gistnet_ref: ray.ObjectRef,
     started: float,
     on_ack: Callable[[Ack], None],
     on_other: Callable[[PackedItem], None],
@@ -149,7 +151,8 @@ def _run_crew(
         cpus = ray.cluster_resources().get("CPU", 1.0)
         workers = plan_workers(job.compaction, cpus, reserved_cpus=PACKER_CPUS if bulk else 0.0)
         folder = Store(job.store.root).folder(job.store.context)
-        crew.hire_follower(FollowerSpec(folder, job.store.context, 1), gistnet_ref)
+        crew.bring_gistnet(plan.gistnet)
+        crew.hire_follower(FollowerSpec(folder, job.store.context, 1))
 
         def acknowledged(ack: Ack) -> None:
             on_ack(ack)
@@ -158,9 +161,9 @@ def _run_crew(
         compactor = plan.compactor_spec(workers.threads, job.compaction.window_batch)
         if bulk:
             result.start_s = time.perf_counter() - started
-            run_ray_data_feed(crew, source, compactor, gistnet_ref, workers, job.compaction, acknowledged, on_other)
+            run_ray_data_feed(crew, source, compactor, workers, job.compaction, acknowledged, on_other)
         else:
-            crew.hire_compactors(compactor, gistnet_ref, workers)
+            crew.hire_compactors(compactor, workers)
             result.start_s = time.perf_counter() - started
             run_actor_feed(crew, read_corpus(source), plan.tokenizer, job.compaction, acknowledged, on_other)
         on_ack(crew.call(crew.store.flush.remote(), "making the last blocks durable"))
@@ -194,7 +197,7 @@ def result_report(result: CompactionResult, tree: TreeSize) -> dict[str, object]
         names.DOCUMENTS_TOTAL: tree.num_documents,
         names.DOCUMENTS_SKIPPED_TOTAL: result.skipped_documents,
         names.QUARANTINED_TOTAL: sum(result.quarantined.values()),
-        names.NODES_BY_LOD: list(tree.version.level_counts),
+        names.NODES_BY_LOD: {str(lod): tree.version.num_nodes(lod) for lod in range(tree.version.max_lod + 1)},
         names.BYTES_STORED: tree.stored_bytes,
         names.TOKENS_PER_S: result.tokens_per_s,
         names.WALL_SECONDS: result.wall_s,
@@ -212,15 +215,8 @@ def result_report(result: CompactionResult, tree: TreeSize) -> dict[str, object]
     }
 
 
-def report_compaction(job_run: JobRun, result: CompactionResult, tree: TreeSize) -> Path | None:
-    """Metrics to MLflow, and the picture of the tree's growth."""
-    numbers = {key: value for key, value in result_report(result, tree).items() if isinstance(value, int | float)}
-    job_run.log_metrics({key: float(value) for key, value in numbers.items()})
-    return plot_growth(result.growth, tree, job_run.folder)
-
-
-def compaction_tables(result: CompactionResult, tree: TreeSize) -> list[tuple[str, list[dict[str, object]]]]:
-    """The report's tables: (title, rows)."""
+def compaction_tables(result: CompactionResult, tree: TreeSize) -> list[Table]:
+    """The report's tables."""
     quarantine = ", ".join(f"{count} {reason}" for reason, count in result.quarantined.items()) or "none"
     run_rows: list[dict[str, object]] = [
         {"what": "new tokens", "value": f"{result.new_tokens:,}"},
@@ -234,9 +230,13 @@ def compaction_tables(result: CompactionResult, tree: TreeSize) -> list[tuple[st
     ]
     if result.status is not None:
         status = result.status
-        run_rows.append(
-            {"what": "commit latency", "value": f"p50 {status.commit_ms_p50:.1f} ms, p99 {status.commit_ms_p99:.1f} ms"}
-        )
+        if status.num_commits:
+            run_rows.append(
+                {
+                    "what": "commit latency",
+                    "value": f"p50 {status.commit_ms_p50:.1f} ms, p99 {status.commit_ms_p99:.1f} ms",
+                }
+            )
         if status.waiting_seal:
             run_rows.append({"what": "sealing waits", "value": status.waiting_seal})
-    return [("This run", run_rows), ("The tree", level_rows(tree))]
+    return [Table(run_rows, "This run"), Table(level_rows(tree), "The tree")]

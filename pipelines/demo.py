@@ -8,21 +8,17 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import torch
-from cluster.run import JobRun
-
 from actors.read_back import CONDITIONS, FULL, NONE, OWN, RECENT, SHUFFLED, ReadBackResult, read_back
 from cluster import metric_names as names
 from cluster.config import DemoJob, ReadBackConfig
-from cluster.plots import figure, save_figure
-from cluster.tables import print_table
+from cluster.plots import figure
+from cluster.run import JobRun
+from cluster.tables import Table
 from models.base_lm import BaseLM
-from pipelines.compact import compact, compaction_tables, prepare, report_compaction, result_report
-from pipelines.tree_report import encoding_rows, measure_tree
+from pipelines.compact import compact, compaction_tables, prepare, result_report
+from pipelines.tree_report import encoding_rows, measure_tree, plot_growth
 from storage.corpus import open_corpus
 from storage.store import Store
-
-Tables = list[tuple[str, list[dict[str, object]]]]
 
 DESCRIPTIONS = {
     FULL: "the raw history",
@@ -36,34 +32,32 @@ DESCRIPTIONS = {
 def run(job: DemoJob) -> None:
     """Compact, show, read back, report."""
     source = open_corpus(job.corpus)
-    plan = prepare(job, source)
     with JobRun.start("demo", job) as job_run:
+        plan = prepare(job, source)
         result = compact(job, plan, source, job_run)
         tree = measure_tree(job.store)
-        picture = report_compaction(job_run, result, tree)
-        tables: Tables = [
+        plot_growth(result.growth, tree, job_run.folder / "tree.png")
+        tables = [
             *compaction_tables(result, tree),
-            ("What made the gists", encoding_rows(tree.version.encoding)),
+            Table(encoding_rows(tree.version.encoding), "What made the gists"),
         ]
-        for title, rows in tables:
-            print_table(title, rows)
+        for table in tables:
+            table.show()
 
         lm = BaseLM.load(plan.base_lm)
         with (
             Store(job.store.root).open_reader(job.store.context) as reader,
             job_run.progress(job.read_back.num_samples, "places", "reading back") as progress,
         ):
-            torch.set_num_threads(max(torch.get_num_threads(), 1))
-            reading = read_back(lm, reader, job.read_back, on_place=lambda: progress.advance(1))
+            reading = read_back(lm, reader, job.read_back, on_place=progress.advance)
         trained = bool(job.gistnet.path)
-        tables.append((reading_title(job.read_back, reading, trained=trained), reading_rows(reading)))
-        print_table(*tables[-1])
-        plot_reading(reading, job_run.folder)
+        tables.append(Table(reading_rows(reading), reading_title(job.read_back, reading, trained=trained)))
+        tables[-1].show()
+        plot_reading(reading, job_run.folder / "read_back.png")
 
         numbers = reading_numbers(reading)
-        job_run.log_metrics(numbers)
         job_run.finish({**result_report(result, tree), **numbers, "gistnet_trained": trained}, tables)
-        where_to_look(job, job_run.folder, picture)
+        where_to_look(job, job_run)
 
 
 def reading_title(config: ReadBackConfig, reading: ReadBackResult, *, trained: bool) -> str:
@@ -115,30 +109,28 @@ def reading_numbers(reading: ReadBackResult) -> dict[str, float]:
     }
 
 
-def plot_reading(reading: ReadBackResult, folder: Path) -> Path:
-    """NLL by condition with error bars: `read_back.png`."""
-    fig, axes = figure(1, 1)
-    ax = axes[0]
+def plot_reading(reading: ReadBackResult, path: Path) -> None:
+    """NLL by condition with error bars."""
     estimates = [reading.estimate(condition) for condition in CONDITIONS]
-    ax.barh(
-        [DESCRIPTIONS[condition] for condition in CONDITIONS],
-        [estimate.mean for estimate in estimates],
-        xerr=[estimate.standard_error for estimate in estimates],
-        capsize=3,
-    )
-    ax.invert_yaxis()
-    ax.set(xlabel="NLL of the horizon, nats a token (lower is better)", title="What stands before the horizon")
-    return save_figure(fig, folder / "read_back.png")
+    with figure(path, "What stands before the horizon", size=(9.0, 3.6)) as axes:
+        axes.barh(
+            [DESCRIPTIONS[condition] for condition in CONDITIONS],
+            [estimate.mean for estimate in estimates],
+            xerr=[estimate.standard_error for estimate in estimates],
+            capsize=3,
+        )
+        axes.invert_yaxis()
+        axes.set(xlabel="NLL of the horizon, nats a token (lower is better)")
 
 
-def where_to_look(job: DemoJob, folder: Path, picture: Path | None) -> None:
+def where_to_look(job: DemoJob, job_run: JobRun) -> None:
     """The last lines of the demo: where everything is."""
-    tracking = job.tracking.uri or f"sqlite:///{job.run.dir}/mlflow.db"
+    folder = job_run.folder
     lines = [
-        f"report   {folder / 'report.md'}",
-        f"pictures {picture or folder / 'tree.png'}, {folder / 'read_back.png'}",
-        f"tree     python ray_job.py inspect --store.root {job.store.root} --store.context {job.store.context}",
+        f"report    {folder / 'report.md'}",
+        f"pictures  {folder / 'tree.png'}, {folder / 'read_back.png'}",
+        f"tree      python ray_job.py inspect --store.root {job.store.root} --store.context {job.store.context}",
     ]
-    if job.tracking.enabled:
-        lines.append(f"MLflow   .venv/bin/mlflow ui --backend-store-uri {tracking} --host 127.0.0.1")
+    if job_run.mlflow_command:
+        lines.append(f"MLflow    {job_run.mlflow_command}")
     sys.stdout.write("\n" + "\n".join(lines) + "\n")

@@ -13,7 +13,7 @@ from actors.compactor import GISTS
 from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.config import InspectJob
 from cluster.errors import ConfigError, IncompatibleTreeError
-from cluster.tables import print_table
+from cluster.tables import Table
 from models.tokenizer import Tokenizer
 from pipelines.tree_report import encoding_rows, human_bytes, level_rows, measure_tree
 from storage.contract import DocumentInfo, TreeReader
@@ -175,4 +175,4 @@ def _emit(job: InspectJob, report: dict[str, Any], tables: list[tuple[str, list[
         sys.stdout.write(json.dumps(report, indent=1, sort_keys=True) + "\n")
         return
     for title, rows in tables:
-        print_table(title, rows)
+        Table(rows, title).show()

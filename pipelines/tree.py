@@ -11,7 +11,6 @@ from dataclasses import asdict
 from typing import Any
 
 import ray
-from cluster.run import JobRun
 
 from actors.crew import Crew, plan_workers
 from actors.follower import FollowerSpec
@@ -23,7 +22,8 @@ from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.config import TreeRebuildGistsJob, TreeVerifyJob
 from cluster.errors import CorruptTreeError
 from cluster.ray_runtime import ray_session
-from cluster.tables import print_table
+from cluster.run import JobRun
+from cluster.tables import Table
 from pipelines.tree_report import encoding_rows, human_bytes, level_rows, measure_tree
 from storage.contract import TreeReader
 from storage.geometry import NO_TOKEN
@@ -46,7 +46,7 @@ def verify(job: TreeVerifyJob) -> None:
     if job.json:
         sys.stdout.write(json.dumps({"context": name, "ok": report.ok, **asdict(report)}, indent=1) + "\n")
     else:
-        print_table(f"Context {name}", _verify_rows(report))
+        Table(_verify_rows(report), f"Context {name}").show()
         for problem in report.problems[:SHOWN_PROBLEMS]:
             sys.stdout.write(f"  {problem}\n")
     if not report.ok:
@@ -84,11 +84,9 @@ def rebuild_gists(job: TreeRebuildGistsJob) -> None:
         with ray_session(job.ray), Crew(spec, job.ray) as crew:
             encoding_id, counts = crew.call(crew.store.begin_rebuild.remote(plan.encoding), "starting the rebuild")
             workers = plan_workers(job.compaction, ray.cluster_resources().get("CPU", 1.0))
-            gistnet_ref = ray.put(plan.gistnet)
-            crew.hire_follower(FollowerSpec(folder, job.store.context, 1, encoding_id), gistnet_ref)
-            crew.hire_compactors(
-                plan.compactor_spec(workers.threads, job.compaction.window_batch), gistnet_ref, workers
-            )
+            crew.bring_gistnet(plan.gistnet)
+            crew.hire_follower(FollowerSpec(folder, job.store.context, 1, encoding_id))
+            crew.hire_compactors(plan.compactor_spec(workers.threads, job.compaction.window_batch), workers)
             done = counts[0] if counts else 0
             with (
                 store.open_reader(job.store.context) as reader,
@@ -99,13 +97,16 @@ def rebuild_gists(job: TreeRebuildGistsJob) -> None:
             crew.finish_levels()
             version = crew.call(crew.store.activate_rebuild.remote(), "activating the new gists").version
         tree = measure_tree(job.store)
-        tables = [("The tree", level_rows(tree)), ("What made the gists", encoding_rows(version.encoding))]
-        for title, rows in tables:
-            print_table(title, rows)
+        tables = [
+            Table(level_rows(tree), "The tree"),
+            Table(encoding_rows(version.encoding), "What made the gists"),
+        ]
+        for table in tables:
+            table.show()
         job_run.finish(
             {
                 names.BLOCKS_TOTAL: version.num_blocks,
-                names.NODES_BY_LOD: list(version.level_counts),
+                names.NODES_BY_LOD: {str(lod): version.num_nodes(lod) for lod in range(version.max_lod + 1)},
                 names.BYTES_STORED: tree.stored_bytes,
                 "version": version.seq,
                 "gistnet": version.encoding.gistnet_id,
@@ -124,8 +125,8 @@ def _encode_again(crew: Crew, reader: TreeReader, done: int, job: TreeRebuildGis
         crew.call(ref, "storing rebuilt gists")
         advance(num_blocks)
 
-    for number, (first_block, windows) in enumerate(_stored_windows(reader, done, job.compaction.windows_per_batch)):
-        spans = crew.compactors[number % len(crew.compactors)].encode.remote(windows)
+    for first_block, windows in _stored_windows(reader, done, job.compaction.windows_per_batch):
+        spans = crew.encode(windows)
         num_blocks = sum(-(-len(window.tokens) // K) for window in windows)
         waiting.append((crew.store.put_spans.remote(first_block, spans), num_blocks))
         while len(waiting) >= limit:

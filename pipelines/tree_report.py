@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.config import StoreConfig
-from cluster.plots import figure, save_figure
+from cluster.plots import figure
 from storage import catalogue
 from storage.contract import Version
 from storage.journal import BLOCK_LAYOUT
@@ -102,29 +102,28 @@ def human_bytes(count: int) -> str:
     return f"{size:.1f} TiB"
 
 
-def plot_growth(growth: Growth, tree: TreeSize, folder: Path) -> Path | None:
-    """Tokens and nodes over time, and bytes by level: `tree.png`. None when nothing new was written."""
+def plot_growth(growth: Growth, tree: TreeSize, path: Path) -> None:
+    """Tokens and nodes over time, and bytes by level. Nothing is drawn when nothing was written."""
     if len(growth) < 2:
-        return None
-    fig, (left, right) = figure(1, 2)
-    seconds = [point[0] for point in growth]
-    left.plot(seconds, [point[1] for point in growth], label="tokens", color="black", linewidth=2)
-    for lod in range(1, tree.version.max_lod + 1):
-        nodes = [point[2][lod - 1] if lod <= len(point[2]) else 0 for point in growth]
-        left.step(seconds, nodes, where="post", label=f"LOD{lod} nodes")
-    left.set(yscale="log", xlabel="seconds", ylabel="count", title="The tree while it grew")
-    left.set_ylim(bottom=1)
-    left.legend(loc="lower right")
+        return
     lods = list(range(tree.version.max_lod + 1))
     sizes = [level_bytes(tree.version, lod) / 2**20 for lod in lods]
-    bars = right.barh([f"LOD{lod}" for lod in lods], sizes)
-    right.bar_label(
-        bars, [f" {tree.version.num_nodes(lod):,} nodes, {size:.2f} MiB" for lod, size in zip(lods, sizes, strict=True)]
-    )
-    right.set(xscale="log", xlabel="payload, MiB", title=f"Levels of context {tree.version.context!r}")
-    right.set_xlim(right=max(sizes) * 30)
-    right.invert_yaxis()
-    return save_figure(fig, folder / "tree.png")
+    title = f"Context {tree.version.context!r}: {tree.version.num_tokens:,} tokens"
+    with figure(path, title, num_columns=2, size=(12.0, 4.2)) as (left, right):
+        seconds = [point[0] for point in growth]
+        left.plot(seconds, [point[1] for point in growth], label="tokens", color="black", linewidth=2)
+        for lod in lods[1:]:
+            nodes = [point[2][lod - 1] if lod <= len(point[2]) else 0 for point in growth]
+            left.step(seconds, nodes, where="post", label=f"LOD{lod} nodes")
+        left.set(yscale="log", ylim=(1, None), xlabel="seconds", ylabel="count", title="Growth in this run")
+        left.legend(loc="lower right")
+        bars = right.barh([f"LOD{lod}" for lod in lods], sizes)
+        labels = [
+            f" {tree.version.num_nodes(lod):,} nodes, {human_bytes(level_bytes(tree.version, lod))}" for lod in lods
+        ]
+        right.bar_label(bars, labels)
+        right.set(xscale="log", xlim=(None, max(sizes) * 100), xlabel="payload, MiB", title="Levels")
+        right.invert_yaxis()
 
 
 def encoding_rows(encoding: Encoding) -> list[dict[str, object]]:

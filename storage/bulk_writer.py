@@ -7,11 +7,14 @@ at most one segment's worth of unacknowledged work, which the job's next run doe
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from storage.codec import Values
+from storage.accept import accept_spans
+from storage.codec import Values, encode_arrays
 from storage.contract import Ack, DocumentMark, DocumentMeta, SpanWrite, Version
+from storage.documents import OpenDocument
 from storage.reader import ContextReader
 from storage.writer import ContextWriter
 
@@ -23,45 +26,64 @@ class BulkWriter:
         """Write through `writer`, which this object then owns."""
         self._writer = writer
         self._pending: list[SpanWrite] = []
-        self._pending_blocks = 0
+        self._num_pending = 0
+        # Documents as they will be once what is pending is stored; those on disk are not repeated.
+        self._planned: dict[str, OpenDocument] = {}
 
     def version(self) -> Version:
         """The newest committed version."""
         return self._writer.version()
+
+    def append(self, spans: Sequence[SpanWrite], request_id: str = "") -> Ack:
+        """Gather spans, and store as many whole segments as they fill: one commit a segment.
+
+        What is stored or pending already is skipped. A span that is refused leaves nothing of its call behind. When a
+        commit fails, everything pending is dropped: it was never acknowledged, and `marks` say where to go on.
+        """
+        writer = self._writer
+        tip = writer.version().num_blocks + self._num_pending
+        accepted = accept_spans(spans, writer.name, tip, self._growing(), self._document)
+        # Encoded now: bad values are refused with their own call, and what waits takes the bytes it will have on disk.
+        specs = writer.encoding.arrays
+        encoded = [replace(s, arrays=encode_arrays(specs, s.arrays, s.num_blocks)) for s in accepted.spans]
+        self._pending += encoded
+        self._num_pending += accepted.num_blocks
+        self._planned.update({document.meta.key: document for document in accepted.documents})
+        new_blocks = 0
+        while self._num_pending >= self._room():
+            new_blocks += self._store(self._room(), request_id)
+        return Ack(writer.version(), new_blocks, accepted.skipped_blocks, pending_blocks=self._num_pending)
+
+    def _growing(self) -> OpenDocument | None:
+        growing = next((document for document in self._planned.values() if document.state == "open"), None)
+        stored = self._writer.open_document()
+        if growing is not None or stored is None or stored.key in self._planned:
+            return growing
+        return self._writer.document(stored.key)
+
+    def _document(self, key: str) -> OpenDocument | None:
+        planned = self._planned.get(key)
+        return planned.copy() if planned is not None else self._writer.document(key)
 
     def _room(self) -> int:
         """Blocks up to the next segment boundary."""
         size = self._writer.sealer.segment_nodes
         return size - self._writer.version().num_blocks % size
 
-    def append(self, spans: Sequence[SpanWrite], request_id: str = "") -> Ack:
-        """Gather spans; store as many whole segments as they fill. A span that is stored already is skipped at once."""
-        new_blocks = skipped = 0
-        for span in spans:
-            span.check()
-            mark = self._writer.marks([span.document.key]).get(span.document.key)
-            if mark is not None and span.first_block + span.num_blocks <= mark.num_blocks:
-                skipped += span.num_blocks
-                continue
-            rest: SpanWrite | None = span
-            while rest is not None:
-                room = self._room() - self._pending_blocks
-                head, rest = _split(rest, room)
-                self._pending.append(head)
-                self._pending_blocks += head.num_blocks
-                if self._pending_blocks == self._room():
-                    ack = self._store(request_id)
-                    new_blocks += ack.new_blocks
-                    skipped += ack.skipped_blocks
-        return Ack(self.version(), new_blocks, skipped, pending_blocks=self._pending_blocks)
-
-    def _store(self, request_id: str) -> Ack:
-        """Commit what is pending: as a segment when it is exactly one, through the journal otherwise."""
+    def _store(self, num_blocks: int, request_id: str) -> int:
+        """Commit the first pending blocks: as a segment when they are exactly one, through the journal otherwise."""
         size = self._writer.sealer.segment_nodes
-        direct = self._pending_blocks == size and self._writer.version().num_blocks % size == 0
-        pending, self._pending, self._pending_blocks = self._pending, [], 0
-        # When this fails the spans are dropped: they were never acknowledged, and the marks say where to go on.
-        return self._writer.append(pending, request_id, direct=direct)
+        direct = num_blocks == size and self._writer.version().num_blocks % size == 0
+        spans, rest = _split(self._pending, num_blocks)
+        try:
+            ack = self._writer.append(spans, request_id, direct=direct)
+        except BaseException:
+            self._pending, self._num_pending, self._planned = [], 0, {}
+            raise
+        self._pending, self._num_pending = rest, self._num_pending - num_blocks
+        keys = {span.document.key for span in rest}
+        self._planned = {key: document for key, document in self._planned.items() if key in keys}
+        return ack.new_blocks
 
     def append_tail(self, document: DocumentMeta, token_offset: int, tokens: np.ndarray) -> Ack:
         """Flush, then as `ContextWriter.append_tail`."""
@@ -91,7 +113,7 @@ class BulkWriter:
 
     def flush(self) -> Ack:
         """Commit what is pending through the journal, and seal what is full."""
-        new_blocks = self._store("flush").new_blocks if self._pending else 0
+        new_blocks = self._store(self._num_pending, "flush") if self._pending else 0
         return Ack(self._writer.flush().version, new_blocks)
 
     def close(self) -> None:
@@ -102,7 +124,13 @@ class BulkWriter:
             self._writer.close()
 
 
-def _split(span: SpanWrite, room: int) -> tuple[SpanWrite, SpanWrite | None]:
-    if span.num_blocks <= room:
-        return span, None
-    return span.part(0, room), span.part(room, span.num_blocks)
+def _split(spans: list[SpanWrite], num_blocks: int) -> tuple[list[SpanWrite], list[SpanWrite]]:
+    """The first `num_blocks` blocks, and the rest."""
+    head: list[SpanWrite] = []
+    for position, span in enumerate(spans):
+        if num_blocks < span.num_blocks:
+            cut = [span.part(0, num_blocks)] if num_blocks else []
+            return head + cut, [span.part(num_blocks, span.num_blocks), *spans[position + 1 :]]
+        head.append(span)
+        num_blocks -= span.num_blocks
+    return head, []

@@ -7,6 +7,7 @@ segments and the recent super-blocks change together or not at all.
 from __future__ import annotations
 
 import contextlib
+import os
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
@@ -107,14 +108,17 @@ def connect(folder: Path, *, read_only: bool) -> sqlite3.Connection:
     Raises:
         CorruptTreeError: the file is missing, not SQLite, or damaged.
         IncompatibleTreeError: the format is newer than this program.
+        StorageError: the folder is read-only and the last writer's log was never folded into the file.
     """
     path = folder / CATALOGUE_FILE
     if not path.exists():
         raise CorruptTreeError(f"{path} is missing: the context lost its catalogue. Restore it from a backup.")
-    mode = "ro" if read_only else "rw"
+    options = "mode=rw"
+    if read_only:
+        options = "mode=ro" + ("&immutable=1" if _is_frozen(path) else "")
     with translated(path):
         connection = sqlite3.connect(
-            f"file:{_quoted(path)}?mode={mode}",
+            f"file:{_quoted(path)}?{options}",
             uri=True,
             isolation_level=None,
             check_same_thread=False,
@@ -124,12 +128,40 @@ def connect(folder: Path, *, read_only: bool) -> sqlite3.Connection:
             if not read_only:
                 connection.execute("PRAGMA journal_mode=WAL")
                 connection.execute("PRAGMA synchronous=FULL")
-            row = connection.execute("SELECT value FROM meta WHERE key = 'format_version'").fetchone()
-            _check_format(path, int(row[0]), read_only, connection)
+            _check_format(path, _format_version(path, connection), read_only, connection)
         except BaseException:
             connection.close()
             raise
     return connection
+
+
+def _is_frozen(path: Path) -> bool:
+    """Whether the file can only be read as it is: SQLite reads a WAL database through a `-shm` file beside it, which
+    a read-only folder cannot take. Without a log there is nothing to miss and no writer to watch for.
+
+    Raises:
+        StorageError: there is a log that cannot be read without its `-shm` file.
+    """
+    log, shared_memory = Path(f"{path}-wal"), Path(f"{path}-shm")
+    if shared_memory.exists() or os.access(path.parent, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
+        return False
+    if log.exists() and log.stat().st_size > 0:
+        raise StorageError(
+            f"{path.parent} is read-only and holds commits that are not folded into {path.name} yet. Open the context "
+            "once for writing where that is possible (any `compact` into it), then copy it again."
+        )
+    return True
+
+
+def _format_version(path: Path, connection: sqlite3.Connection) -> int:
+    # An empty file is a valid, empty SQLite database: truncation shows as missing tables.
+    tables = {row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    row = None
+    if "meta" in tables:
+        row = connection.execute("SELECT value FROM meta WHERE key = 'format_version'").fetchone()
+    if row is None or not row[0].isdigit():
+        raise CorruptTreeError(f"{path} is no catalogue of a context, or was truncated. Restore it from a backup.")
+    return int(row[0])
 
 
 def _check_format(path: Path, found: int, read_only: bool, connection: sqlite3.Connection) -> None:
@@ -192,6 +224,8 @@ def translated(path: Path) -> Iterator[None]:
         raise StorageError(
             f"{path}: {text}. What was acknowledged before is safe. Check the disk and the file's permissions."
         ) from error
+    except sqlite3.ProgrammingError as error:
+        raise StorageError(f"{path}: {error}; open the context again") from error
     except sqlite3.DatabaseError as error:
         raise CorruptTreeError(
             f"{path} is damaged ({error}). Nothing was changed. Restore the file from a backup; sealed segments "

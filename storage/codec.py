@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from cluster.errors import InvalidWriteError
-from storage.schema import INT8_GROUP, ArraySpec
+from storage.schema import INT8_GROUP, ArraySpec, StoredArray
 
 Values = torch.Tensor | np.ndarray
 
@@ -31,13 +31,11 @@ def encode_arrays(specs: tuple[ArraySpec, ...], arrays: Mapping[str, Values], nu
     Raises:
         InvalidWriteError: a missing or surplus array, a wrong shape, or a value that is not finite once stored.
     """
+    check_names(specs, arrays)
     encoded: dict[str, np.ndarray] = {}
     for spec in specs:
-        if spec.name not in arrays:
-            raise InvalidWriteError(f"array {spec.name!r} is missing; got {sorted(arrays)}")
-        if all(_is_encoded(arrays.get(stored.name), stored.dtype) for stored in spec.stored()):
-            pieces = {stored.name: np.asarray(arrays[stored.name]) for stored in spec.stored()}
-        else:
+        pieces = encoded_pieces(spec, arrays)
+        if pieces is None:
             pieces = _encode(spec, arrays[spec.name])
         for stored in spec.stored():
             rows = num_nodes * stored.rows_per_node
@@ -47,8 +45,37 @@ def encode_arrays(specs: tuple[ArraySpec, ...], arrays: Mapping[str, Values], nu
                     f"array {stored.name!r} has shape {tuple(piece.shape)}; {num_nodes} nodes need "
                     f"({rows}, {stored.width})"
                 )
+            if not _all_finite(stored, piece):
+                raise InvalidWriteError(
+                    f"array {stored.name!r} holds values that are not finite; check the GistNet or store float32"
+                )
             encoded[stored.name] = np.ascontiguousarray(piece.reshape(rows, stored.width))
     return encoded
+
+
+def check_names(specs: tuple[ArraySpec, ...], arrays: Mapping[str, Values]) -> None:
+    """Refuse a write that lacks an array of the level, or brings one the level does not hold.
+
+    Raises:
+        InvalidWriteError: naming it.
+    """
+    for spec in specs:
+        if spec.name not in arrays:
+            raise InvalidWriteError(f"array {spec.name!r} is missing; got {sorted(arrays)}")
+    known = {stored.name for spec in specs for stored in spec.stored()}
+    if surplus := sorted(set(arrays) - known):
+        raise InvalidWriteError(f"the tree holds no array {surplus[0]!r}; it holds {', '.join(s.name for s in specs)}")
+
+
+def encoded_pieces(spec: ArraySpec, arrays: Mapping[str, Values]) -> dict[str, np.ndarray] | None:
+    """The stored arrays of `spec` when they were handed over encoded; None when they are floats still to encode."""
+    pieces: dict[str, np.ndarray] = {}
+    for stored in spec.stored():
+        values = arrays.get(stored.name)
+        if not isinstance(values, np.ndarray) or values.dtype != np.dtype(stored.dtype):
+            return None
+        pieces[stored.name] = values
+    return pieces
 
 
 def decode_array(spec: ArraySpec, pieces: Mapping[str, np.ndarray]) -> torch.Tensor:
@@ -67,14 +94,21 @@ def decode_array(spec: ArraySpec, pieces: Mapping[str, np.ndarray]) -> torch.Ten
     return values
 
 
-def _is_encoded(values: Values | None, dtype: str) -> bool:
-    return isinstance(values, np.ndarray) and values.dtype == np.dtype(dtype)
+def _all_finite(stored: StoredArray, values: np.ndarray) -> bool:
+    if stored.logical_dtype == "bfloat16":
+        # An exponent of all ones is infinity or NaN.
+        return not bool(((values & 0x7F80) == 0x7F80).any())
+    return values.dtype.kind != "f" or bool(np.isfinite(values).all())
 
 
 def _encode(spec: ArraySpec, values: Values) -> dict[str, np.ndarray]:
     tensor = torch.as_tensor(values).detach().to("cpu")
     if not tensor.is_floating_point():
         raise InvalidWriteError(f"array {spec.name!r} is {tensor.dtype}; expected floats or encoded {spec.dtype}")
+    if tensor.numel() % spec.width:
+        raise InvalidWriteError(
+            f"array {spec.name!r} has shape {tuple(tensor.shape)}; its vectors are {spec.width} wide"
+        )
     tensor = tensor.reshape(-1, spec.width)
     if spec.dtype == "int8":
         return _encode_int8(spec, tensor.float())

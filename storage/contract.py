@@ -7,6 +7,7 @@ put by a follower as their sibling groups complete. Readers are pinned to a `Ver
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
@@ -100,6 +101,8 @@ class SpanWrite:
         """
         where = f"document {self.document.key!r}, block {self.first_block}"
         counts = self.num_tokens
+        if self.first_block < 0:
+            raise InvalidWriteError(f"{where}: a document begins at block 0")
         if self.tokens.dtype != np.uint32 or self.tokens.shape != (len(counts), K):
             raise InvalidWriteError(
                 f"{where}: tokens are {self.tokens.dtype}{self.tokens.shape}, expected uint32({len(counts)}, {K})"
@@ -112,6 +115,13 @@ class SpanWrite:
         empty = np.arange(K) >= counts[:, None]
         if bool(((self.tokens == NO_TOKEN) != empty).any()):
             raise InvalidWriteError(f"{where}: unused slots, and only those, must hold NO_TOKEN")
+        for name, values in self.arrays.items():
+            num_rows = math.prod(values.shape[:-1])
+            if values.ndim < 2 or num_rows == 0 or num_rows % len(counts):
+                raise InvalidWriteError(
+                    f"{where}: array {name!r} has shape {tuple(values.shape)}, which does not share out to "
+                    f"{len(counts)} blocks"
+                )
 
 
 @dataclass(frozen=True)

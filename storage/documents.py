@@ -126,12 +126,16 @@ def update_document(db: sqlite3.Connection, branch_id: int, document: OpenDocume
     """Move a document's high-water mark, state and tail."""
     assert document.document_id is not None
     # A cut document keeps its span but not its key: the same text may come again, from its start.
-    key = f"{document.meta.key}#cut{document.document_id}" if document.state == "cut" else document.meta.key
+    key = document.meta.key + (_cut_suffix(document.document_id) if document.state == "cut" else "")
     db.execute(
         "UPDATE documents SET key = ?, num_blocks = ?, num_tokens = ?, state = ? WHERE document_id = ?",
         (key, document.num_blocks, document.num_tokens, document.state, document.document_id),
     )
     _set_tail(db, branch_id, document.document_id, document.tail)
+
+
+def _cut_suffix(document_id: int) -> str:
+    return f"#cut{document_id}"
 
 
 def _set_tail(db: sqlite3.Connection, branch_id: int, document_id: int, tail: np.ndarray) -> None:
@@ -170,6 +174,7 @@ def _info(document: OpenDocument) -> DocumentInfo:
 
 
 def _document(row: tuple) -> OpenDocument:
-    meta = DocumentMeta(row[1], row[2], row[3], row[4], row[5], tuple(json.loads(row[6])))
+    key = row[1].removesuffix(_cut_suffix(row[0])) if row[10] == "cut" else row[1]
+    meta = DocumentMeta(key, row[2], row[3], row[4], row[5], tuple(json.loads(row[6])))
     tail = np.frombuffer(row[11], "<u4") if row[11] is not None else np.empty(0, np.uint32)
     return OpenDocument(row[0], meta, row[7], row[8], row[9], row[10], tail)

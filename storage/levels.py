@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sqlite3
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ import numpy as np
 
 from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.errors import InvalidWriteError, OutOfOrderError
-from storage.codec import Values, encode_arrays
+from storage.codec import Values, check_names, encode_arrays
 from storage.journal import Level
 from storage.schema import Encoding
 
@@ -72,13 +73,20 @@ def stored_prefix(
         arrays: by name, `(nodes * rows_per_node, width)`.
 
     Raises:
-        InvalidWriteError: an array is missing.
+        InvalidWriteError: an array is missing or has another width, a negative node.
         OutOfOrderError: a gap, or children that are not complete.
     """
+    check_names(encoding.arrays, arrays)
+    if first < 0:
+        raise InvalidWriteError(f"LOD{lod} has no node {first}")
     leading = encoding.arrays[0]
-    if leading.name not in arrays:
-        raise InvalidWriteError(f"array {leading.name!r} is missing; got {sorted(arrays)}")
-    num_nodes = arrays[leading.name].reshape(-1, leading.width).shape[0] // leading.rows_per_node
+    size = math.prod(arrays[leading.name].shape)
+    num_nodes, left_over = divmod(size, leading.rows_per_node * leading.width)
+    if left_over:
+        raise InvalidWriteError(
+            f"array {leading.name!r} has shape {tuple(arrays[leading.name].shape)}; a node is "
+            f"({leading.rows_per_node}, {leading.width})"
+        )
     have = counts[lod - 1] if lod <= len(counts) else 0
     if first > have:
         raise OutOfOrderError(f"LOD{lod} has {have} nodes; the write starts at {first}. Send those between first.")

@@ -14,11 +14,11 @@ import torch
 from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.errors import InvalidWriteError, NodeMissingError
 from storage.accept import accept_spans, accept_tail, ended_document
-from storage.codec import Values
+from storage.codec import Values, check_names, decode_array, encoded_pieces
 from storage.contract import Ack, DocumentInfo, DocumentMark, DocumentMeta, SpanWrite, Tail, Version
 from storage.documents import OpenDocument
 from storage.levels import stored_prefix
-from storage.schema import Encoding
+from storage.schema import ArraySpec, Encoding
 
 _Level = dict[str, list[torch.Tensor]]
 
@@ -123,7 +123,8 @@ class MemoryTree:
     def reader(self) -> MemoryReader:
         """A reader pinned to the newest version."""
         documents = [*self._cut, *self._documents.values()]
-        return MemoryReader(self._version, self._blocks[:], self._levels, documents, self._open)
+        tail = Tail(self._open.meta, self._open.tail) if self._open and len(self._open.tail) else None
+        return MemoryReader(self, self._blocks[:], self._levels, documents, tail)
 
     def close(self) -> None:
         """Nothing to give up; the tree stays readable."""
@@ -134,14 +135,15 @@ class MemoryReader:
 
     def __init__(
         self,
-        version: Version,
+        tree: MemoryTree,
         blocks: list[dict[str, np.ndarray]],
         levels: list[_Level],
         documents: list[OpenDocument],
-        open_document: OpenDocument | None,
+        tail: Tail | None,
     ) -> None:
-        """Pin a version; made by `MemoryTree.reader`."""
-        self._version = version
+        """Pin the newest version; made by `MemoryTree.reader`."""
+        self._tree = tree
+        self._version = tree.version()
         self._columns = {
             name: np.concatenate([run[name] for run in blocks]) if blocks else np.empty((0, width), dtype)
             for name, width, dtype in (
@@ -154,7 +156,7 @@ class MemoryReader:
         self._joined: dict[tuple[str, int], torch.Tensor] = {}
         infos = [DocumentInfo(d.meta, d.first_block, d.num_blocks, d.num_tokens, d.state) for d in documents]
         self._documents = sorted((i for i in infos if i.num_blocks), key=lambda info: info.first_block)
-        self._tail = Tail(open_document.meta, open_document.tail) if open_document and len(open_document.tail) else None
+        self._tail = tail
 
     @property
     def version(self) -> Version:
@@ -183,7 +185,8 @@ class MemoryReader:
         spec = self._version.encoding.spec(name)
         if lod < 1:
             raise NodeMissingError(f"LOD{lod} holds no array {name!r}; arrays begin at LOD1, tokens are LOD0")
-        wanted = np.asarray(indices, np.int64).reshape(-1)
+        # torch takes no negative strides, so a reversed view is copied.
+        wanted = np.ascontiguousarray(indices, np.int64).reshape(-1)
         if len(wanted) == 0:
             return torch.empty(0, spec.rows_per_node, spec.width)
         self._check(f"LOD{lod} nodes", int(wanted.min()), int(wanted.max()), self._version.num_nodes(lod))
@@ -213,20 +216,24 @@ class MemoryReader:
         return next(d for d in self._documents if d.first_block <= block < d.first_block + d.num_blocks)
 
     def tail(self) -> Tail | None:
-        """The open document's tail when the reader was made."""
-        return self._tail
+        """The open document's unfilled tail, when this version is still the newest (`TreeReader.tail`)."""
+        return self._tail if self._tree.version() == self._version else None
 
     def close(self) -> None:
         """Let go of the tensors."""
         self._joined.clear()
 
 
+def _decoded(spec: ArraySpec, pieces: Mapping[str, np.ndarray]) -> torch.Tensor:
+    return decode_array(spec, {name: piece.copy() for name, piece in pieces.items()})
+
+
 def _checked(encoding: Encoding, arrays: Mapping[str, Values], num_nodes: int) -> dict[str, torch.Tensor]:
+    check_names(encoding.arrays, arrays)
     checked = {}
     for spec in encoding.arrays:
-        if spec.name not in arrays:
-            raise InvalidWriteError(f"array {spec.name!r} is missing; got {sorted(arrays)}")
-        values = torch.as_tensor(arrays[spec.name])
+        pieces = encoded_pieces(spec, arrays)
+        values = torch.as_tensor(arrays[spec.name]) if pieces is None else _decoded(spec, pieces)
         if not values.is_floating_point() or values.numel() != num_nodes * spec.rows_per_node * spec.width:
             raise InvalidWriteError(
                 f"array {spec.name!r} is {values.dtype}{tuple(values.shape)}; {num_nodes} nodes need floats of "

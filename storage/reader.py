@@ -25,6 +25,7 @@ from storage.codec import decode_array
 from storage.contract import DocumentInfo, Tail, Version
 from storage.documents import document_info_at, document_infos, open_document
 from storage.journal import Level, Run
+from storage.levels import level_counts
 from storage.schema import ArraySpec, Encoding, StoredArray
 from storage.sealing import SEGMENT_FOLDER, array_spec
 from storage.segment import SegmentArray
@@ -128,10 +129,12 @@ class _StoredNodes:
             return out
         self._check(int(indices.min()), 1)
         self._check(int(indices.max()), 1)
+        # `_copy_from` may refresh the list while we go by positions in it.
+        extents = self._extents
         positions = np.searchsorted(self._starts, indices, side="right") - 1
         for position in np.unique(positions):
             chosen = np.flatnonzero(positions == position)
-            extent = self._extents[position] if position >= 0 else None
+            extent = extents[position] if position >= 0 else None
             sealed = np.zeros(len(chosen), bool)
             if extent is not None:
                 sealed = indices[chosen] < extent.first + extent.count
@@ -147,7 +150,15 @@ class _StoredNodes:
 class ContextReader:
     """Implements `TreeReader` on disk. Cheap to open; use one a thread."""
 
-    def __init__(self, folder: Path, name: str, branch: str = "main", seq: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        branch: str = "main",
+        seq: int | None = None,
+        *,
+        encoding_id: int | None = None,
+    ) -> None:
         """Pin a version.
 
         Args:
@@ -155,6 +166,7 @@ class ContextReader:
             name: the context's name.
             branch: whose tip to pin.
             seq: pin this version instead of the newest.
+            encoding_id: read this encoding, which may be under construction, with the levels it has by now.
 
         Raises:
             StorageError: no such branch or version.
@@ -168,6 +180,9 @@ class ContextReader:
                 catalogue.snapshot(self._connection) as db,
             ):
                 self._branch_id, self._encoding_id, self._version = _load_version(db, name, branch, seq)
+                if encoding_id is not None and encoding_id != self._encoding_id:
+                    self._version = _with_encoding(db, self._version, self._branch_id, encoding_id)
+                    self._encoding_id = encoding_id
         except BaseException:
             self._connection.close()
             raise
@@ -259,7 +274,8 @@ class ContextReader:
     def read_group(self, name: str, lod: int, group: int) -> torch.Tensor:
         """A sibling group (`TreeReader.read_group`)."""
         first = group * K
-        return self._consecutive(name, lod, first, min(K, self._version.num_nodes(lod) - first))
+        # A group without a node is asked for as one node, and so refused as missing.
+        return self._consecutive(name, lod, first, max(1, min(K, self._version.num_nodes(lod) - first)))
 
     def documents(self) -> list[DocumentInfo]:
         """The version's documents in timeline order (`TreeReader.documents`)."""
@@ -335,3 +351,11 @@ def _load_version(db: sqlite3.Connection, name: str, branch: str, seq: int | Non
     counts = tuple(json.loads(commit[3]))
     version = Version(name, branch, wanted, Encoding.from_json(commit[1]), commit[2], counts)
     return branch_id, commit[0], version
+
+
+def _with_encoding(db: sqlite3.Connection, version: Version, branch_id: int, encoding_id: int) -> Version:
+    row = db.execute("SELECT body FROM encodings WHERE encoding_id = ?", (encoding_id,)).fetchone()
+    if row is None:
+        raise StorageError(f"context {version.context!r} has no encoding {encoding_id}")
+    counts = level_counts(db, branch_id, encoding_id)
+    return replace(version, encoding=Encoding.from_json(row[0]), level_counts=counts)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
+import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cluster.errors import DiskFullError, StorageError
+from cluster.errors import DiskFullError, StaleWriterError, StorageError
 from storage import catalogue, journal, sealing
 from storage.levels import level_counts, sealed_nodes
 from storage.schema import Encoding
@@ -37,6 +39,7 @@ class Sealer:
         self.error: StorageError | None = None
         self._writer = writer
         self._write_file = write_file
+        self._num_written = 0
         self._one_at_a_time = threading.Lock()
         self._wake = threading.Condition()
         # True at first: a dead writer may have left full segments unsealed.
@@ -65,7 +68,8 @@ class Sealer:
                 self._wake.notify()
 
     def seal(self) -> None:
-        """Seal every full segment before returning.
+        """Seal every full segment before returning. Not to be called with the writer's lock held: the sealing thread
+        takes it last.
 
         Raises:
             DiskFullError, StorageError: the disk refused; the journal still holds everything.
@@ -75,20 +79,34 @@ class Sealer:
                 pass
         self.error = None
 
-    def write_segment(self, parts: list[sealing.Part]) -> sealing.SealedSegment:
-        """Write a segment's files; the caller records it.
+    @contextlib.contextmanager
+    def written(self, parts: list[sealing.Part]) -> Iterator[sealing.SealedSegment]:
+        """A segment whose files are on disk, for the caller to record in a commit inside the `with`.
+
+        When that commit is known to have failed, the files are removed. Any other error may come after the commit
+        reached the disk, so the files stay: the next writer's recovery knows. Names are never used twice.
 
         Raises:
             DiskFullError, StorageError: the disk refused; nothing is left behind.
         """
+        sealed = self._write(parts)
+        try:
+            yield sealed
+        except (DiskFullError, StaleWriterError):
+            shutil.rmtree(self._writer.folder / sealing.SEGMENT_FOLDER / sealed.folder_name, ignore_errors=True)
+            raise
+
+    def _write(self, parts: list[sealing.Part]) -> sealing.SealedSegment:
         writer = self._writer
+        self._num_written += 1
+        tag = f"w{writer.epoch}-{self._num_written}"
         attributes = {
             "context": writer.name,
             "branch": writer.version().branch,
             "encoding_id": parts[-1].level.encoding_id,
         }
         try:
-            return sealing.write(writer.folder, writer.epoch, parts, attributes, self._write_file)
+            return sealing.write(writer.folder, tag, parts, attributes, self._write_file)
         except OSError as error:
             if error.errno in {errno.ENOSPC, errno.EDQUOT}:
                 raise DiskFullError(
@@ -111,11 +129,18 @@ class Sealer:
                 if self.error is None:
                     logger.warning("context %s: sealing waits: %s", self._writer.name, error)
                 self.error = error
+            except Exception as error:
+                # A dead thread would let the journal grow without a word.
+                logger.exception("context %s: sealing failed", self._writer.name)
+                self.error = StorageError(f"sealing of context {self._writer.name!r} failed: {error!r}")
             if self._stopping:
                 return
 
-    def _full_levels(self) -> list[tuple[journal.Level, int]]:
-        """Levels of which the journal holds a whole segment, with its first node; at most one segment's worth."""
+    def _full_levels(self) -> list[tuple[journal.Level, int, int]]:
+        """`(level, first node, nodes)` of the next segment: one level, or the tokens with their gists; else nothing.
+
+        Segments end at multiples of `segment_nodes`, also when an earlier writer had another segment size.
+        """
         writer, db = self._writer, self._writer.connection
         num_blocks = writer.version().num_blocks
         base = journal.block_level(writer.branch_id)
@@ -126,24 +151,27 @@ class Sealer:
             for lod, count in enumerate(level_counts(db, writer.branch_id, encoding_id), start=1):
                 if lod > 1 or encoding_id != writer.encoding_id:
                     levels.append((journal.gist_level(writer.branch_id, encoding_id, encoding, lod), count))
-        sealed = [(level, sealed_nodes(db, level), count) for level, count in levels]
-        full = [(level, first) for level, first, count in sealed if count - first >= self.segment_nodes]
+        full = []
+        for level, count in levels:
+            first = sealed_nodes(db, level)
+            size = self.segment_nodes - first % self.segment_nodes
+            if count - first >= size:
+                full.append((level, first, size))
         # Tokens and their gists share a segment unless a rebuild left one of them behind.
-        together = len(full) > 1 and full[0][0] is base and full[1][0] is gists and full[0][1] == full[1][1]
+        together = len(full) > 1 and full[0][0] is base and full[1][0] is gists and full[0][1:] == full[1][1:]
         return full[:2] if together else full[:1]
 
     def _seal_once(self) -> bool:
-        writer, size = self._writer, self.segment_nodes
+        writer = self._writer
         with writer.lock, catalogue.translated(writer.folder / catalogue.CATALOGUE_FILE):
             parts = [
                 sealing.Part(level, first, size, journal.read_range(writer.connection, level, first, size))
-                for level, first in self._full_levels()
+                for level, first, size in self._full_levels()
             ]
         if not parts:
             return False
         # Files are written without the lock: commits go on meanwhile.
-        sealed = self.write_segment(parts)
-        with writer.lock, writer.commit() as db:
+        with self.written(parts) as sealed, writer.lock, writer.commit() as db:
             sealed.record(db)
             for part in parts:
                 journal.delete_range(db, part.level, part.first, part.count)

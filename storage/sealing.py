@@ -20,6 +20,12 @@ from storage.segment import SegmentArraySpec, write_segment
 SEGMENT_FOLDER = "segments"
 
 
+def is_ours(folder_name: str) -> bool:
+    """Whether a folder in `segments` was made by sealing: a segment, or its temporary name. Others are left alone."""
+    name = folder_name.removeprefix(".")
+    return name.startswith("lod") and (name.endswith(".zarr") or ".zarr.tmp-" in name)
+
+
 @dataclass(frozen=True)
 class Part:
     """Nodes of one level that go into a segment; counts are multiples of 32."""
@@ -71,12 +77,13 @@ class SealedSegment:
 
 def write(
     context_folder: Path,
-    epoch: int,
+    tag: str,
     parts: list[Part],
     attributes: Mapping[str, Any],
     write_file: Callable[[Path, bytes], None] | None = None,
 ) -> SealedSegment:
-    """Write parts as one durable segment. The writer's epoch in the name keeps a fenced writer's file apart.
+    """Write parts as one durable segment. `tag` makes its name unique: the writer's epoch keeps a fenced writer's
+    files apart, a count the writer's own attempts.
 
     Raises:
         OSError: the disk refused; nothing is left behind.
@@ -84,7 +91,7 @@ def write(
     head = parts[0]
     lods = "-".join(str(part.level.lod) for part in parts)
     encoding_id = parts[-1].level.encoding_id
-    name = f"lod{lods}_branch{head.level.branch_id}_enc{encoding_id}_{head.first:010d}_{head.count}_w{epoch}.zarr"
+    name = f"lod{lods}_branch{head.level.branch_id}_enc{encoding_id}_{head.first:010d}_{head.count}_{tag}.zarr"
     specs, arrays = [], {}
     for part in parts:
         for stored in part.level.layout:

@@ -11,7 +11,6 @@ touched.
 from __future__ import annotations
 
 import json
-import mmap
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -21,8 +20,9 @@ from typing import Any
 
 import google_crc32c
 import numpy as np
+import torch
 
-from cluster.errors import CorruptTreeError
+from cluster.errors import CorruptTreeError, StorageError
 
 CRC_BYTES = 4
 _ZARR_DTYPES = {
@@ -193,35 +193,40 @@ class SegmentArray:
 
         Raises:
             CorruptTreeError: the file is missing, has another size, or its index is not what was written.
+            StorageError: it cannot be read.
         """
         self.spec = spec
         self.path = segment_folder / spec.shard_file
         try:
-            with self.path.open("rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                # A map of a truncated file would kill the process with SIGBUS on touch.
-                if size != spec.file_bytes:
-                    raise CorruptTreeError(
-                        f"segment file {self.path} has {size} bytes, expected {spec.file_bytes}: it was truncated or "
-                        "overwritten. Restore it from a backup."
-                    )
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            size = self.path.stat().st_size
+            # A map of a truncated file would kill the process with SIGBUS on touch.
+            if size != spec.file_bytes:
+                raise CorruptTreeError(
+                    f"segment file {self.path} has {size} bytes, expected {spec.file_bytes}: it was truncated or "
+                    "overwritten. Restore it from a backup."
+                )
+            # Unlike Python's `mmap`, torch keeps no descriptor open; 10 M tokens are 1,500 maps and more.
+            mapped = torch.from_file(str(self.path), shared=False, size=size, dtype=torch.uint8).numpy()
         except FileNotFoundError as error:
             raise CorruptTreeError(
                 f"segment file {self.path} is missing. Restore the segment folder from a backup."
             ) from error
+        except (OSError, RuntimeError) as error:
+            raise StorageError(f"segment file {self.path} cannot be read: {error}") from error
+        mapped.flags.writeable = False
+        self._bytes = mapped
         index_start = spec.num_chunks * spec.stride
-        if self._map[index_start:] != _index_bytes(spec):
+        if self._bytes[index_start:].tobytes() != _index_bytes(spec):
             raise CorruptTreeError(f"segment file {self.path}: the shard index is damaged. Restore it from a backup.")
         itemsize = np.dtype(spec.dtype).itemsize
         # (num_chunks, chunk_rows, width): every chunk, skipping the checksums between them.
         self._chunks = np.ndarray(
             (spec.num_chunks, spec.chunk_rows, max(spec.width, 1)),
             spec.dtype,
-            self._map,
+            self._bytes,
             strides=(spec.stride, max(spec.width, 1) * itemsize, itemsize),
         )
-        self._payload = np.ndarray((spec.num_chunks, spec.chunk_bytes), np.uint8, self._map, strides=(spec.stride, 1))
+        self._payload = np.ndarray((spec.num_chunks, spec.chunk_bytes), np.uint8, self._bytes, strides=(spec.stride, 1))
         self._verified = bytearray(spec.num_chunks)
 
     def verify_chunk(self, chunk: int) -> None:
@@ -231,7 +236,7 @@ class SegmentArray:
             CorruptTreeError: naming the file and the rows that are damaged.
         """
         start = chunk * self.spec.stride + self.spec.chunk_bytes
-        expected = int.from_bytes(self._map[start : start + CRC_BYTES], "little")
+        expected = int.from_bytes(self._bytes[start : start + CRC_BYTES].tobytes(), "little")
         if google_crc32c.value(self._payload[chunk].tobytes()) != expected:
             rows = self.spec.chunk_rows
             raise CorruptTreeError(
@@ -252,8 +257,9 @@ class SegmentArray:
         for touched in range(chunk, last + 1):
             if not self._verified[touched]:
                 self.verify_chunk(touched)
+        # The checksums between chunks make `reshape` copy.
         whole = self._chunks[chunk : last + 1].reshape(-1, max(self.spec.width, 1))
-        return whole[offset : offset + count].copy()
+        return whole[offset : offset + count]
 
     def gather(self, rows: np.ndarray, span: int) -> np.ndarray:
         """Copy of `span` rows from each start in `rows` (all inside one chunk): `(len(rows), span, width)`."""

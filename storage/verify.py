@@ -52,41 +52,49 @@ def verify_context(folder: Path, name: str) -> VerifyReport:
     """
     report = VerifyReport()
     with contextlib.closing(catalogue.connect(folder, read_only=True)) as db:
-        with catalogue.translated(folder / catalogue.CATALOGUE_FILE):
-            found = [row[0] for row in db.execute("PRAGMA integrity_check(20)")]
-        report.problems += [f"{folder / catalogue.CATALOGUE_FILE}: {line}" for line in found if line != "ok"]
+        try:
+            with catalogue.translated(folder / catalogue.CATALOGUE_FILE):
+                found = [row[0] for row in db.execute("PRAGMA integrity_check(20)")]
+            report.problems += [f"{folder / catalogue.CATALOGUE_FILE}: {line}" for line in found if line != "ok"]
+        except CorruptTreeError as error:
+            report.problems.append(str(error))
         if report.problems:
             return report
-        _check_segments(db, folder, report)
-        for branch_id, branch in db.execute("SELECT branch_id, name FROM branches").fetchall():
-            _check_levels(db, folder, branch_id, report)
-            if report.ok:
-                _check_timeline(folder, name, branch, report)
+        # One snapshot: a writer that commits and seals meanwhile is no damage.
+        with catalogue.translated(folder / catalogue.CATALOGUE_FILE), catalogue.snapshot(db):
+            _check_segments(db, folder, report)
+            branches = db.execute("SELECT branch_id, name, head_seq FROM branches").fetchall()
+            for branch_id, _, head in branches:
+                _check_levels(db, folder, branch_id, head, report)
+        for _, branch, head in branches if report.ok else ():
+            _check_timeline(folder, name, branch, head, report)
     return report
 
 
 def _check_segments(db: sqlite3.Connection, folder: Path, report: VerifyReport) -> None:
-    known = set()
     for segment_folder, stored_bytes, manifest in db.execute("SELECT folder, stored_bytes, manifest FROM segments"):
         report.num_segments += 1
         report.num_bytes += stored_bytes
-        known.add(segment_folder)
         report.problems += check_manifest(folder / SEGMENT_FOLDER / segment_folder, json.loads(manifest))
 
 
-def _check_levels(db: sqlite3.Connection, folder: Path, branch_id: int, report: VerifyReport) -> None:
-    """Coverage and checksums of each level, by the extents and journal rows that hold it."""
+def _check_levels(db: sqlite3.Connection, folder: Path, branch_id: int, head: int, report: VerifyReport) -> None:
+    """Coverage and checksums of each level, by the extents and journal rows that hold it; counts of version `head`."""
     encodings = {row[0]: Encoding.from_json(row[1]) for row in db.execute("SELECT encoding_id, body FROM encodings")}
     held = db.execute(
         "SELECT encoding_id, lod FROM extents WHERE branch_id = ? UNION SELECT encoding_id, lod FROM journal "
         "WHERE branch_id = ? ORDER BY encoding_id, lod",
         (branch_id, branch_id),
     ).fetchall()
+    stored_counts: dict[tuple[int, int], int] = {}
     for encoding_id, lod in held:
         if encoding_id == journal.BLOCKS:
             level = journal.block_level(branch_id)
-        else:
+        elif encoding_id in encodings:
             level = journal.gist_level(branch_id, encoding_id, encodings[encoding_id], lod)
+        else:
+            report.problems.append(f"LOD{lod}: nodes of encoding {encoding_id}, which the catalogue does not describe")
+            continue
         ranges = _check_extents(db, folder, level, report) + _check_rows(db, level, report)
         expected = 0
         for first, count, where in sorted(ranges):
@@ -97,28 +105,19 @@ def _check_levels(db: sqlite3.Connection, folder: Path, branch_id: int, report: 
                     f"{fault}, before {where}"
                 )
             expected = max(expected, first + count)
-    counts = db.execute(
-        "SELECT c.level_counts, b.encoding_id FROM branches b JOIN commits c ON c.seq = b.head_seq "
-        "WHERE b.branch_id = ?",
-        (branch_id,),
-    ).fetchone()
-    _check_counts(db, branch_id, counts[1], json.loads(counts[0]), report)
-
-
-def _check_counts(
-    db: sqlite3.Connection, branch_id: int, encoding_id: int, counts: list[int], report: VerifyReport
-) -> None:
-    levels = [(journal.BLOCKS, 0, counts[0] if counts else 0)]
-    levels += [(encoding_id, lod, count) for lod, count in enumerate(counts, start=1)]
-    for owner, lod, count in levels:
-        stored = db.execute(
-            "SELECT "
-            "(SELECT coalesce(sum(count), 0) FROM extents WHERE branch_id = ?1 AND encoding_id = ?2 AND lod = ?3) "
-            "+ (SELECT coalesce(sum(count), 0) FROM journal WHERE branch_id = ?1 AND encoding_id = ?2 AND lod = ?3)",
-            (branch_id, owner, lod),
-        ).fetchone()[0]
-        if stored != count:
-            report.problems.append(f"LOD{lod}: the newest version has {count} nodes, {stored} are stored")
+        stored_counts[encoding_id, lod] = sum(count for _, count, _ in ranges)
+    commit = db.execute("SELECT level_counts, encoding_id FROM commits WHERE seq = ?", (head,)).fetchone()
+    if commit is None:
+        report.problems.append(f"branch {branch_id} points at version {head}, which is not there")
+        return
+    counts = json.loads(commit[0])
+    promised = {(journal.BLOCKS, 0): counts[0] if counts else 0}
+    promised |= {(commit[1], lod): count for lod, count in enumerate(counts, start=1)}
+    levels = promised.keys() | {key for key in stored_counts if key[0] == commit[1]}
+    for key in sorted(levels):
+        promise, stored = promised.get(key, 0), stored_counts.get(key, 0)
+        if stored != promise:
+            report.problems.append(f"LOD{key[1]}: the newest version has {promise} nodes, {stored} are stored")
 
 
 def _check_extents(
@@ -134,7 +133,7 @@ def _check_extents(
         for stored in level.layout:
             try:
                 array = SegmentArray(folder / SEGMENT_FOLDER / segment, array_spec(level, stored, count))
-            except CorruptTreeError as error:
+            except StorageError as error:
                 report.problems.append(f"LOD{level.lod} nodes {first}-{first + count - 1}: {error}")
                 continue
             for chunk in range(array.spec.num_chunks):
@@ -163,10 +162,10 @@ def _check_rows(db: sqlite3.Connection, level: Level, report: VerifyReport) -> l
     return ranges
 
 
-def _check_timeline(folder: Path, name: str, branch: str, report: VerifyReport) -> None:
+def _check_timeline(folder: Path, name: str, branch: str, head: int, report: VerifyReport) -> None:
     """Tokens, counts, prefix sums and documents against each other."""
     try:
-        with ContextReader(folder, name, branch) as reader:
+        with ContextReader(folder, name, branch, head) as reader:
             version = reader.version
             report.num_blocks = version.num_blocks
             total = 0
@@ -184,9 +183,18 @@ def _check_timeline(folder: Path, name: str, branch: str, report: VerifyReport) 
                 total += int(counts.sum(dtype=np.int64))
             if total != version.num_tokens:
                 report.problems.append(f"the version says {version.num_tokens} tokens, {total} are stored")
+            documents = reader.documents()
+            starts = np.array([document.first_block for document in documents], np.int64)
+            sizes = np.array([document.num_blocks for document in documents], np.int64)
+            counted = reader.tokens_before(starts + sizes) - reader.tokens_before(starts)
             expected_block = 0
-            for document in reader.documents():
+            for document, num_tokens in zip(documents, counted, strict=True):
                 report.num_documents += 1
+                if document.num_tokens != num_tokens:
+                    report.problems.append(
+                        f"document {document.meta.key!r} says {document.num_tokens} tokens, its blocks hold "
+                        f"{num_tokens}"
+                    )
                 if document.first_block != expected_block:
                     report.problems.append(
                         f"document {document.meta.key!r} begins at block {document.first_block}, "

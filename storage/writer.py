@@ -129,10 +129,11 @@ class ContextWriter:
         """Remove what a dead writer left half-made: temporary folders and segments no catalogue row names."""
         segments = self.folder / sealing.SEGMENT_FOLDER
         segments.mkdir(exist_ok=True)
-        known = {row[0] for row in self.connection.execute("SELECT folder FROM segments")}
-        orphans = [path for path in segments.iterdir() if path.name not in known]
+        with catalogue.translated(self._catalogue_path):
+            known = {row[0] for row in self.connection.execute("SELECT folder FROM segments")}
+        orphans = [path for path in segments.iterdir() if path.name not in known and sealing.is_ours(path.name)]
         for path in orphans:
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)
         if orphans:
             logger.warning(
                 "context %s: removed %d segment folder(s) of an interrupted sealing; their data is in the journal",
@@ -153,14 +154,15 @@ class ContextWriter:
         """The document that is still growing."""
         return self._open.meta if self._open else None
 
-    def _find_document(self, key: str) -> OpenDocument | None:
-        with catalogue.translated(self._catalogue_path):
+    def document(self, key: str) -> OpenDocument | None:
+        """A copy of what is stored of a document, with its tail."""
+        with self.lock, catalogue.translated(self._catalogue_path):
             return find_document(self.connection, self.branch_id, key)
 
     def marks(self, keys: Sequence[str]) -> dict[str, DocumentMark]:
         """High-water marks of those documents that are known."""
         with self.lock:
-            found = ((key, self._find_document(key)) for key in keys)
+            found = ((key, self.document(key)) for key in keys)
             return {key: document.mark() for key, document in found if document is not None}
 
     def reader(self) -> ContextReader:
@@ -224,8 +226,11 @@ class ContextWriter:
             direct: write the blocks as a segment at once instead of through the journal. They must fill exactly
                 one segment from its boundary on, as `BulkWriter` arranges.
         """
-        with self.lock:
-            accepted = accept_spans(spans, self.name, self._version.num_blocks, self._open, self._find_document)
+        if direct:
+            # Segments hold a prefix of a level, so what waits in the journal goes first.
+            self.sealer.seal()
+        with self.lock, contextlib.ExitStack() as stack:
+            accepted = accept_spans(spans, self.name, self._version.num_blocks, self._open, self.document)
             if not accepted.spans:
                 return Ack(self._version, skipped_blocks=accepted.skipped_blocks)
             first = self._version.num_blocks
@@ -236,16 +241,9 @@ class ContextWriter:
             level = journal.gist_level(self.branch_id, self.encoding_id, self.encoding, 1)
             sealed = None
             if direct:
-                if sealed_nodes(self.connection, base) < first:
-                    self.sealer.seal()
-                if first % self.sealer.segment_nodes or count != self.sealer.segment_nodes:
-                    raise InvalidWriteError(
-                        f"a direct write must fill one segment of {self.sealer.segment_nodes} blocks; "
-                        f"got {count} at {first}"
-                    )
-                sealed = self.sealer.write_segment(
-                    [sealing.Part(base, first, count, blocks), sealing.Part(level, first, count, gists)]
-                )
+                self._check_direct(first, count, (base, level))
+                parts = [sealing.Part(base, first, count, blocks), sealing.Part(level, first, count, gists)]
+                sealed = stack.enter_context(self.sealer.written(parts))
             num_tokens = self._version.num_tokens + int(blocks["num_tokens"].sum(dtype=np.int64))
             with self.commit() as db:
                 for document in accepted.documents:
@@ -265,10 +263,19 @@ class ContextWriter:
             self.sealer.notify(first, count)
             return Ack(version, new_blocks=count, skipped_blocks=accepted.skipped_blocks)
 
+    def _check_direct(self, first: int, count: int, levels: Sequence[journal.Level]) -> None:
+        size = self.sealer.segment_nodes
+        with catalogue.translated(self._catalogue_path):
+            num_sealed = [sealed_nodes(self.connection, level) for level in levels]
+        if first % size or count != size or any(sealed != first for sealed in num_sealed):
+            raise InvalidWriteError(
+                f"a direct write must fill one segment of {size} blocks behind the sealed ones; got {count} at {first}"
+            )
+
     def append_tail(self, document: DocumentMeta, token_offset: int, tokens: np.ndarray) -> Ack:
         """Make raw tokens of the open document durable before their blocks are full (`TreeWriter.append_tail`)."""
         with self.lock:
-            known = self._find_document(document.key)
+            known = self.document(document.key)
             target = accept_tail(document, token_offset, tokens, self.name, self._version.num_blocks, self._open, known)
             if target is None:
                 return Ack(self._version)
@@ -347,21 +354,29 @@ class ContextWriter:
 
 def _take_lock(folder: Path, name: str) -> IO[str]:
     """The context's lock file, held until closed; the kernel frees it when the process dies, however it dies."""
-    file = (folder / LOCK_FILE).open("a+")
+    try:
+        file = (folder / LOCK_FILE).open("a+")
+    except OSError as error:
+        raise StorageError(f"cannot write to context {name!r}: {error}. Check the folder's permissions.") from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except BlockingIOError as error:
         file.close()
         raise WriterConflictError(
             f"context {name!r} is being written by another process ({_describe_owner(folder)}). A context has one "
             "writer: wait for that job, stop it, or write to another context with --store.context."
         ) from error
+    except OSError as error:
+        file.close()
+        raise StorageError(
+            f"cannot lock {folder / LOCK_FILE}: {error}. Keep the store on a file system that has locks."
+        ) from error
     return file
 
 
 def _describe_owner(folder: Path) -> str:
-    connection = catalogue.connect(folder, read_only=True)
-    try:
+    with (
+        contextlib.closing(catalogue.connect(folder, read_only=True)) as connection,
+        catalogue.translated(folder / catalogue.CATALOGUE_FILE),
+    ):
         return str(connection.execute("SELECT owner FROM writer").fetchone()[0])
-    finally:
-        connection.close()

@@ -1,0 +1,383 @@
+"""One adapter over Hugging Face causal LMs: embeddings at explicit positions in, logits, NLL or states out.
+
+Shapes: B rows, T entries of a call, S entries in all (cached ones included), D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Float32, Int64
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers.cache_utils import DynamicCache
+
+from cluster.config import BaseLMConfig
+from cluster.errors import ModelError
+from models.dtype_choice import PROBE_TEXT, PROBE_TOKENS, DtypeChoice, measure_dtypes
+from models.kv_cache import KVCache
+from models.model_conversion import quiet_transformers
+from models.model_files import TOKENIZER_FILE, ModelFiles, resolve_model
+from models.positions import Positions
+from models.rotary import install_rotary_override
+from models.tokenizer import Tokenizer
+
+logger = logging.getLogger("megacontext.models")
+
+HEAD_CHUNK_ENTRIES = 256
+"""Entries whose logits exist at one time in `nll`: 50 MB in float32 at a vocabulary of 49,152."""
+
+IGNORED_TARGET = -100
+
+AnyPositions = Int64[Tensor, "B T"] | Positions
+AnyMask = Bool[Tensor, "B S"] | Int64[Tensor, "B S"] | Bool[Tensor, "B 1 T S"] | Float[Tensor, "B 1 T S"]
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class _EnoughLayers(Exception):
+    """Ends a forward whose remaining layers nobody asked for."""
+
+
+class BaseLM:
+    """A frozen causal language model. Not for concurrent calls: explicit positions are set on the model.
+
+    Gradients flow to the embeddings that are put in (never to the weights) unless the caller turns them off.
+    """
+
+    def __init__(self, model: Any, files: ModelFiles, *, has_head: bool) -> None:
+        """Wrap a loaded model; use `load`."""
+        self.files = files
+        self.model_id = files.model_id
+        self.digest = files.digest
+        self.hidden_size = files.hidden_size
+        self.vocab_size = files.vocab_size
+        self.trained_context = files.trained_context
+        self.has_head = has_head
+        self.dtype_choice: DtypeChoice | None = None
+        """The measurement behind `dtype`, where it was `auto`."""
+
+        self._model = model
+        self._stack: Any = model.get_decoder() if has_head else model
+        layers = getattr(self._stack, "layers", None)
+        if not isinstance(layers, nn.ModuleList):
+            raise ModelError(f"{files.model_id} ({type(model).__name__}) is not built like Llama: no stack of layers")
+        self._layers = layers
+        self._head: nn.Module | None = model.get_output_embeddings() if has_head else None
+        self._rotary = install_rotary_override(self._stack, self.model_id)
+
+    @classmethod
+    def load(cls, config: BaseLMConfig, *, num_layers: int | None = None) -> BaseLM:
+        """Load a model, converting it first where needed.
+
+        Args:
+            num_layers: load only the embeddings and this many of the lowest layers (no head): all that a
+                compaction worker needs. None: everything.
+
+        Raises:
+            ModelError: a missing or damaged model, an unsupported architecture, a device that is not there,
+                more layers than the model has.
+        """
+        files = resolve_model(config)
+        device = _device(config.device)
+        if num_layers is not None and not 0 <= num_layers <= files.num_layers:
+            raise ModelError(f"{files.model_id} has {files.num_layers} layers; {num_layers} were asked for")
+        if config.dtype != "auto":
+            return cls._load(files, num_layers, _DTYPES[config.dtype], device)
+        lm = cls._load(files, num_layers, torch.float32, device)
+        probe_ids = Tokenizer(files.folder / TOKENIZER_FILE).encode(PROBE_TEXT)[:PROBE_TOKENS]
+        choice = measure_dtypes(lm, torch.from_numpy(probe_ids.astype("int64"))[None].to(device))
+        if choice.dtype == "float32":
+            lm = cls._load(files, num_layers, torch.float32, device)
+        lm.dtype_choice = choice
+        logger.info("%s computes in %s", files.model_id, choice)
+        return lm
+
+    @classmethod
+    def _load(cls, files: ModelFiles, num_layers: int | None, dtype: torch.dtype, device: torch.device) -> BaseLM:
+        # SDPA takes boolean masks and is exact; other attention kernels are not always installed.
+        options: dict[str, Any] = {"dtype": dtype, "attn_implementation": "sdpa", "use_safetensors": True}
+        try:
+            with quiet_transformers():
+                if num_layers is None:
+                    model: Any = AutoModelForCausalLM.from_pretrained(files.folder, **options)
+                else:
+                    truncated = AutoConfig.from_pretrained(files.folder)
+                    truncated.num_hidden_layers = num_layers
+                    if getattr(truncated, "layer_types", None):
+                        truncated.layer_types = truncated.layer_types[:num_layers]
+                    model = AutoModel.from_pretrained(files.folder, config=truncated, **options)
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            raise ModelError(
+                f"the model in {files.folder} cannot be loaded ({type(error).__name__}: {error}); if it is a "
+                "converted one, delete the folder and run again"
+            ) from error
+        model.eval().requires_grad_(False).to(device)
+        lm = cls(model, files, has_head=num_layers is None)
+        if lm.has_head:
+            lm._require_plain_head()
+        return lm
+
+    @property
+    def num_layers(self) -> int:
+        """Layers loaded."""
+        return len(self._layers)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Compute dtype, also of the embeddings."""
+        return self._embedding.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._embedding.weight.device
+
+    @functools.cached_property
+    def tokenizer_digest(self) -> str:
+        """sha256 hex of the model's tokenizer."""
+        return Tokenizer(self.files.folder / TOKENIZER_FILE).digest
+
+    @property
+    def _embedding(self) -> nn.Embedding:
+        return self._stack.get_input_embeddings()
+
+    def cast_parameters(self, dtype: torch.dtype) -> None:
+        """Convert the weights in place. The rotary frequencies (buffers) must stay float32."""
+        for parameter in self._model.parameters():
+            parameter.data = parameter.data.to(dtype)
+
+    def embed(self, ids: Int64[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
+        """Embeddings of token ids, in the model's dtype."""
+        return self._embedding(ids)
+
+    def new_cache(self) -> KVCache:
+        """An empty KV cache for `logits`."""
+        return KVCache(DynamicCache())
+
+    def logits(
+        self,
+        embeds: Float[Tensor, "B T D"],
+        *,
+        positions: AnyPositions | None = None,
+        attention_mask: AnyMask | None = None,
+        cache: KVCache | None = None,
+        last_only: bool = False,
+    ) -> Float[Tensor, "B T V"]:
+        """Next-token logits in the model's dtype, (B, T, V), or (B, 1, V) of the last entry with `last_only`.
+
+        Args:
+            embeds: embeddings of tokens, gists, or anything between.
+            positions: int64 token indices, or `Positions`. None: 0, 1, 2, … (continuing the cache's).
+            attention_mask: (B, S) with 1 for entries that may be seen and 0 for padding, on top of causality;
+                or (B, 1, T, S), boolean (True: may be seen) or additive, which replaces causality.
+            cache: read and extended in place. Incremental calls give what one full call gives.
+
+        Raises:
+            ModelError: wrong shapes, no head loaded, or positions the architecture does not take.
+        """
+        hidden = self._run(embeds, positions, attention_mask, cache)
+        return self._require_head()(hidden[:, -1:] if last_only else hidden)
+
+    def nll(
+        self,
+        embeds: Float[Tensor, "B T D"],
+        targets: Int64[Tensor, "B T"],
+        *,
+        positions: AnyPositions | None = None,
+        attention_mask: AnyMask | None = None,
+        start: int = 0,
+    ) -> Float32[Tensor, "B T_scored"]:
+        """Negative log-likelihood in nats of each target, (B, T - start) float32.
+
+        Args:
+            targets: `targets[:, t]` is the id predicted AT entry t, that is the token that comes after it:
+                for a raw sequence `ids`, embed `ids[:, :-1]` and give `ids[:, 1:]`. -100 is not scored and
+                gives 0.
+            start: first entry that is scored; the ones before it are only read.
+
+        Raises:
+            ModelError: as `logits`.
+        """
+        if targets.shape != embeds.shape[:2]:
+            raise ModelError(f"targets {tuple(targets.shape)} must be (B, T) of embeds {tuple(embeds.shape)}")
+        head = self._require_head()
+        hidden = self._run(embeds, positions, attention_mask, None)[:, start:]
+        targets = targets[:, start:]
+
+        def score(hidden_chunk: Tensor, target_chunk: Tensor) -> Tensor:
+            # Not F.cross_entropy: its float32 sum over a large vocabulary is off by up to 1e-4 nats, all in
+            # one direction; logsumexp's is good to 1e-6.
+            logits = head(hidden_chunk).float()  # (B, chunk, V)
+            ignored = target_chunk == IGNORED_TARGET
+            chosen = logits.gather(-1, target_chunk.masked_fill(ignored, 0)[..., None])[..., 0]
+            return (logits.logsumexp(-1) - chosen).masked_fill(ignored, 0.0)
+
+        chunks = []
+        for first in range(0, hidden.shape[1], HEAD_CHUNK_ENTRIES):
+            part = slice(first, first + HEAD_CHUNK_ENTRIES)
+            if hidden.requires_grad:  # or the backward pass would keep every chunk's logits
+                chunk = checkpoint(score, hidden[:, part], targets[:, part], use_reentrant=False)
+                assert isinstance(chunk, Tensor)
+                chunks.append(chunk)
+            else:
+                chunks.append(score(hidden[:, part], targets[:, part]))
+        return torch.cat(chunks, dim=1) if chunks else hidden.new_zeros(targets.shape, dtype=torch.float32)
+
+    def hidden_states(
+        self,
+        embeds: Float[Tensor, "B T D"],
+        layers: Sequence[int],
+        *,
+        positions: AnyPositions | None = None,
+        attention_mask: AnyMask | None = None,
+    ) -> dict[int, Float[Tensor, "B T D"]]:
+        """States after n layers for each n in `layers` (0: the embeddings), before any final norm.
+
+        The forward pass ends after the highest one asked for.
+
+        Raises:
+            ModelError: a layer that is not loaded, or as `logits`.
+        """
+        unknown = [n for n in layers if not 0 <= n <= self.num_layers]
+        if unknown or not layers:
+            raise ModelError(
+                f"hidden states after layers {list(layers)} were asked for; {self.model_id} is loaded with "
+                f"{self.num_layers} of {self.files.num_layers} layers"
+            )
+        states: dict[int, Tensor] = {}
+        top = max(layers)
+        if 0 in layers:
+            states[0] = embeds.to(self.dtype)
+        if top == 0:
+            return states
+
+        def keep(num_layers: int) -> Callable[[nn.Module, Any, Any], None]:
+            def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+                states[num_layers] = output[0] if isinstance(output, tuple) else output
+                if num_layers == top:
+                    raise _EnoughLayers
+
+            return hook
+
+        handles = [self._layers[n - 1].register_forward_hook(keep(n)) for n in set(layers) if n > 0]
+        try:
+            self._run(embeds, positions, attention_mask, None)
+        except _EnoughLayers:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+        return states
+
+    def _run(
+        self,
+        embeds: Tensor,
+        positions: AnyPositions | None,
+        attention_mask: AnyMask | None,
+        cache: KVCache | None,
+    ) -> Tensor:
+        """The stack's output after its final norm, (B, T, D)."""
+        if embeds.dim() != 3 or embeds.shape[-1] != self.hidden_size:
+            raise ModelError(f"embeds must be (B, T, {self.hidden_size}), not {tuple(embeds.shape)}")
+        with self._at(positions, embeds, cache):
+            output = self._stack(
+                inputs_embeds=embeds.to(self.dtype),
+                attention_mask=self._mask(attention_mask, embeds.shape[1], cache),
+                past_key_values=None if cache is None else cache.layers,
+                use_cache=cache is not None,
+            )
+        return output.last_hidden_state
+
+    def _at(
+        self, positions: AnyPositions | None, embeds: Tensor, cache: KVCache | None
+    ) -> contextlib.AbstractContextManager[None]:
+        """The rotary override of one call."""
+        if isinstance(positions, Tensor):
+            positions = Positions.of_tokens(positions)
+        if positions is None:
+            if cache is not None:
+                cache.origin(None, embeds.shape[0], embeds.device)
+            return contextlib.nullcontext()
+        if isinstance(self._rotary, ModelError):
+            raise self._rotary
+        positions = positions.to(embeds.device)
+        half_tokens = positions.half_tokens
+        if half_tokens.shape != embeds.shape[:2]:
+            raise ModelError(f"positions {tuple(half_tokens.shape)} must be (B, T) of {tuple(embeds.shape)}")
+        origin = half_tokens.amin(dim=1)
+        if cache is not None:
+            origin = cache.origin(positions, embeds.shape[0], embeds.device)
+        return self._rotary.using(*self._rotary.phases(positions, origin, self.dtype))
+
+    def _mask(self, mask: AnyMask | None, num_entries: int, cache: KVCache | None) -> Tensor | None:
+        if mask is None:
+            return None
+        num_seen = num_entries + (cache.num_entries if cache is not None else 0)
+        expected = (num_seen,) if mask.dim() == 2 else (1, num_entries, num_seen)
+        if mask.dim() not in {2, 4} or tuple(mask.shape[1:]) != expected:
+            raise ModelError(
+                f"attention_mask {tuple(mask.shape)} must be (B, {num_seen}) or (B, 1, {num_entries}, {num_seen})"
+            )
+        if mask.dim() == 4 and mask.dtype != torch.bool:
+            mask = mask.to(self.dtype)
+        return mask.to(self.device)
+
+    def _require_head(self) -> nn.Module:
+        if self._head is None:
+            raise ModelError(
+                f"{self.model_id} was loaded with its {self.num_layers} lowest layers only and predicts nothing; "
+                "load it without num_layers"
+            )
+        return self._head
+
+    def _require_plain_head(self) -> None:
+        """Refuse models that change logits after the head (soft caps, scales): `nll` would not."""
+        seen: list[Tensor] = []
+        handle = self._require_head().register_forward_hook(lambda *call: seen.append(call[2]))
+        try:
+            with torch.inference_mode():
+                ids = torch.arange(2, device=self.device)[None]
+                logits = self._model(inputs_embeds=self.embed(ids)).logits
+        finally:
+            handle.remove()
+        if len(seen) != 1 or not torch.equal(seen[0], logits):
+            raise ModelError(
+                f"{self.model_id} ({type(self._model).__name__}) does not take its logits straight from its head; "
+                "such models are not supported"
+            )
+
+
+def choose_dtype(config: BaseLMConfig, *, num_layers: int | None = None) -> DtypeChoice:
+    """Measure which dtype `config.source` should compute in here, whatever `config.dtype` says.
+
+    A driver decides once and gives `dataclasses.replace(config, dtype=choice.dtype)` to its workers: each of
+    them measuring for itself could choose differently, and gists of two dtypes are not bit-identical.
+
+    Raises:
+        ModelError: as `BaseLM.load`.
+    """
+    choice = BaseLM.load(dataclasses.replace(config, dtype="auto"), num_layers=num_layers).dtype_choice
+    assert choice is not None
+    return choice
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ModelError(f"base_lm.device={name!r} is no device; give auto, cpu or cuda[:n]") from error
+    if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
+        raise ModelError(
+            f"base_lm.device={name!r}: torch sees {torch.cuda.device_count()} CUDA devices here; use cpu or auto"
+        )
+    return device

@@ -1,0 +1,22 @@
+"""The door: `python ray_job.py <job> [--config F] [--section.key value ...]`.
+
+Run here, or on a cluster by `ray job submit --working-dir . -- python ray_job.py <job> ...`: the same line.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from cluster.cli import Job, main
+from cluster.config import CompactJob, DemoJob, InspectJob, TreeRebuildGistsJob, TreeVerifyJob
+
+JOBS = (
+    Job("demo", DemoJob, "pipelines.demo:run"),
+    Job("compact", CompactJob, "pipelines.compact:run"),
+    Job("inspect", InspectJob, "pipelines.inspect:run"),
+    Job("tree verify", TreeVerifyJob, "pipelines.tree:verify"),
+    Job("tree rebuild-gists", TreeRebuildGistsJob, "pipelines.tree:rebuild_gists"),
+)
+
+if __name__ == "__main__":
+    sys.exit(main(JOBS))

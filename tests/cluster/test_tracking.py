@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import socket
+import time
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from cluster.config import TrackingConfig
+from cluster.errors import TrackingError
+from cluster.tracking import MLflowTracker, NoTracker, open_tracker
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+def test_disabled_is_no_tracker(run_dir: Path) -> None:
+    assert isinstance(open_tracker(TrackingConfig(enabled=False), run_dir, "x", {}, {}), NoTracker)
+
+
+def test_opening_is_quiet_and_takes_any_number_and_length_of_parameters(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    params = {f"key.{index}": index for index in range(250)} | {"long": "x" * 10_000, "paths": ["a", "b"]}
+    tracker = open_tracker(TrackingConfig(experiment="own"), run_dir, "many", params, {"a": "b"})
+    assert isinstance(tracker, MLflowTracker)
+    tracker.log_metrics({"fine": 1.0, "nan": float("nan"), "inf": float("inf")})
+    tracker.close("FINISHED")
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == ""
+    run = MlflowClient(tracking_uri=tracker.uri).get_run(tracker.run_id)
+    assert len(run.data.params) == 252
+    assert run.data.params["key.249"] == "249"
+    assert run.data.params["paths"] == '["a", "b"]'
+    assert len(run.data.params["long"]) == 6000
+    assert run.data.metrics == {"fine": 1.0}
+    assert run.data.tags["a"] == "b"
+
+
+def test_logging_does_not_wait_and_close_does(run_dir: Path) -> None:
+    tracker = MLflowTracker(TrackingConfig(), run_dir, "speed", {}, {})
+    write = tracker._client.log_batch
+
+    def slow(*args: object, **kwargs: object) -> None:
+        time.sleep(0.05)
+        write(*args, **kwargs)  # type: ignore[arg-type]
+
+    tracker._client.log_batch = slow  # type: ignore[method-assign]
+    started = time.monotonic()
+    for step in range(20):
+        tracker.log_metrics({"x": float(step)}, step)
+    assert time.monotonic() - started < 0.5, "20 writes take a second"
+    tracker.close("FINISHED")
+    history = MlflowClient(tracking_uri=tracker.uri).get_metric_history(tracker.run_id, "x")
+    assert [point.value for point in history] == [float(step) for step in range(20)]
+
+
+def test_a_server_lost_on_the_way_costs_one_warning(run_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tracker = MLflowTracker(TrackingConfig(), run_dir, "lost", {}, {})
+    calls = []
+
+    def gone(*_: object, **__: object) -> None:
+        calls.append(1)
+        raise ConnectionError("connection refused")
+
+    tracker._client.log_batch = gone  # type: ignore[method-assign]
+    for step in range(10):
+        tracker.log_metrics({"x": 1.0}, step)
+    tracker.close("FINISHED")
+    assert len(calls) == 1, "what waits behind a failure is given up"
+    assert [record.message for record in caplog.records if "was lost" in record.message] == [
+        f"MLflow at {tracker.uri} was lost, and with it the rest of this run there: connection refused"
+    ]
+
+
+def test_a_server_that_never_answers_is_given_up(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        started = time.monotonic()
+        with pytest.raises(TrackingError, match="cannot be used"):
+            MLflowTracker(TrackingConfig(uri=uri), run_dir, "x", {}, {})
+        assert time.monotonic() - started < 10
+
+
+def test_an_impossible_uri_is_a_tracking_error(run_dir: Path) -> None:
+    with pytest.raises(TrackingError, match="nonsense://x cannot be used"):
+        MLflowTracker(TrackingConfig(uri="nonsense://x"), run_dir, "x", {}, {})

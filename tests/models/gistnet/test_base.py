@@ -1,0 +1,244 @@
+from __future__ import annotations
+
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+
+from cluster.config import GistNetKind
+from cluster.errors import ModelError
+from models.gistnet import BlockGistNet, GistNet, GistNetSpec, WindowedGistNet
+from models.gistnet.base import last_of_sub_spans, masked, rms_normalised
+from tests.models.gistnet.nets import DIM, KINDS, NUM_VECTORS, blocks, children, make
+
+every_net = pytest.mark.parametrize("num_vectors", NUM_VECTORS)
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+@every_net
+@every_kind
+def test_shapes_and_finiteness_at_every_level(kind: GistNetKind, num_vectors: int) -> None:
+    net = make(kind, num_vectors, perturbed=True)
+    embeddings, hidden = blocks(4)
+    output = net.forward_tokens(embeddings, torch.tensor([32, 1, 17, 0]), hidden)
+    assert output.gists.shape == (4, num_vectors, DIM)
+    assert output.keys.shape == (4, net.key_dim)
+    assert output.gists.isfinite().all()
+    assert output.keys.isfinite().all()
+    assert torch.allclose(output.keys[:3].norm(dim=-1), torch.ones(3), atol=1e-5)
+    for lod in (2, 3, 9, 10, 30):
+        nodes = net.forward_nodes(*children(num_vectors), lod)
+        assert nodes.gists.shape == (3, num_vectors, DIM)
+        assert nodes.keys.shape == (3, net.key_dim)
+        assert nodes.gists.isfinite().all()
+
+
+@every_net
+@every_kind
+@pytest.mark.parametrize("garbage", [1e4, float("nan"), float("inf")])
+def test_what_stands_in_padding_changes_nothing(kind: GistNetKind, num_vectors: int, garbage: float) -> None:
+    net = make(kind, num_vectors, perturbed=True)
+    embeddings, hidden = blocks(6)
+    lengths = torch.tensor([32, 31, 16, 5, 2, 1])
+    padding = torch.arange(32) >= lengths[:, None]
+    clean = net.forward_tokens(embeddings, lengths, hidden)
+    embeddings[padding], hidden[padding] = garbage, garbage
+    dirty = net.forward_tokens(embeddings, lengths, hidden)
+    assert torch.equal(clean.gists, dirty.gists)
+    assert torch.equal(clean.keys, dirty.keys)
+
+
+@every_kind
+def test_real_tokens_do_matter(kind: GistNetKind) -> None:
+    net = make(kind, perturbed=True)
+    embeddings, hidden = blocks(2)
+    lengths = torch.tensor([20, 20])
+    before = net.forward_tokens(embeddings, lengths, hidden)
+    embeddings[:, 19] *= -1
+    hidden[:, 19] *= -1
+    after = net.forward_tokens(embeddings, lengths, hidden)
+    assert torch.equal(before.gists, after.gists) == (kind == "constant")
+    assert not torch.equal(before.keys, after.keys)
+
+
+@every_kind
+def test_bfloat16_inputs_are_worked_on_in_float32(kind: GistNetKind) -> None:
+    net = make(kind, perturbed=True)
+    embeddings, hidden = (x.bfloat16() for x in blocks(2))
+    lengths = torch.tensor([32, 9])
+    output = net.forward_tokens(embeddings, lengths, hidden)
+    assert output.gists.dtype == output.keys.dtype == torch.float32
+    assert torch.equal(output.gists, net.forward_tokens(embeddings.float(), lengths, hidden.float()).gists)
+
+
+def test_keys_are_the_mean_of_centred_states_with_every_token_alike() -> None:
+    embeddings, hidden = blocks(2)
+    hidden[:, 0] *= 100  # an attention sink
+    lengths = torch.tensor([32, 7])
+    windowed, block = make("windowed"), make("block")
+    with torch.no_grad():
+        windowed.hidden_mean.fill_(0.2)
+        block.embedding_mean.fill_(-0.1)
+    for net, states, mean in ((windowed, hidden, 0.2), (block, embeddings, -0.1)):
+        expected = []
+        for g in range(2):
+            real = states[g, : lengths[g]]
+            unit = real / real.square().mean(-1, keepdim=True).sqrt()
+            expected.append(F.normalize((unit - mean).mean(0), dim=0))
+        keys = net.forward_tokens(embeddings, lengths, hidden).keys
+        assert torch.allclose(keys, torch.stack(expected), atol=1e-4)
+
+
+@every_kind
+def test_a_parents_key_is_the_mean_of_its_childrens(kind: GistNetKind) -> None:
+    gists, keys = children(1)
+    made = make(kind).forward_nodes(gists, keys, 2).keys
+    assert torch.allclose(made, F.normalize(keys.mean(1), dim=-1), atol=1e-6)
+
+
+@given(length=st.integers(1, 32), num_vectors=st.sampled_from(NUM_VECTORS))
+def test_sub_spans_are_equal_and_end_with_the_block(length: int, num_vectors: int) -> None:
+    last = last_of_sub_spans(torch.tensor([length]), num_vectors)[0].tolist()
+    assert last[-1] == length - 1
+    assert all(0 <= i < length for i in last)
+    sizes = [b - a for a, b in zip([-1, *last], last, strict=False)]
+    assert max(sizes) - min(sizes) <= 1
+    assert sum(sizes) == length
+
+
+def test_masking_and_scaling_helpers() -> None:
+    x = torch.tensor([[[3.0, 4.0], [float("nan"), 1.0]]])
+    assert torch.equal(masked(x, torch.tensor([[True, False]])), torch.tensor([[[3.0, 4.0], [0.0, 0.0]]]))
+    assert torch.allclose(rms_normalised(x[:, :1]).square().mean(), torch.tensor(1.0))
+    assert torch.equal(rms_normalised(torch.zeros(2, 3)), torch.zeros(2, 3))
+
+
+@every_net
+@every_kind
+def test_a_saved_net_comes_back_the_same(kind: GistNetKind, num_vectors: int, tmp_path: Path) -> None:
+    net = make(kind, num_vectors, perturbed=True)
+    net.save(tmp_path / "net")
+    assert sorted(p.name for p in (tmp_path / "net").iterdir()) == ["config.json", "model.safetensors"]
+    again = GistNet.load(tmp_path / "net")
+    assert type(again) is type(net)
+    assert (again.spec, again.net_id, again.digest()) == (net.spec, net.net_id, net.digest())
+    assert [p.requires_grad for p in again.parameters()] == [p.requires_grad for p in net.parameters()]
+    embeddings, hidden = blocks(3)
+    lengths = torch.tensor([32, 8, 1])
+    expected = net.forward_tokens(embeddings, lengths, hidden)
+    assert torch.equal(again.forward_tokens(embeddings, lengths, hidden).gists, expected.gists)
+    assert pickle.loads(pickle.dumps(net)).digest() == net.digest()
+
+
+def test_digests_tell_nets_apart() -> None:
+    nets = [make(kind, m) for kind in KINDS for m in NUM_VECTORS]
+    nets += [make("windowed", seed=1), make("windowed", perturbed=True)]
+    centred = make("windowed")
+    centred.hidden_mean += 1e-3
+    digests = [net.digest() for net in [*nets, centred]]
+    assert len(set(digests)) == len(digests)
+
+
+def test_digests_are_the_same_in_another_process(tmp_path: Path) -> None:
+    net = make("windowed", 2, perturbed=True)
+    net.save(tmp_path)
+    program = (
+        "from models.gistnet import GistNet; from tests.models.gistnet.nets import make;"
+        f"print(GistNet.load({str(tmp_path)!r}).digest(), make('block').digest())"
+    )
+    printed = subprocess.check_output([sys.executable, "-c", program], text=True).split()
+    assert printed == [net.digest(), make("block").digest()]
+
+
+def test_net_ids_are_readable() -> None:
+    assert make("windowed").net_id == "windowed-m1-l3"
+    assert make("block", 2).net_id == "block-m2"
+    assert make("constant", 4).net_id == "constant-m4"
+
+
+def rewrite(folder: Path, **changes: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kind": "oracle"}, "kind 'oracle' is unknown.*windowed"),
+        ({"format_version": 2}, "version 2; this program reads"),
+        ({"format": "something"}, "'something'"),
+        ({"rank": 8}, "no GistNet configuration.*rank"),
+        ({"dim": 48}, "does not fit"),
+        ({"num_vectors": 3}, "num_vectors=3; it is 1, 2 or 4"),
+        ({"dim": "24"}, "dim='24'; it is an integer"),
+        ({"hidden_dim": 10**6}, "does not fit"),
+        ({"hidden_dim": 10**12}, "hidden_dim=1000000000000"),
+        ({"num_heads": 0}, "needs pooling heads"),
+        ({"lm_layer": None}, "names no lm_layer"),
+    ],
+)
+def test_configs_that_do_not_fit_are_refused(changes: dict[str, object], message: str, tmp_path: Path) -> None:
+    make("windowed").save(tmp_path)
+    rewrite(tmp_path, **changes)
+    with pytest.raises(ModelError, match=message):
+        GistNet.load(tmp_path)
+
+
+def test_broken_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="there is no GistNet at"):
+        GistNet.load(tmp_path)
+    make("windowed").save(tmp_path)
+    with pytest.raises(ModelError, match="not a BlockGistNet"):
+        BlockGistNet.load(tmp_path)
+    assert isinstance(WindowedGistNet.load(tmp_path), WindowedGistNet)
+
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file({**weights, "block_constant": weights["block_constant"] * float("nan")}, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match="'block_constant' is not finite"):
+        GistNet.load(tmp_path)
+    del weights["hidden_mean"]
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match=r"does not fit.*hidden_mean"):
+        GistNet.load(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"torn")
+    with pytest.raises(ModelError, match="does not fit"):
+        GistNet.load(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ModelError, match="cannot be read"):
+        GistNet.load(tmp_path)
+
+
+def test_inputs_that_do_not_fit_are_refused() -> None:
+    net = make("windowed", 2)
+    embeddings, hidden = blocks(2)
+    lengths = torch.tensor([32, 32])
+    gists, keys = children(2)
+    with pytest.raises(ModelError, match="needs the LM's states after 3 layers"):
+        net.forward_tokens(embeddings, lengths)
+    with pytest.raises(ModelError, match="embeddings of shape"):
+        net.forward_tokens(embeddings[:, :16], lengths, hidden)
+    with pytest.raises(ModelError, match="hidden of shape"):
+        net.forward_tokens(embeddings, lengths, hidden[..., :12])
+    with pytest.raises(ModelError, match="lengths"):
+        net.forward_tokens(embeddings, lengths[:1], hidden)
+    with pytest.raises(ModelError, match="LOD 2 and above"):
+        net.forward_nodes(gists, keys, 1)
+    with pytest.raises(ModelError, match="child_gists of shape"):
+        net.forward_nodes(gists[:, :, :1], keys, 2)
+    with pytest.raises(ModelError, match="child_keys of shape"):
+        net.forward_nodes(gists, keys[:, :31], 2)
+
+
+def test_impossible_sizes_are_refused() -> None:
+    with pytest.raises(ModelError, match="no GistNet can have"):
+        GistNetSpec(kind="mean", dim=0, num_vectors=1)
+    with pytest.raises(ModelError, match="no GistNet can have"):
+        GistNetSpec(kind="windowed", dim=8, num_vectors=1, num_heads=-1)
