@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import TypeGuard
 
 import numpy as np
 
@@ -83,14 +84,17 @@ class Packer:
             documents = [item for item in batch if isinstance(item, Document)]
             marks = self._marks([document.key for document in documents])
             new = [d for d in documents if not _is_stored(marks.get(d.key))]
+            new = [d for d in new if _is_encodable(d.text)]
             tokens = dict(zip((d.key for d in new), self._tokenizer.encode_batch([d.text for d in new]), strict=True))
             for item in batch:
                 if isinstance(item, QuarantinedItem):
                     yield item
                 elif item.key in tokens:
                     yield from self._windows(item, tokens[item.key], marks.get(item.key))
+                elif _is_stored(mark := marks.get(item.key)):
+                    yield Skipped(item.key, mark.num_tokens)
                 else:
-                    yield Skipped(item.key, marks[item.key].num_tokens)
+                    yield QuarantinedItem(item.uri, "undecodable", "holds lone surrogates", item.size_bytes)
 
     def _windows(self, document: Document, tokens: np.ndarray, mark: DocumentMark | None) -> Iterator[PackedItem]:
         if len(tokens) == 0:
@@ -99,8 +103,17 @@ class Packer:
         yield from windows_of(document_meta(document), tokens, mark.num_blocks if mark else 0)
 
 
-def _is_stored(mark: DocumentMark | None) -> bool:
+def _is_stored(mark: DocumentMark | None) -> TypeGuard[DocumentMark]:
     return mark is not None and mark.state == "complete"
+
+
+def _is_encodable(text: str) -> bool:
+    """False for lone surrogates, which JSON can escape but no text encoding can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _batches(items: Iterable[CorpusItem]) -> Iterator[list[CorpusItem]]:

@@ -36,13 +36,15 @@ from tests.actors.helpers import (
         ((32768, 1024, 32), (4, 0, 1)),
     ],
 )
-def test_what_is_missing(tiny_lm: BaseLMConfig, tmp_path: Path, counts: tuple[int, ...], expected: object) -> None:
-    encoding = tiny_plan(tiny_lm, tmp_path).encoding
+def test_what_is_missing(
+    tiny_lm_config: BaseLMConfig, tmp_path: Path, counts: tuple[int, ...], expected: object
+) -> None:
+    encoding = tiny_plan(tiny_lm_config, tmp_path).encoding
     assert next_missing(Version("c", "main", 1, encoding, 0, counts)) == expected
 
 
-def test_levels_grow_without_a_maximum(tmp_path: Path, tiny_lm: BaseLMConfig) -> None:
-    plan = tiny_plan(tiny_lm, tmp_path, "last_token")
+def test_levels_grow_without_a_maximum(tmp_path: Path, tiny_lm_config: BaseLMConfig) -> None:
+    plan = tiny_plan(tiny_lm_config, tmp_path, "last_token")
     writer = open_context(tmp_path, plan)
     num_blocks, dim = 33 * 1024, plan.gistnet.dim
     generator = torch.Generator().manual_seed(0)
@@ -70,8 +72,8 @@ def test_levels_grow_without_a_maximum(tmp_path: Path, tiny_lm: BaseLMConfig) ->
     writer.close()
 
 
-def test_an_interrupted_follower_goes_on(tmp_path: Path, tiny_lm: BaseLMConfig) -> None:
-    plan = tiny_plan(tiny_lm, tmp_path)
+def test_an_interrupted_follower_goes_on(tmp_path: Path, tiny_lm_config: BaseLMConfig) -> None:
+    plan = tiny_plan(tiny_lm_config, tmp_path)
     compactor = make_compactor(plan)
     documents = make_documents([6000])
     whole, broken = open_context(tmp_path / "whole", plan), open_context(tmp_path / "broken", plan)

@@ -28,8 +28,10 @@ LENGTHS = [900, 3, 77, 1500, 240]
 
 @pytest.mark.parametrize("kind", ["windowed", "block", "last_token"])
 @pytest.mark.parametrize("num_vectors", [1, 4])
-def test_bulk_streaming_and_batches_agree(tmp_path: Path, tiny_lm: BaseLMConfig, kind: str, num_vectors: int) -> None:
-    plan = tiny_plan(tiny_lm, tmp_path, kind, num_vectors=num_vectors)
+def test_bulk_streaming_and_batches_agree(
+    tmp_path: Path, tiny_lm_config: BaseLMConfig, kind: str, num_vectors: int
+) -> None:
+    plan = tiny_plan(tiny_lm_config, tmp_path, kind, num_vectors=num_vectors)
     compactor = make_compactor(plan)
     documents = make_documents(LENGTHS)
     rng = np.random.default_rng(0)
@@ -64,8 +66,8 @@ def test_bulk_streaming_and_batches_agree(tmp_path: Path, tiny_lm: BaseLMConfig,
         assert verify_context(writer.folder, "c").problems == []
 
 
-def test_a_stream_goes_on_after_a_restart(tmp_path: Path, tiny_lm: BaseLMConfig) -> None:
-    plan = tiny_plan(tiny_lm, tmp_path)
+def test_a_stream_goes_on_after_a_restart(tmp_path: Path, tiny_lm_config: BaseLMConfig) -> None:
+    plan = tiny_plan(tiny_lm_config, tmp_path)
     compactor = make_compactor(plan)
     document = make_documents([1200])[0]
     tokens = plan.tokenizer.encode(document.text)
@@ -92,8 +94,8 @@ def test_a_stream_goes_on_after_a_restart(tmp_path: Path, tiny_lm: BaseLMConfig)
     whole.close()
 
 
-def test_an_exactly_full_stream_ends(tmp_path: Path, tiny_lm: BaseLMConfig) -> None:
-    plan = tiny_plan(tiny_lm, tmp_path)
+def test_an_exactly_full_stream_ends(tmp_path: Path, tiny_lm_config: BaseLMConfig) -> None:
+    plan = tiny_plan(tiny_lm_config, tmp_path)
     writer = open_context(tmp_path, plan)
     stream = DocumentStream(writer, make_compactor(plan), document_meta(make_documents([5])[0]))
     stream.push(np.arange(64, dtype=np.uint32))
@@ -103,8 +105,8 @@ def test_an_exactly_full_stream_ends(tmp_path: Path, tiny_lm: BaseLMConfig) -> N
     writer.close()
 
 
-def test_an_interrupted_ingest_redoes_nothing(tmp_path: Path, tiny_lm: BaseLMConfig) -> None:
-    plan = tiny_plan(tiny_lm, tmp_path)
+def test_an_interrupted_ingest_redoes_nothing(tmp_path: Path, tiny_lm_config: BaseLMConfig) -> None:
+    plan = tiny_plan(tiny_lm_config, tmp_path)
     compactor = make_compactor(plan)
     documents = make_documents(LENGTHS)
     whole = open_context(tmp_path / "whole", plan)
@@ -124,8 +126,8 @@ def test_an_interrupted_ingest_redoes_nothing(tmp_path: Path, tiny_lm: BaseLMCon
     whole.close()
 
 
-def test_a_gist_does_not_depend_on_its_place(tmp_path: Path, tiny_lm: BaseLMConfig) -> None:
-    plan = tiny_plan(tiny_lm, tmp_path)
+def test_a_gist_does_not_depend_on_its_place(tmp_path: Path, tiny_lm_config: BaseLMConfig) -> None:
+    plan = tiny_plan(tiny_lm_config, tmp_path)
     compactor = make_compactor(plan)
     documents = make_documents([300, 500])
     for name, order in (("ab", documents), ("ba", documents[::-1])):

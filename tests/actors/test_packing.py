@@ -14,8 +14,8 @@ from tests.actors.helpers import make_documents
 
 
 @pytest.fixture
-def tokenizer(tiny_lm: BaseLMConfig) -> Tokenizer:
-    return Tokenizer.load(tiny_lm)
+def tokenizer(tiny_lm_config: BaseLMConfig) -> Tokenizer:
+    return Tokenizer.load(tiny_lm_config)
 
 
 def test_windows_cover_a_document_in_order() -> None:
@@ -90,3 +90,12 @@ def test_batches_hold_windows_and_pass_the_rest_on(tokenizer: Tokenizer) -> None
     assert others == [bad]
     assert all(len(batch) == 2 for batch in batches[:-1])
     assert sum(len(batch) for batch in batches) >= 4
+
+
+def test_lone_surrogates_are_quarantined(tokenizer: Tokenizer) -> None:
+    broken = Document("odd.jsonl#0", "half a pair: \ud800", "00", 20)
+    fine = make_documents([5])[0]
+    items = list(Packer(tokenizer, lambda _: {}).pack([broken, fine]))
+    assert isinstance(items[0], QuarantinedItem)
+    assert items[0].reason == "undecodable"
+    assert isinstance(items[1], Window)

@@ -113,7 +113,7 @@ def test_what_can_never_be_is_refused_before_asking(ray_cluster: RaySession) -> 
         ResourceError, match="compaction asks for CPU 5 on one node, and no node has that. Nodes: CPU 4"
     ):
         check_resources([{"CPU": 5}], "compaction")
-    with pytest.raises(ResourceError, match="asks for GPU 1 on one node"):
+    with pytest.raises(ResourceError, match="asks for CPU 1, GPU 1 on one node"):
         check_resources([{"CPU": 1, "GPU": 1}], "training")
     with pytest.raises(ResourceError, match=r"asks for CPU 6 at the same time \(3 actors\).*has CPU 4"):
         check_resources([{"CPU": 2}] * 3, "compaction")
