@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -167,6 +168,10 @@ class TreeStore:
         """Make everything accepted durable, and seal what is full."""
         writer = self._opened()
         return (self._bulk or writer).flush()
+
+    def process_id(self) -> int:
+        """Of the process that holds the context."""
+        return os.getpid()
 
     def status(self) -> StoreStatus:
         """Latencies and sealing."""

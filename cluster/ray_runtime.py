@@ -26,7 +26,7 @@ from urllib.parse import urlsplit
 
 from cluster.config import RayConfig
 from cluster.environment import PROJECT_ROOT, in_submitted_job, quiet_environment
-from cluster.errors import ConfigError, ResourceError, ResourceTimeoutError
+from cluster.errors import ConfigError, MegaContextError, ResourceError, ResourceTimeoutError
 from cluster.log import get_logger
 
 quiet_environment()  # before Ray is imported: it reads some of this at import
@@ -195,7 +195,7 @@ def _embedded(config: RayConfig) -> Iterator[RaySession]:
     parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="mc-ray-", dir=parent))
     asked = f"{config.num_cpus or 'all'} CPUs, {config.object_store_memory_mb} MiB of object store"
-    failed = True
+    keep_logs = False
     try:
         with _private_token(folder), _environment({"PYTHONPATH": _with_project_root(os.environ.get("PYTHONPATH", ""))}):
             try:
@@ -205,7 +205,7 @@ def _embedded(config: RayConfig) -> Iterator[RaySession]:
                     object_store_memory=config.object_store_memory_mb * 2**20,
                     include_dashboard=False,
                     _node_ip_address="127.0.0.1",
-                    _temp_dir=str(folder),
+                    _temp_dir=str(folder / "r"),  # one below: Ray opens it to every user of the machine
                 )
                 _wait_for_first_node(config.start_timeout_s, asked)
                 session = _describe_current("embedded")
@@ -213,13 +213,12 @@ def _embedded(config: RayConfig) -> Iterator[RaySession]:
                 yield session
             finally:
                 ray.shutdown()
-        failed = False
-    except (GeneratorExit, KeyboardInterrupt, SystemExit):
-        failed = False
+    except Exception as error:
+        keep_logs = not isinstance(error, MegaContextError)  # our own errors explain themselves
         raise
     finally:
-        if failed:
-            log.debug("the logs of Ray and of the workers are kept in %s", folder)
+        if keep_logs:
+            log.warning("the logs of Ray and of its workers are kept in %s", folder)
         else:
             shutil.rmtree(folder, ignore_errors=True)
 

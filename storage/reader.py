@@ -14,6 +14,7 @@ import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
@@ -327,7 +328,7 @@ class ContextReader:
         self._cached_run.cache_clear()
         self._connection.close()
 
-    def __enter__(self) -> ContextReader:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -31,6 +31,9 @@ class SubmittedCluster:
     address: str
     """`host:port` of the control store, for RAY_ADDRESS and `ray.address`."""
 
+    client_address: str
+    """`ray://host:port` of its Ray Client server."""
+
     dashboard: str
     """URL that jobs are submitted to."""
 
@@ -80,6 +83,7 @@ def submitted_cluster() -> Iterator[SubmittedCluster]:
         _wait_for_dashboard(f"http://127.0.0.1:{dashboard}/api/version", token.read_text(), head, output)
         yield SubmittedCluster(
             address=f"127.0.0.1:{port}",
+            client_address=f"ray://127.0.0.1:{client}",
             dashboard=f"http://127.0.0.1:{dashboard}",
             environment=environment,
             home=folder / "home",

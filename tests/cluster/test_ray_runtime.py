@@ -67,6 +67,8 @@ def test_embedded_sessions_leave_nothing_behind_and_ignore_other_clusters(tmp_pa
         f"for _ in range({num_sessions}):\n"
         "    with ray_session(RayConfig(address='local', num_cpus=1, object_store_memory_mb=80)) as session:\n"
         "        print(session.kind, ray.get(ray.remote(work).remote(), timeout=60))\n"
+        "        (folder,) = pathlib.Path(os.environ['RAY_TMPDIR']).iterdir()\n"
+        "        assert folder.stat().st_mode & 0o077 == 0, 'others may not even enter it'\n"
         "assert not ray.is_initialized()\n"
         "changed = {k for k in before.keys() | os.environ.keys() if before.get(k) != os.environ.get(k)}\n"
         "print(*sorted(changed))\n"

@@ -56,7 +56,7 @@ def test_a_submitted_job_with_an_unknown_key_fails_and_says_why(submitted_cluste
 
 
 def test_a_submitted_job_joins_its_cluster_with_its_own_code(submitted_cluster: SubmittedCluster) -> None:
-    done = submitted_cluster.submit("python", "-c", SESSION_IN_A_JOB.replace("\n", "\n"))
+    done = submitted_cluster.submit("python", "-c", SESSION_IN_A_JOB)
     output = done.stdout
     assert done.returncode == 0, output + done.stderr
     assert "kind submitted" in output
@@ -66,8 +66,12 @@ def test_a_submitted_job_joins_its_cluster_with_its_own_code(submitted_cluster: 
     assert f"results {submitted_cluster.home}" in output
 
 
-def test_an_existing_cluster_is_joined_by_address(submitted_cluster: SubmittedCluster, tmp_path: Path) -> None:
-    code = SESSION_IN_A_JOB.replace("RayConfig(", f"RayConfig(address={submitted_cluster.address!r}, ")
+@pytest.mark.parametrize("way", ["address", "client_address"])
+def test_an_existing_cluster_is_joined_by_address(
+    submitted_cluster: SubmittedCluster, tmp_path: Path, way: str
+) -> None:
+    address = getattr(submitted_cluster, way)
+    code = SESSION_IN_A_JOB.replace("RayConfig(", f"RayConfig(address={address!r}, ")
     done = run_script(submitted_cluster, tmp_path, code)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "kind existing" in done.stdout

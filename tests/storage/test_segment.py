@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import google_crc32c
 import numpy as np
 import pytest
 import torch
 import zarr
+from zarr.codecs import Crc32cCodec
 
 from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.errors import CorruptTreeError, StorageError
@@ -79,7 +81,7 @@ def test_zarr_would_have_written_chunks_of_the_same_bytes(tmp_path: Path) -> Non
         dtype=values.dtype,
         chunks=(ROWS.chunk_rows, ROWS.width),
         shards=values.shape,
-        compressors=[zarr.codecs.Crc32cCodec()],
+        compressors=[Crc32cCodec()],
         fill_value=0,
         config={"write_empty_chunks": True},
     )
@@ -102,7 +104,8 @@ def test_zarr_reads_every_array_of_a_sealed_context(tmp_path: Path, dtype) -> No
     num_checked = 0
     with open_context(tmp_path) as writer, writer.reader() as reader:
         for folder in segments:
-            for described in dict(group_at(folder).attrs)["levels"]:
+            levels: Any = group_at(folder).attrs["levels"]
+            for described in levels:
                 lod, first, count = described["lod"], described["first_node"], described["num_nodes"]
                 if lod == 0:
                     found = np.asarray(array_at(folder, "lod0/tokens")[:]).reshape(-1, K)

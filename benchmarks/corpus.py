@@ -1,0 +1,65 @@
+"""A bulk corpus of any size, the same on every machine of a Python version: the standard library, shuffled by lines.
+
+File i of the corpus follows from i alone: sources drawn at random, their lines in another order, as JSON Lines. So
+the text is real code and prose, no document comes twice, and any consecutive files are a corpus of their own.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import platform
+import random
+from pathlib import Path
+
+from cluster.config import CorpusConfig
+from storage.corpus import CorpusSource, Document, open_corpus, read_corpus, standard_library_corpus
+
+RECIPE = 1
+"""Raised when the files would come out different, so that old ones are not taken."""
+
+FILE_BYTES = 128 * 2**10
+"""Of a file's text: about 37,000 tokens of SmolLM2's tokenizer."""
+
+TOKENS_PER_FILE = 35_000
+"""A low estimate, so that so many files hold at least what was asked for."""
+
+MAX_DOCUMENT_CHARACTERS = 32 * 2**10
+
+
+def corpus_files(cache: Path, first: int, count: int) -> list[Path]:
+    """Files `[first, first + count)` of the corpus, written now where they are not there yet."""
+    folder = cache / f"corpus-{RECIPE}-python{platform.python_version()}"
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{index:05d}.jsonl" for index in range(first, first + count)]
+    for index, path in enumerate(paths, start=first):
+        if not path.exists():
+            partial = path.with_suffix(f".{os.getpid()}.partial")
+            partial.write_text(_content(index), encoding="utf-8")
+            partial.replace(path)
+    return paths
+
+
+def open_files(files: list[Path]) -> CorpusSource:
+    """The corpus these files make."""
+    return open_corpus(CorpusConfig(paths=[str(path) for path in files]))
+
+
+@functools.cache
+def _sources() -> list[str]:
+    items = read_corpus(open_corpus(standard_library_corpus()))
+    return [item.text for item in items if isinstance(item, Document)]
+
+
+def _content(index: int) -> str:
+    rng = random.Random(index)
+    rows, num_bytes = [], 0
+    while num_bytes < FILE_BYTES:
+        lines = rng.choice(_sources()).splitlines(keepends=True)
+        rng.shuffle(lines)
+        text = "".join(lines)[: min(MAX_DOCUMENT_CHARACTERS, FILE_BYTES - num_bytes)]
+        if text.strip():
+            rows.append(json.dumps({"text": text}))
+            num_bytes += len(text.encode())
+    return "\n".join(rows) + "\n"

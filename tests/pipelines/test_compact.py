@@ -1,0 +1,229 @@
+"""The compact job on a real cluster: both feeds, resume, lost processes, reports, refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pyarrow.parquet as pq
+import pytest
+
+import pipelines.compact as compact_job
+from actors.crew import CompactorActor, Crew
+from cluster.config import CompactJob, StoreConfig
+from cluster.errors import (
+    ConfigError,
+    CorpusError,
+    DiskFullError,
+    IncompatibleTreeError,
+    ResourceError,
+    WriterConflictError,
+)
+from cluster.ray_runtime import RaySession
+from storage.store import Store
+from storage.verify import verify_context
+from tests.actors.helpers import assert_same_tree, make_text
+from tests.pipelines.conftest import JobFactory
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+def report_of(job: CompactJob) -> dict[str, Any]:
+    return json.loads((job.run.dir / job.run.name / "report.json").read_text())
+
+
+def assert_sound(store: StoreConfig) -> None:
+    report = verify_context(Store(store.root).folder(store.context), store.context)
+    assert report.problems == []
+
+
+def test_both_feeds_make_the_same_tree(make_job: JobFactory) -> None:
+    actors, bulk = make_job("actors", "actors"), make_job("bulk", "bulk", feed="ray_data", num_compactors=1)
+    compact_job.run(actors)
+    compact_job.run(bulk)
+    store = Store(actors.store.root)
+    with store.open_reader("actors") as left, store.open_reader("bulk") as right:
+        assert left.version.max_lod >= 2
+        assert_same_tree(left, right)
+        assert [d.meta.uri for d in left.documents()] == [d.meta.uri for d in right.documents()]
+    for job in (actors, bulk):
+        assert_sound(job.store)
+        report = report_of(job)
+        assert report["status"] == "finished"
+        assert report["quarantined_by_reason"] == {"binary": 1, "empty": 1}
+        assert report["documents_total"] == 7
+        table = pq.read_table(job.run.dir / job.run.name / "quarantine.parquet").to_pylist()
+        assert {(row["uri"], row["reason"]) for row in table} == {
+            ("corpus/bad.txt", "binary"),
+            ("corpus/empty.txt", "empty"),
+        }
+
+
+def test_the_run_leaves_what_it_promises(make_job: JobFactory) -> None:
+    job = make_job("full")
+    compact_job.run(job)
+    folder = job.run.dir / "full"
+    assert {"config.yaml", "report.json", "report.md", "tree.png", "job.log", "quarantine.parquet"} <= set(
+        os.listdir(folder)
+    )
+    report = report_of(job)
+    assert report["digests"].keys() == {"base_lm", "tokenizer", "gistnet", "corpus"}
+    assert report["nodes_by_lod"]["1"] == report["blocks_total"]
+    (experiment,) = [e for e in _client(job).search_experiments() if e.name == job.tracking.experiment]
+    (run,) = _client(job).search_runs([experiment.experiment_id])
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics["tokens_total"] == report["tokens_total"]
+    assert run.data.tags["megacontext.digest.gistnet"] == report["digests"]["gistnet"]
+    assert {"report.json", "tree.png"} <= {a.path for a in _client(job).list_artifacts(run.info.run_id)}
+
+
+def _client(job: CompactJob) -> mlflow.MlflowClient:
+    return mlflow.MlflowClient(f"sqlite:///{job.run.dir}/mlflow.db")
+
+
+@pytest.mark.parametrize("feed", ["actors", "ray_data"])
+def test_a_second_run_redoes_nothing_and_new_documents_are_added(
+    make_job: JobFactory, corpus_folder: Path, feed: str
+) -> None:
+    job = make_job(feed=feed, num_compactors=1)
+    compact_job.run(job)
+    first = report_of(job)
+    compact_job.run(job)
+    second = report_of(job)
+    assert second["new_tokens"] == 0
+    assert second["documents_skipped_total"] == 7
+    assert second["version"] == first["version"]
+    (corpus_folder / "later.txt").write_text(make_text(99, 200))
+    compact_job.run(job)
+    third = report_of(job)
+    assert third["documents_total"] == 8
+    assert 0 < third["new_tokens"] < first["new_tokens"]
+    assert_sound(job.store)
+
+
+def _kill_during(job: CompactJob, monkeypatch: pytest.MonkeyPatch, choose: Any, delay_s: float) -> list[int]:
+    """Run a job while `choose(crew)`'s process is killed, once, `delay_s` after the workers are ready."""
+    killed: list[int] = []
+    original = Crew.hire_compactors
+
+    def hire(crew: Crew, *arguments: Any) -> None:
+        original(crew, *arguments)
+        if killed:
+            return
+
+        def kill() -> None:
+            time.sleep(delay_s)
+            pid = choose(crew)
+            os.kill(pid, signal.SIGKILL)
+            killed.append(pid)
+
+        threading.Thread(target=kill).start()
+
+    monkeypatch.setattr(Crew, "hire_compactors", hire)
+    compact_job.run(job)
+    return killed
+
+
+@pytest.fixture
+def slow_compactors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tiny model would be done before it could be killed."""
+    original = CompactorActor.encode
+
+    def encode(self: CompactorActor, windows: Any, refs: list[Any]) -> Any:
+        time.sleep(0.15)
+        return original(self, windows, refs)
+
+    monkeypatch.setattr(CompactorActor, "encode", encode)
+
+
+@pytest.mark.usefixtures("slow_compactors")
+def test_killing_a_compactor_changes_nothing(make_job: JobFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    calm = make_job("calm", "calm")
+    compact_job.run(calm)
+
+    def choose(crew: Crew) -> int:
+        return crew.call(crew.compactors[0].ready.remote(crew.gistnet_refs), "its process id")
+
+    job = make_job("killed", "killed")
+    assert _kill_during(job, monkeypatch, choose, delay_s=0.3)
+    store = Store(job.store.root)
+    with store.open_reader("calm") as left, store.open_reader("killed") as right:
+        assert_same_tree(left, right)
+    assert_sound(job.store)
+
+
+@pytest.mark.usefixtures("slow_compactors")
+def test_killing_the_store_is_survived(make_job: JobFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    calm = make_job("calm", "calm")
+    compact_job.run(calm)
+
+    def choose(crew: Crew) -> int:
+        return crew.call(crew.store.process_id.remote(), "its process id")
+
+    job = make_job("killed", "killed")
+    assert _kill_during(job, monkeypatch, choose, delay_s=0.5)
+    assert report_of(job)["restarts"] == 1
+    store = Store(job.store.root)
+    with store.open_reader("calm") as left, store.open_reader("killed") as right:
+        assert_same_tree(left, right)
+    assert_sound(job.store)
+
+
+def test_another_gistnet_is_refused_and_nothing_changes(make_job: JobFactory) -> None:
+    from dataclasses import replace
+
+    job = make_job()
+    compact_job.run(job)
+    before = report_of(job)
+    other = replace(job, gistnet=replace(job.gistnet, kind="last_token"))
+    with pytest.raises(IncompatibleTreeError, match=r"gistnet_id: the tree has 'windowed-m1-l2'.*'last_token-m1'"):
+        compact_job.run(other)
+    assert report_of(job)["status"] == "failed"
+    compact_job.run(job)
+    assert report_of(job)["version"] == before["version"]
+
+
+def test_a_second_writer_is_refused(make_job: JobFactory) -> None:
+    job = make_job()
+    compact_job.run(job)
+    store = Store(job.store.root)
+    identity, encoding = store.identity("c")
+    with (
+        store.open_writer("c", identity, encoding, owner="somebody else"),
+        pytest.raises(WriterConflictError, match="somebody else"),
+    ):
+        compact_job.run(job)
+
+
+def test_a_missing_corpus_is_refused_before_anything_starts(make_job: JobFactory, tmp_path: Path) -> None:
+    job = make_job(paths=[str(tmp_path / "nowhere")])
+    with pytest.raises(CorpusError, match="nowhere"):
+        compact_job.run(job)
+    assert not job.store.root.exists()
+
+
+def test_a_disk_that_cannot_hold_it_is_refused(make_job: JobFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    import shutil
+
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(DiskFullError, match=r"store\.root"):
+        compact_job.run(make_job())
+
+
+def test_more_workers_than_the_cluster_has_are_refused(make_job: JobFactory, ray_cluster: RaySession) -> None:
+    job = make_job(gpus_per_compactor=1.0)
+    assert "GPU" not in ray_cluster.resources
+    with pytest.raises(ResourceError, match="GPU"):
+        compact_job.run(job)
+
+
+def test_impossible_values_are_refused(make_job: JobFactory) -> None:
+    with pytest.raises(ConfigError, match="max_in_flight"):
+        make_job(max_in_flight=0).compaction.validate()
