@@ -176,9 +176,9 @@ def write_segment(
             put(f"{spec.path}/zarr.json", _json(spec.zarr_metadata()))
             put(spec.shard_file, shard_bytes(spec, arrays[spec.path]))
         for directory, _, _ in os.walk(temporary):
-            _fsync_folder(Path(directory))
+            fsync_folder(Path(directory))
         temporary.rename(folder)
-        _fsync_folder(folder.parent)
+        fsync_folder(folder.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -300,7 +300,8 @@ def _write_file_durably(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _fsync_folder(folder: Path) -> None:
+def fsync_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -16,11 +16,12 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from cluster.errors import ContextNotFoundError, DiskFullError, IncompatibleTreeError
+from cluster.errors import ContextNotFoundError, DiskFullError, IncompatibleTreeError, WriterConflictError
 from storage import catalogue
 from storage.reader import ContextReader
 from storage.schema import Encoding, TreeIdentity, check_same
 from storage.sealing import SEGMENT_FOLDER
+from storage.segment import fsync_folder
 from storage.writer import MAIN_BRANCH, ContextWriter
 
 STORE_FILE = "store.sqlite"
@@ -53,7 +54,11 @@ class PinnedReader(ContextReader):
         super().__init__(folder, name, branch, seq)
         self._store = store
         self._pin_id = uuid.uuid4().hex
-        store.set_pin(self._pin_id, self.version.context, branch, self.version.seq)
+        try:
+            self.renew()
+        except BaseException:
+            super().close()
+            raise
 
     def renew(self) -> None:
         """Keep the version for another lease; long readers call it every few minutes."""
@@ -61,8 +66,10 @@ class PinnedReader(ContextReader):
 
     def close(self) -> None:
         """Give the lease back."""
-        self._store.drop_pin(self._pin_id)
-        super().close()
+        try:
+            self._store.drop_pin(self._pin_id)
+        finally:
+            super().close()
 
 
 class Store:
@@ -126,12 +133,12 @@ class Store:
         raise ContextNotFoundError(f"store {self.root} has no context {name!r}; it has: {known}")
 
     def create_context(self, name: str, identity: TreeIdentity, encoding: Encoding) -> None:
-        """Make an empty context with branch `main`.
+        """Make an empty context with branch `main`; one that is there already is left as it is.
 
         The catalogue is built in a temporary folder, so a crash leaves no half-made context.
 
         Raises:
-            StorageError: it exists already, or the disk refused.
+            StorageError: the disk refused.
         """
         folder = self.root / name
         temporary = self.root / f".{name}.tmp-{uuid.uuid4().hex[:8]}"
@@ -145,7 +152,10 @@ class Store:
                     catalogue.transaction(db),
                 ):
                     _create_main_branch(db, encoding)
+                # SQLite makes its files durable, not the folders they are in.
+                fsync_folder(temporary)
                 temporary.rename(folder)
+                fsync_folder(self.root)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
         with self._connect() as db:
@@ -153,7 +163,11 @@ class Store:
 
     def identity(self, name: str) -> tuple[TreeIdentity, Encoding]:
         """What made a context's tokens and the gists of its newest version."""
-        with contextlib.closing(catalogue.connect(self.folder(name), read_only=True)) as db:
+        folder = self.folder(name)
+        with (
+            contextlib.closing(catalogue.connect(folder, read_only=True)) as db,
+            catalogue.translated(folder / catalogue.CATALOGUE_FILE),
+        ):
             identity = TreeIdentity(
                 **json.loads(db.execute("SELECT value FROM meta WHERE key = 'identity'").fetchone()[0])
             )
@@ -205,8 +219,15 @@ class Store:
                 "gists with `tree rebuild-gists`",
             )
         writer = ContextWriter(self.folder(name), name, segment_super_blocks=segment_super_blocks, owner=owner)
-        with self._connect() as db:
-            db.execute("UPDATE contexts SET owner = ?, epoch = ? WHERE name = ?", (owner, writer.epoch, name))
+        try:
+            if encoding is not None and writer.encoding != found_encoding:
+                raise WriterConflictError(f"context {name!r} was given another encoding meanwhile; run the job again")
+            with self._connect() as db:
+                db.execute("UPDATE contexts SET owner = ?, epoch = ? WHERE name = ?", (owner, writer.epoch, name))
+        except BaseException:
+            # Nobody else could, and its lock would outlive the refusal.
+            writer.close()
+            raise
         return writer
 
     def open_reader(self, name: str, branch: str = MAIN_BRANCH, seq: int | None = None) -> PinnedReader:

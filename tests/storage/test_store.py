@@ -258,6 +258,29 @@ def test_closing_ends_the_sealing_thread(filled: Store) -> None:
     assert threading.active_count() == before
 
 
+def test_a_refusal_after_opening_gives_the_place_back(filled: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse = sqlite3.connect(filled.root / store.STORE_FILE, isolation_level=None)
+    refuse.execute("CREATE TRIGGER refuse BEFORE UPDATE ON contexts BEGIN SELECT RAISE(ABORT, 'refused'); END")
+    with pytest.raises(StorageError, match="refused"):
+        filled.open_writer(CONTEXT, IDENTITY, ENCODING)
+    refuse.execute("DROP TRIGGER refuse")
+    refuse.close()
+    assert_as_good_as_before(filled)
+
+
+def test_a_damaged_branch_table_is_an_error_of_ours(filled: Store) -> None:
+    path = filled.root / CONTEXT / catalogue.CATALOGUE_FILE
+    with closing(sqlite3.connect(path)) as db:
+        page_size = db.execute("PRAGMA page_size").fetchone()[0]
+        page = db.execute("SELECT rootpage FROM sqlite_master WHERE name = 'branches'").fetchone()[0]
+    data = bytearray(path.read_bytes())
+    data[(page - 1) * page_size : page * page_size] = b"\xff" * page_size
+    path.write_bytes(data)
+    for use in (lambda: filled.identity(CONTEXT), lambda: filled.open_reader(CONTEXT)):
+        with pytest.raises(CorruptTreeError, match=r"catalogue\.sqlite is damaged"):
+            use()
+
+
 # -- readers -----------------------------------------------------------------------------------------------------------
 
 

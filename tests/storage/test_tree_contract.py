@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -11,63 +10,21 @@ import torch
 
 from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.errors import IncompatibleTreeError, InvalidWriteError, NodeMissingError, OutOfOrderError
-from storage.bulk_writer import BulkWriter
 from storage.codec import encode_arrays
 from storage.contract import SpanWrite, TreeReader, TreeWriter
 from storage.geometry import NO_TOKEN
-from storage.memory_tree import MemoryTree
-from storage.schema import Encoding
+from tests.storage.conftest import MakeTree
 from tests.storage.support import (
     Text,
     assert_holds,
     encoding_of,
     follow,
-    new_store,
     nodes_of,
-    open_context,
     put,
     vectors,
 )
 
-MakeTree = Callable[..., TreeWriter]
 ENCODING = encoding_of()
-
-
-def _context(folder: Path, encoding: Encoding, **options) -> TreeWriter:
-    new_store(folder, encoding)
-    return open_context(folder, **options)
-
-
-def _journal_only(folder: Path, encoding: Encoding, **options) -> TreeWriter:
-    return _context(folder, encoding, **{"seal_in_background": False, "segment_super_blocks": 1024, **options})
-
-
-def _bulk(folder: Path, encoding: Encoding, **options) -> TreeWriter:
-    new_store(folder, encoding)
-    return BulkWriter(open_context(folder, **options))
-
-
-def _memory(folder: Path, encoding: Encoding, **options) -> TreeWriter:
-    del folder, options
-    return MemoryTree(encoding)
-
-
-@pytest.fixture(params=[_context, _journal_only, _bulk, _memory], ids=["disk", "journal", "bulk", "memory"])
-def make_tree(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[MakeTree]:
-    made: list[TreeWriter] = []
-
-    def make(encoding: Encoding = ENCODING, **options) -> TreeWriter:
-        made.append(request.param(tmp_path / str(len(made)), encoding, **options))
-        return made[-1]
-
-    yield make
-    for tree in made:
-        tree.close()
-
-
-@pytest.fixture
-def tree(make_tree: MakeTree) -> TreeWriter:
-    return make_tree()
 
 
 def test_satisfies_the_protocols(tree: TreeWriter) -> None:
@@ -509,25 +466,3 @@ def test_encoded_arrays_are_taken_like_floats(make_tree: MakeTree, dtype) -> Non
         one = floats.reader().read("gists", lod, [0]).float()
         two = bytes_.reader().read("gists", lod, [0]).float()
         torch.testing.assert_close(one, two, rtol=0, atol=0.02 if dtype == "int8" else 0)
-
-
-# -- the tree in memory ------------------------------------------------------------------------------------------------
-
-
-def test_gradients_flow_from_what_is_read_to_what_was_appended() -> None:
-    tree = MemoryTree(ENCODING)
-    text = Text("doc", 40 * K)
-    gists = torch.randn(40, 4, requires_grad=True)
-    upper = torch.randn(1, 4, requires_grad=True)
-    span = text.span(ENCODING)
-    tree.append([SpanWrite(**{**vars(span), "arrays": {"gists": gists}})])
-    tree.put_nodes(2, 0, {"gists": upper})
-    reader = tree.reader()
-    loss = (3 * reader.read("gists", 1, [7, 7, 9])).sum() + reader.read_node("gists", 2, 0).sum()
-    loss.backward()
-    expected = torch.zeros(40, 4)
-    expected[7], expected[9] = 6, 3
-    assert gists.grad is not None
-    assert upper.grad is not None
-    assert torch.equal(gists.grad, expected)
-    assert torch.equal(upper.grad, torch.ones(1, 4))
