@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import ray
 import torch
 
 from actors.packing import Window
@@ -19,10 +22,7 @@ from models.window_encoder import WindowEncoder
 from storage.codec import encode_arrays
 from storage.contract import SpanWrite
 from storage.geometry import NO_TOKEN
-from storage.schema import ArraySpec, Encoding
-
-GISTS = "gists"
-KEYS = "keys"
+from storage.schema import GISTS, KEYS, ArraySpec, Encoding
 
 
 def encoding_of(gistnet: GistNet, compute_dtype: str, gist_dtype: GistDtype) -> Encoding:
@@ -94,3 +94,30 @@ def explicit_dtype(config: BaseLMConfig, dtype: torch.dtype | str) -> BaseLMConf
     if name not in {"float32", "bfloat16"}:
         raise ModelError(f"compute dtype {name} is not supported; use float32 or bfloat16")
     return dataclasses.replace(config, dtype=name)  # type: ignore[arg-type]
+
+
+class CompactorActor:
+    """Hosts a compactor.
+
+    The net comes with every call, as a reference in a list that is followed once in a process's life. Constructors
+    get no references: a restarted actor may find them gone, and Ray prints an error for every one that could.
+    """
+
+    def __init__(self, spec: CompactorSpec) -> None:
+        self._spec = spec
+        self._compactor: Compactor | None = None
+
+    def load(self, gistnet_refs: list[Any]) -> Compactor:
+        """The compactor, made when first needed."""
+        if self._compactor is None:
+            self._compactor = Compactor(self._spec, ray.get(gistnet_refs[0]))
+        return self._compactor
+
+    def ready(self, gistnet_refs: list[Any]) -> int:
+        """Answers with its process id once the models are loaded."""
+        self.load(gistnet_refs)
+        return os.getpid()
+
+    def encode(self, windows: Sequence[Window], gistnet_refs: list[Any]) -> list[SpanWrite]:
+        """As `Compactor.encode`."""
+        return self.load(gistnet_refs).encode(windows)

@@ -6,71 +6,21 @@ is restarted but its calls are not repeated blindly: the caller sees the failure
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from actors.compactor import Compactor, CompactorSpec
-from actors.follower import FollowerSpec, LevelFollower, next_missing
+from actors.compactor import CompactorActor, CompactorSpec
+from actors.follower import FollowerActor, FollowerSpec, next_missing
 from actors.packing import Window
 from actors.tree_store import TreeStore, TreeStoreSpec
 from cluster.config import CompactionConfig, RayConfig
-from cluster.ray_calls import check_resources, get_or_raise, wait_for_actors
+from cluster.ray_calls import CALL_TIMEOUT_S, check_resources, get_or_raise, wait_for_actors
 from models.gistnet import GistNet
-from storage.contract import Ack, SpanWrite, Version
-
-CALL_TIMEOUT_S = 1800.0
-"""Longest wait for one call of an actor; far above any honest one, so that a hang ends as an error."""
-
-
-class CompactorActor:
-    """Hosts a compactor.
-
-    The net comes with every call, as a reference in a list that is followed once in a process's life. Constructors
-    get no references: a restarted actor may find them gone, and Ray prints an error for every one that could.
-    """
-
-    def __init__(self, spec: CompactorSpec) -> None:
-        self._spec = spec
-        self._compactor: Compactor | None = None
-
-    def load(self, gistnet_refs: list[Any]) -> Compactor:
-        """The compactor, made when first needed."""
-        if self._compactor is None:
-            self._compactor = Compactor(self._spec, ray.get(gistnet_refs[0]))
-        return self._compactor
-
-    def ready(self, gistnet_refs: list[Any]) -> int:
-        """Answers with its process id once the models are loaded."""
-        self.load(gistnet_refs)
-        return os.getpid()
-
-    def encode(self, windows: Sequence[Window], gistnet_refs: list[Any]) -> list[SpanWrite]:
-        """As `Compactor.encode`."""
-        return self.load(gistnet_refs).encode(windows)
-
-
-class FollowerActor:
-    """Hosts a follower that writes through the store's actor; references as in `CompactorActor`."""
-
-    def __init__(self, spec: FollowerSpec) -> None:
-        self._spec = spec
-        self._follower: LevelFollower | None = None
-
-    def advance(self, gistnet_refs: list[Any], store: Any) -> int:
-        """As `LevelFollower.advance`."""
-
-        def put_nodes(lod: int, first: int, arrays: Mapping[str, np.ndarray]) -> Ack:
-            return get_or_raise(store.put_nodes.remote(lod, first, arrays), CALL_TIMEOUT_S, f"storing LOD{lod} nodes")
-
-        if self._follower is None:
-            self._follower = LevelFollower(self._spec, ray.get(gistnet_refs[0]), put_nodes)
-        return self._follower.advance()
+from storage.contract import Version
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,12 @@ import ray
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext
 
-from actors.compactor import CompactorSpec
-from actors.crew import CALL_TIMEOUT_S, CompactorActor, Crew, Workers
+from actors.compactor import CompactorActor, CompactorSpec
+from actors.crew import Crew, Workers
 from actors.packing import Marks, PackedItem, Packer, batched_windows
 from actors.rows import PACKED_SCHEMA, encoded_schema, other_items, packed_row, span_row, window_from
 from cluster.config import BaseLMConfig, CompactionConfig
-from cluster.ray_calls import get_or_raise
+from cluster.ray_calls import CALL_TIMEOUT_S, get_or_raise
 from models.tokenizer import Tokenizer
 from storage.contract import Ack, DocumentMark
 from storage.corpus import CorpusSource

@@ -9,17 +9,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import ray
 import torch
-from models.node_encoder import NodeEncoder
 
-from actors.compactor import GISTS, KEYS
 from cluster.config import TOKENS_PER_BLOCK as K
+from cluster.ray_calls import CALL_TIMEOUT_S, get_or_raise
 from models.gistnet import GistNet
+from models.node_encoder import NodeEncoder
 from storage.codec import encode_arrays
 from storage.contract import Ack, Version
 from storage.reader import ContextReader
+from storage.schema import GISTS, KEYS
 
 GROUPS_AT_A_TIME = 64
 """Sibling groups read and written at once: about 5 MB at d = 576 with keys."""
@@ -83,3 +86,21 @@ class LevelFollower:
         )
         specs = reader.version.encoding.arrays
         return encode_arrays(specs, {GISTS: nodes.gists, KEYS: nodes.keys}, count)
+
+
+class FollowerActor:
+    """Hosts a follower that writes through the store's actor; references as in `CompactorActor`."""
+
+    def __init__(self, spec: FollowerSpec) -> None:
+        self._spec = spec
+        self._follower: LevelFollower | None = None
+
+    def advance(self, gistnet_refs: list[Any], store: Any) -> int:
+        """As `LevelFollower.advance`."""
+
+        def put_nodes(lod: int, first: int, arrays: Mapping[str, np.ndarray]) -> Ack:
+            return get_or_raise(store.put_nodes.remote(lod, first, arrays), CALL_TIMEOUT_S, f"storing LOD{lod} nodes")
+
+        if self._follower is None:
+            self._follower = LevelFollower(self._spec, ray.get(gistnet_refs[0]), put_nodes)
+        return self._follower.advance()

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from actors.compactor import GISTS
 from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.config import ReadBackConfig
 from cluster.errors import ConfigError
 from models.base_lm import BaseLM
 from models.positions import Positions
 from storage.contract import TreeReader
+from storage.schema import GISTS
 
 FULL, NONE, OWN, SHUFFLED, RECENT = "full", "none", "gists", "shuffled_gists", "recent_raw"
 CONDITIONS = (FULL, NONE, OWN, SHUFFLED, RECENT)

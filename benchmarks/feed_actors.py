@@ -27,9 +27,9 @@ def feed_actors(setting: Setting) -> Result:
     """The default net, as the demo compacts; a small one, where a feed's own work weighs 30 times as much, beside it."""
     default = GistNetConfig(lm_layers=setting.size(8, 2))
     with setting.scratch() as root:
-        rounds, files = setting.size((4, 1), (2, 1))
+        rounds, files = setting.size((4, 1), (1, 1))
         ratios, detail = _compare(setting, root / "default", default, rounds, files)
-        small_rounds, small_files = setting.size((4, 12), (2, 1))
+        small_rounds, small_files = setting.size((4, 12), (1, 2))
         small_ratios, small_detail = _compare(setting, root / "small", SMALL_NET, small_rounds, small_files)
     found = {
         **detail,
@@ -48,7 +48,7 @@ def _compare(
         usages: list[tuple[Usage, Usage]] = []
         # Round 0 warms up: lazy imports and first touches are no steady state.
         for number in range(rounds + 1):
-            files = corpus_files(setting.cache, number * files_per_round, files_per_round)
+            files = corpus_files(setting, number * files_per_round, files_per_round)
             mine, theirs = feed.measure("ingest", files), bare.measure("ingest", files)
             check_same_tree(mine.result, theirs.result)
             usages.append((mine, theirs))

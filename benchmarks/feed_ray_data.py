@@ -54,7 +54,7 @@ def feed_ray_data(setting: Setting) -> Result:
     with setting.scratch() as root:
         bare_job, feed_job = (plan_compaction(setting, root / name, SMALL_NET, "ray_data") for name in ("bare", "feed"))
         with Child(BareLoop, bare_job) as bare, Child(RayDataFeed, feed_job) as feed:
-            warm_up = corpus_files(setting.cache, 0, 1)
+            warm_up = corpus_files(setting, 0, 1)
             tokens = bare.measure("ingest", warm_up).result.num_tokens
             feed.measure("ingest", warm_up)
             first = len(warm_up)
@@ -62,7 +62,7 @@ def feed_ray_data(setting: Setting) -> Result:
                 sides: list[dict[str, Usage]] = [{}, {}]
                 sizes: dict[str, int] = {}
                 for part, count in (("small", small_files), ("large", large_files)):
-                    files = corpus_files(setting.cache, first, count)
+                    files = corpus_files(setting, first, count)
                     first += count
                     for side, child in zip(sides, (feed, bare), strict=True):
                         side[part] = child.measure("ingest", files)

@@ -51,7 +51,7 @@ def gistnet_vs_prefill(setting: Setting) -> Result:
 
 def _windows(setting: Setting, count: int, tokenizer: Tokenizer) -> list[np.ndarray]:
     """Full windows of the corpus, `(1024,)` uint32 each."""
-    items = read_corpus(open_files(corpus_files(setting.cache, 0, 2)))
+    items = read_corpus(open_files(corpus_files(setting, 0, 2)))
     packed = Packer(tokenizer, lambda keys: {}).pack(items)
     full = (w.tokens for w in packed if isinstance(w, Window) and len(w.tokens) == WINDOW_TOKENS)
     return list(islice(full, count))

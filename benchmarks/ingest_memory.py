@@ -38,7 +38,7 @@ def ingest_memory(setting: Setting) -> Result:
 
 
 def _peak(setting: Setting, feed: Feed, num_tokens: int) -> tuple[int, Memory]:
-    files = corpus_files(setting.cache, 0, -(-num_tokens // TOKENS_PER_FILE))
+    files = corpus_files(setting, 0, -(-num_tokens // TOKENS_PER_FILE))
     with setting.scratch() as root:
         job = plan_compaction(setting, root / "store", CHEAP_NET, feed)
         with Child(FEEDS[feed], job) as child:

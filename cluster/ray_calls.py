@@ -13,6 +13,9 @@ import cluster.errors
 from cluster.errors import MegaContextError, ResourceError, ResourceTimeoutError
 from cluster.ray_runtime import format_resources
 
+CALL_TIMEOUT_S = 1800.0
+"""Longest wait for one call of an actor; far above any honest one, so that a hang ends as an error."""
+
 Resources = Mapping[str, float]
 """Ray's names: `CPU`, `GPU`, `memory` (bytes), or a custom one."""
 

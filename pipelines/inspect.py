@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from actors.compactor import GISTS
 from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.config import InspectJob
 from cluster.errors import ConfigError, IncompatibleTreeError
@@ -18,6 +17,7 @@ from models.tokenizer import Tokenizer
 from pipelines.tree_report import encoding_rows, human_bytes, level_rows, measure_tree
 from storage.contract import DocumentInfo, TreeReader
 from storage.geometry import NO_TOKEN, node_block_range
+from storage.schema import GISTS
 from storage.store import Store
 
 SHOWN_CHARACTERS = 2000

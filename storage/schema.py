@@ -20,6 +20,10 @@ FORMAT_VERSION = 1
 """Raised when the layout changes. A reader takes its own version and, by a step in `catalogue.MIGRATIONS`, older
 ones; a newer one is refused."""
 
+GISTS = "gists"
+KEYS = "keys"
+"""Names of the arrays compaction writes: gists are for reading, routing keys for finding."""
+
 INT8_GROUP = 64
 """Dimensions that share one scale in int8 (mean 1 - cos about 5e-5 at 0.52x of the bytes of float16)."""
 

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import pipelines.compact as compact_job
-from actors.crew import CompactorActor, Crew
+from actors.crew import Crew
 from cluster.config import CompactJob, StoreConfig
 from cluster.errors import (
     ConfigError,
@@ -131,26 +131,21 @@ def _kill_during(job: CompactJob, monkeypatch: pytest.MonkeyPatch, choose: Any, 
 
 
 @pytest.fixture
-def slow_compactors(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tiny model would be done before it could be killed."""
-    original = CompactorActor.encode
-
-    def encode(self: CompactorActor, windows: Any, refs: list[Any]) -> Any:
-        time.sleep(0.15)
-        return original(self, windows, refs)
-
-    monkeypatch.setattr(CompactorActor, "encode", encode)
+def long_job(make_job: JobFactory, corpus_folder: Path) -> JobFactory:
+    """Jobs that take some seconds, so that there is time to kill something."""
+    for index in range(4):
+        (corpus_folder / f"long{index}.txt").write_text(make_text(100 + index, 2500))
+    return make_job
 
 
-@pytest.mark.usefixtures("slow_compactors")
-def test_killing_a_compactor_changes_nothing(make_job: JobFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    calm = make_job("calm", "calm")
+def test_killing_a_compactor_changes_nothing(long_job: JobFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    calm = long_job("calm", "calm")
     compact_job.run(calm)
 
     def choose(crew: Crew) -> int:
         return crew.call(crew.compactors[0].ready.remote(crew.gistnet_refs), "its process id")
 
-    job = make_job("killed", "killed")
+    job = long_job("killed", "killed")
     assert _kill_during(job, monkeypatch, choose, delay_s=0.3)
     store = Store(job.store.root)
     with store.open_reader("calm") as left, store.open_reader("killed") as right:
@@ -158,15 +153,14 @@ def test_killing_a_compactor_changes_nothing(make_job: JobFactory, monkeypatch: 
     assert_sound(job.store)
 
 
-@pytest.mark.usefixtures("slow_compactors")
-def test_killing_the_store_is_survived(make_job: JobFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    calm = make_job("calm", "calm")
+def test_killing_the_store_is_survived(long_job: JobFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    calm = long_job("calm", "calm")
     compact_job.run(calm)
 
     def choose(crew: Crew) -> int:
         return crew.call(crew.store.process_id.remote(), "its process id")
 
-    job = make_job("killed", "killed")
+    job = long_job("killed", "killed")
     assert _kill_during(job, monkeypatch, choose, delay_s=0.5)
     assert report_of(job)["restarts"] == 1
     store = Store(job.store.root)
