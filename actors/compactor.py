@@ -47,7 +47,7 @@ class CompactorSpec:
 
 
 class Compactor:
-    """A GistNet on its LM's lower layers. Plain class; `feeds` hosts it in Ray actors."""
+    """A GistNet on its LM's lower layers. Plain class; `CompactorActor` hosts it."""
 
     def __init__(self, spec: CompactorSpec, gistnet: GistNet) -> None:
         """Load what the net needs of the LM.

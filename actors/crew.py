@@ -55,6 +55,8 @@ class Crew:
             StorageError: the store refused; nothing was changed.
             ResourceTimeoutError: Ray gave no process in time.
         """
+        self.version: Version
+        self.epoch: int
         self._timeout_s = ray_config.resource_timeout_s
         self._here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self.store: Any = (
@@ -69,7 +71,7 @@ class Crew:
         self._follow_ref: Any = None
         self.nodes_made = 0
         try:
-            self.version: Version = self.call(self.store.open.remote(), "opening the context").version
+            self.version, self.epoch = self.call(self.store.open.remote(), "opening the context")
         except BaseException:
             self._kill()
             raise

@@ -72,7 +72,7 @@ def run_actor_feed(
         on_ack(crew.call(waiting.popleft(), "storing a batch"))
 
     for batch in batched_windows(packed, config.windows_per_batch, on_other):
-        waiting.append(crew.store.append.remote(crew.encode(batch)))
+        waiting.append(crew.store.append.remote(crew.epoch, crew.encode(batch)))
         while len(waiting) >= limit:
             collect()
     while waiting:
@@ -147,6 +147,7 @@ def run_ray_data_feed(
             batch_size=1,
             batch_format="pyarrow",
             num_cpus=PACKER_CPUS,
+            concurrency=config.num_packers or None,
             zero_copy_batch=True,
         )
         .map_batches(
@@ -163,7 +164,7 @@ def run_ray_data_feed(
     for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
         for item in other_items(table):
             on_other(item)
-        waiting.append(crew.store.append_table.remote(table))
+        waiting.append(crew.store.append_table.remote(crew.epoch, table))
         while len(waiting) >= TABLES_IN_FLIGHT:
             on_ack(crew.call(waiting.popleft(), "storing a table"))
     while waiting:

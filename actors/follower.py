@@ -53,7 +53,7 @@ class FollowerSpec:
 
 
 class LevelFollower:
-    """Plain class; `feeds` hosts it on the store's machine, where it reads the context directly."""
+    """Plain class; `FollowerActor` hosts it on the store's machine, where it reads the context directly."""
 
     def __init__(self, spec: FollowerSpec, gistnet: GistNet, put_nodes: PutNodes) -> None:
         """Follow a context; `put_nodes` hands nodes to its writer and returns when they are durable."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from dataclasses import dataclass
 from typing import Literal
@@ -137,8 +136,3 @@ def choose_feed(config: CompactionConfig, num_tokens: int | None) -> Feed:
 def check_space(store: StoreConfig, plan: CompactionPlan, num_tokens: int | None) -> int:
     """Disk need in bytes; refuses what the disk cannot hold (`storage.store.check_disk_space`)."""
     return check_disk_space(store.root, plan.encoding, int((num_tokens or 0) * DISK_MARGIN))
-
-
-def with_dtype_of(store: StoreConfig, encoding: Encoding) -> StoreConfig:
-    """The store's configuration with the gist dtype an encoding has."""
-    return dataclasses.replace(store, gist_dtype=encoding.arrays[0].dtype)

@@ -15,10 +15,10 @@ import pyarrow as pa
 
 from actors.rows import spans_from
 from cluster.config import StoreConfig
-from cluster.errors import StorageError
+from cluster.errors import StorageError, StoreRestartedError
 from storage.bulk_writer import BulkWriter
 from storage.codec import Values
-from storage.contract import Ack, DocumentMark, DocumentMeta, SpanWrite
+from storage.contract import Ack, DocumentMark, DocumentMeta, SpanWrite, Version
 from storage.rebuild import EncodingBuilder
 from storage.schema import Encoding, TreeIdentity
 from storage.store import Store
@@ -57,7 +57,7 @@ class StoreStatus:
 
 
 class TreeStore:
-    """Plain class; `feeds` hosts it in a Ray actor with max_concurrency=1.
+    """Plain class; `crew` hosts it in a Ray actor that takes one call at a time.
 
     The context is opened by the first call rather than by the constructor, so that a refusal reaches the caller as
     itself, and a restarted actor opens (and recovers) by itself.
@@ -86,17 +86,27 @@ class TreeStore:
             self._bulk = BulkWriter(self._writer) if spec.bulk else None
         return self._writer
 
-    def open(self) -> Ack:
-        """Take the writer's place; the newest version.
+    def open(self) -> tuple[Version, int]:
+        """Take the writer's place; the newest version, and the epoch to write under.
 
         Raises:
             WriterConflictError, IncompatibleTreeError, CorruptTreeError: see `Store.open_writer`.
         """
-        return Ack(self._opened().version())
-
-    def append(self, *batches: Sequence[SpanWrite]) -> Ack:
-        """Store batches of spans in one commit (`TreeWriter.append`)."""
         writer = self._opened()
+        return writer.version(), writer.epoch
+
+    def append(self, epoch: int, *batches: Sequence[SpanWrite]) -> Ack:
+        """Store batches of spans in one commit (`TreeWriter.append`).
+
+        Raises:
+            StoreRestartedError: this process is not the one that was opened under `epoch`; spans that one had
+                accepted and not stored are gone.
+        """
+        writer = self._opened()
+        if writer.epoch != epoch:
+            raise StoreRestartedError(
+                f"the store of context {writer.name!r} was lost and started anew (epoch {epoch}, now {writer.epoch})"
+            )
         started = time.perf_counter()
         spans = [span for batch in batches for span in batch]
         self._cut_abandoned(writer, spans)
@@ -118,9 +128,9 @@ class TreeStore:
             )
             writer.close_document(abandoned.key)
 
-    def append_table(self, table: pa.Table) -> Ack:
-        """Store the data rows of a table (`rows.spans_from`) in one commit."""
-        return self.append(list(spans_from(table, self._opened().encoding.arrays)))
+    def append_table(self, epoch: int, table: pa.Table) -> Ack:
+        """Store the data rows of a table (`rows.spans_from`), as `append`."""
+        return self.append(epoch, list(spans_from(table, self._opened().encoding.arrays)))
 
     def append_tail(self, document: DocumentMeta, token_offset: int, tokens: np.ndarray) -> Ack:
         """As `TreeWriter.append_tail`."""

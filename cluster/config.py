@@ -146,8 +146,8 @@ class BaseLMConfig:
     """The language model whose memory this is. Frozen."""
 
     source: str = "smollm2-135m"
-    """`smollm2-135m` (the packaged GGUF), `tiny` (a small random model for tests), a local folder, or a hub
-    id."""
+    """`smollm2-135m` (the packaged GGUF), `tiny` (a small random model for tests), a local folder or `.gguf` file, or
+    a hub id such as `HuggingFaceTB/SmolLM2-360M`."""
 
     dtype: ComputeDtype = "auto"
     """Compute dtype. `auto` measures float32 against bfloat16 at start and takes what is faster and close."""
@@ -244,6 +244,13 @@ class CompactionConfig:
     gpus_per_compactor: float = 0.0
     """GPUs of a worker; 0 computes on the CPU."""
 
+    num_packers: int = 0
+    """Ray Data tasks that read and tokenise at the same time, half a CPU each; 0 lets Ray Data decide. The `actors`
+    feed packs in the job's own process."""
+
+    follower_threads: int = 1
+    """torch threads of the worker that makes LOD2 and above: a 32nd of the compactors' work."""
+
     max_in_flight: int = 4
     """Batches waiting at a worker. More hides latency, costs memory."""
 
@@ -258,6 +265,8 @@ class CompactionConfig:
         _require(self.num_compactors >= 1, "compaction.num_compactors must be at least 1")
         _require(self.threads_per_compactor >= 0, "compaction.threads_per_compactor must be 0 (share) or more")
         _require(self.gpus_per_compactor >= 0, "compaction.gpus_per_compactor must be 0 or more")
+        _require(self.num_packers >= 0, "compaction.num_packers must be 0 (Ray Data decides) or more")
+        _require(self.follower_threads >= 1, "compaction.follower_threads must be at least 1")
         _require(self.max_in_flight >= 1, "compaction.max_in_flight must be at least 1")
         _require(self.windows_per_batch >= 1, "compaction.windows_per_batch must be at least 1")
         _require(self.window_batch >= 1, "compaction.window_batch must be at least 1")
@@ -323,7 +332,7 @@ class InspectJob:
     """Show what a store or a context holds. Starts no cluster."""
 
     store: StoreConfig = field(default_factory=StoreConfig)
-    """Which store and context; `--store.context ''` is not allowed, use `--all true` to list all."""
+    """Which store and context."""
 
     all: bool = False
     """List every context of the store instead of one."""

@@ -95,22 +95,42 @@ class RunConflictError(MegaContextError):
     exit_code = 8
 
 
+class StoreRestartedError(MegaContextError):
+    """The tree store's process was lost and started anew: what it held and had not stored must come again."""
+
+    exit_code = 5
+
+
 FATAL = (ConfigError, CorpusError, ModelError, StorageError)
 
 
-def is_recoverable(error: BaseException) -> bool:
-    """Whether running the same step again can help: true for lost processes, false for our own refusals.
-
-    Ray wraps what an actor raised; the cause is looked at, by name so that this module stays free of Ray.
-    """
-    cause = getattr(error, "cause", None)
-    if isinstance(error, FATAL) or isinstance(cause, FATAL):
-        return False
-    return type(error).__name__ in {
+LOST_PROCESS = frozenset(
+    {
         "ActorDiedError",
         "ActorUnavailableError",
         "NodeDiedError",
         "ObjectLostError",
         "OutOfMemoryError",
+        "OwnerDiedError",
+        "StoreRestartedError",
         "WorkerCrashedError",
     }
+)
+"""Ray's exceptions for processes and nodes that are gone, and our own; by name, so that this module stays free of
+Ray."""
+
+
+def is_recoverable(error: BaseException) -> bool:
+    """Whether running the same step again can help: true for lost processes, false for our own refusals.
+
+    Ray, and Ray Data above it, wrap what a worker raised, several times over: the whole chain is looked at.
+    """
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in chain:
+        chain.append(link)
+        cause = getattr(link, "cause", None)
+        link = cause if isinstance(cause, BaseException) else link.__cause__
+    if any(isinstance(link, FATAL) for link in chain):
+        return False
+    return any(kind.__name__ in LOST_PROCESS for link in chain for kind in type(link).__mro__)

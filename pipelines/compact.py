@@ -24,6 +24,7 @@ from actors.tree_store import StoreStatus, TreeStoreSpec
 from cluster import metric_names as names
 from cluster.config import CompactJob
 from cluster.errors import WriterConflictError, is_recoverable
+from cluster.metrics import MetricPublisher
 from cluster.ray_runtime import ray_session
 from cluster.run import JobRun
 from cluster.tables import Table
@@ -103,6 +104,7 @@ def compact(job: CompactJob, plan: CompactionPlan, source: CorpusSource, job_run
         QuarantineTable(job_run.folder / "quarantine.parquet") as quarantine,
         job_run.progress(estimate, "tokens", "compacting") as progress,
     ):
+        published = MetricPublisher(job_run.job_name, job_run.name)
 
         def on_other(item: PackedItem) -> None:
             if isinstance(item, QuarantinedItem):
@@ -118,12 +120,13 @@ def compact(job: CompactJob, plan: CompactionPlan, source: CorpusSource, job_run
             result.new_tokens += ack.version.num_tokens - before
             progress.advance(ack.version.num_tokens - before)
             job_run.log_metrics({names.TOKENS_TOTAL: ack.version.num_tokens}, step=ack.version.seq)
+            published.set({names.TOKENS_TOTAL: ack.version.num_tokens, names.BLOCKS_TOTAL: ack.version.num_blocks})
             result.growth.append((time.perf_counter() - started, ack.version.num_tokens, ack.version.level_counts))
 
         while True:
             result.skipped_documents = 0
             try:
-                _run_crew(job, plan, source, result, started, on_ack, on_other)
+                _run_crew(job, job_run, plan, source, result, started, on_ack, on_other)
                 break
             except Exception as error:
                 if result.num_restarts >= MAX_RESTARTS or not is_recoverable(error):
@@ -137,6 +140,7 @@ def compact(job: CompactJob, plan: CompactionPlan, source: CorpusSource, job_run
 
 def _run_crew(
     job: CompactJob,
+    job_run: JobRun,
     plan: CompactionPlan,
     source: CorpusSource,
     result: CompactionResult,
@@ -145,14 +149,16 @@ def _run_crew(
     on_other: Callable[[PackedItem], None],
 ) -> None:
     bulk = result.feed == "ray_data"
-    spec = TreeStoreSpec(job.store, plan.identity, plan.encoding, bulk=bulk, owner=f"job compact, run {job.run.name!r}")
+    spec = TreeStoreSpec(
+        job.store, plan.identity, plan.encoding, bulk=bulk, owner=f"run {job_run.name!r} of job {job_run.job_name}"
+    )
     with _take_crew(spec, job, waiting=result.num_restarts > 0) as crew:
         result.version = crew.version
         cpus = ray.cluster_resources().get("CPU", 1.0)
         workers = plan_workers(job.compaction, cpus, reserved_cpus=PACKER_CPUS if bulk else 0.0)
         folder = Store(job.store.root).folder(job.store.context)
         crew.bring_gistnet(plan.gistnet)
-        crew.hire_follower(FollowerSpec(folder, job.store.context, 1))
+        crew.hire_follower(FollowerSpec(folder, job.store.context, job.compaction.follower_threads))
 
         def acknowledged(ack: Ack) -> None:
             on_ack(ack)

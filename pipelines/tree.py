@@ -78,14 +78,15 @@ def rebuild_gists(job: TreeRebuildGistsJob) -> None:
     with store.open_reader(job.store.context) as reader:
         num_tokens = reader.version.num_tokens
     check_space(job.store, plan, num_tokens)
-    spec = TreeStoreSpec(job.store, plan.identity, None, owner=f"job tree rebuild-gists, run {job.run.name!r}")
-    with JobRun.start("rebuild-gists", job) as job_run:
+    with JobRun.start("tree rebuild-gists", job) as job_run:
+        owner = f"run {job_run.name!r} of job {job_run.job_name}"
+        spec = TreeStoreSpec(job.store, plan.identity, None, owner=owner)
         job_run.log_digests(plan.digests())
         with ray_session(job.ray), Crew(spec, job.ray) as crew:
             encoding_id, counts = crew.call(crew.store.begin_rebuild.remote(plan.encoding), "starting the rebuild")
             workers = plan_workers(job.compaction, ray.cluster_resources().get("CPU", 1.0))
             crew.bring_gistnet(plan.gistnet)
-            crew.hire_follower(FollowerSpec(folder, job.store.context, 1, encoding_id))
+            crew.hire_follower(FollowerSpec(folder, job.store.context, job.compaction.follower_threads, encoding_id))
             crew.hire_compactors(plan.compactor_spec(workers.threads, job.compaction.window_batch), workers)
             done = counts[0] if counts else 0
             with (

@@ -115,8 +115,10 @@ def plot_growth(growth: Growth, tree: TreeSize, path: Path) -> None:
         for lod in lods[1:]:
             nodes = [point[2][lod - 1] if lod <= len(point[2]) else 0 for point in growth]
             left.step(seconds, nodes, where="post", label=f"LOD{lod} nodes")
-        left.set(yscale="log", ylim=(1, None), xlabel="seconds", ylabel="count", title="Growth in this run")
-        left.legend(loc="lower right")
+        # Room above the curves for the legend.
+        top = growth[-1][1] * 30
+        left.set(yscale="log", ylim=(1, top), xlabel="seconds", ylabel="count", title="Growth in this run")
+        left.legend(loc="upper left", ncols=2)
         bars = right.barh([f"LOD{lod}" for lod in lods], sizes)
         labels = [
             f" {tree.version.num_nodes(lod):,} nodes, {human_bytes(level_bytes(tree.version, lod))}" for lod in lods

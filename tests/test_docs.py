@@ -21,7 +21,12 @@ from storage.store import Store
 from tests.actors.helpers import follow, ingest, make_compactor, make_documents, open_context, tiny_plan
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CHANGELOG.md",
+    *sorted(ROOT.glob("docs/*.md")),
+    *sorted(ROOT.glob("benchmarks/*.md")),
+]
 SOURCE_FOLDERS = ("pipelines", "actors", "models", "storage", "cluster", "configs", "benchmarks")
 SOURCE_SUFFIXES = {".py", ".yaml"}
 

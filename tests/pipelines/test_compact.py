@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import threading
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -107,29 +107,6 @@ def test_a_second_run_redoes_nothing_and_new_documents_are_added(
     assert_sound(job.store)
 
 
-def _kill_during(job: CompactJob, monkeypatch: pytest.MonkeyPatch, choose: Any, delay_s: float) -> list[int]:
-    """Run a job while `choose(crew)`'s process is killed, once, `delay_s` after the workers are ready."""
-    killed: list[int] = []
-    original = Crew.hire_compactors
-
-    def hire(crew: Crew, *arguments: Any) -> None:
-        original(crew, *arguments)
-        if killed:
-            return
-
-        def kill() -> None:
-            time.sleep(delay_s)
-            pid = choose(crew)
-            os.kill(pid, signal.SIGKILL)
-            killed.append(pid)
-
-        threading.Thread(target=kill).start()
-
-    monkeypatch.setattr(Crew, "hire_compactors", hire)
-    compact_job.run(job)
-    return killed
-
-
 @pytest.fixture
 def long_job(make_job: JobFactory, corpus_folder: Path) -> JobFactory:
     """Jobs that take some seconds, so that there is time to kill something."""
@@ -141,32 +118,62 @@ def long_job(make_job: JobFactory, corpus_folder: Path) -> JobFactory:
 def test_killing_a_compactor_changes_nothing(long_job: JobFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     calm = long_job("calm", "calm")
     compact_job.run(calm)
+    killed: list[int] = []
+    pids_after: list[int] = []
+    original = compact_job.run_actor_feed
 
-    def choose(crew: Crew) -> int:
-        return crew.call(crew.compactors[0].ready.remote(crew.gistnet_refs), "its process id")
+    def feed(crew: Crew, *arguments: Any) -> None:
+        def pid() -> int:
+            return crew.call(crew.compactors[0].ready.remote(crew.gistnet_refs), "its process id")
 
+        killed.append(pid())
+        threading.Timer(0.5, os.kill, (killed[0], signal.SIGKILL)).start()
+        original(crew, *arguments)
+        pids_after.append(pid())
+
+    monkeypatch.setattr(compact_job, "run_actor_feed", feed)
     job = long_job("killed", "killed")
-    assert _kill_during(job, monkeypatch, choose, delay_s=0.3)
+    compact_job.run(job)
+    assert pids_after != killed
+    assert report_of(job)["restarts"] == 0
     store = Store(job.store.root)
     with store.open_reader("calm") as left, store.open_reader("killed") as right:
         assert_same_tree(left, right)
     assert_sound(job.store)
 
 
-def test_killing_the_store_is_survived(long_job: JobFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("feed", ["actors", "ray_data"])
+def test_killing_the_store_is_survived(long_job: JobFactory, monkeypatch: pytest.MonkeyPatch, feed: str) -> None:
     calm = long_job("calm", "calm")
     compact_job.run(calm)
-
-    def choose(crew: Crew) -> int:
-        return crew.call(crew.store.process_id.remote(), "its process id")
-
-    job = long_job("killed", "killed")
-    assert _kill_during(job, monkeypatch, choose, delay_s=0.5)
+    killed = _kill_store_during_feed(monkeypatch, delay_s=1.5 if feed == "actors" else 6.0)
+    job = long_job("killed", "killed", feed=feed, num_compactors=1)
+    compact_job.run(job)
+    assert len(killed) == 1
     assert report_of(job)["restarts"] == 1
     store = Store(job.store.root)
     with store.open_reader("calm") as left, store.open_reader("killed") as right:
         assert_same_tree(left, right)
     assert_sound(job.store)
+
+
+def _kill_store_during_feed(monkeypatch: pytest.MonkeyPatch, delay_s: float) -> list[int]:
+    """From now on the first feed loses its store, `delay_s` after it began."""
+    killed: list[int] = []
+
+    def wrap(original: Callable[..., None]) -> Callable[..., None]:
+        def feed(crew: Crew, *arguments: Any) -> None:
+            if not killed:
+                pid = crew.call(crew.store.process_id.remote(), "its process id")
+                killed.append(pid)
+                threading.Timer(delay_s, os.kill, (pid, signal.SIGKILL)).start()
+            original(crew, *arguments)
+
+        return feed
+
+    for name in ("run_actor_feed", "run_ray_data_feed"):
+        monkeypatch.setattr(compact_job, name, wrap(getattr(compact_job, name)))
+    return killed
 
 
 def test_another_gistnet_is_refused_and_nothing_changes(make_job: JobFactory) -> None:
