@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from cluster.errors import CorruptTreeError, StorageError
+from storage.durable import fsync_folder, write_file_durably
 
 CRC_BYTES = 4
 _ZARR_DTYPES = {
@@ -156,7 +157,7 @@ def write_segment(
     Raises:
         OSError: the disk refused; the temporary folder is removed.
     """
-    write_file = write_file or _write_file_durably
+    write_file = write_file or write_file_durably
     temporary = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     manifest: dict[str, dict[str, int]] = {}
@@ -291,19 +292,3 @@ def check_manifest(folder: Path, manifest: Mapping[str, Mapping[str, int]]) -> l
 
 def _json(value: Mapping[str, Any]) -> bytes:
     return json.dumps(value, indent=1, sort_keys=True).encode()
-
-
-def _write_file_durably(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def fsync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -18,10 +18,10 @@ from pathlib import Path
 
 from cluster.errors import ContextNotFoundError, DiskFullError, IncompatibleTreeError, WriterConflictError
 from storage import catalogue
+from storage.durable import fsync_folder
 from storage.reader import ContextReader
 from storage.schema import Encoding, TreeIdentity, check_same
 from storage.sealing import SEGMENT_FOLDER
-from storage.segment import fsync_folder
 from storage.writer import MAIN_BRANCH, ContextWriter
 
 STORE_FILE = "store.sqlite"

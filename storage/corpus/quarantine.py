@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 
 from cluster.errors import DiskFullError, StorageError
 from storage.corpus.document import QuarantinedItem
+from storage.durable import fsync_folder
 
 SCHEMA = pa.schema(
     [
@@ -122,7 +123,7 @@ class QuarantineTable:
                 self._db.close()
                 raise
             os.replace(temporary, self.path)
-            _fsync_folder(self.path.parent)
+            fsync_folder(self.path.parent)
             self._db.close()
             self._partial.unlink()
         self._counts = counts
@@ -160,14 +161,6 @@ class QuarantineTable:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _fsync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _storable(text: str) -> str:
