@@ -169,7 +169,9 @@ class RayDataFeed:
             return _finish(crew)
 
 
-FEEDS = {"actors": ActorFeed, "ray_data": RayDataFeed}
+Host = type[ActorFeed] | type[RayDataFeed]
+
+FEEDS: dict[Feed, Host] = {"actors": ActorFeed, "ray_data": RayDataFeed}
 
 
 def _crew(job: Compaction, *, bulk: bool) -> Crew:

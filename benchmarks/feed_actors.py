@@ -24,7 +24,7 @@ SMALL_NET = GistNetConfig(kind="block", hidden_dim=64)
 
 
 def feed_actors(setting: Setting) -> Result:
-    """The default net, as the demo compacts; a small one, where a feed's own work weighs 30 times as much, beside it."""
+    """The default net, with which the demo compacts; beside it a small one, to which a feed adds 30 times as much."""
     default = GistNetConfig(lm_layers=setting.size(8, 2))
     with setting.scratch() as root:
         rounds, files = setting.size((4, 1), (1, 1))

@@ -44,7 +44,9 @@ class Setting:
     @property
     def base_lm(self) -> BaseLMConfig:
         """The real language model, or the tiny one."""
-        return BaseLMConfig(source="tiny", dtype="float32", device="cpu") if self.quick else BaseLMConfig(device="cpu")
+        if self.quick:
+            return BaseLMConfig(source="tiny", dtype="float32", device="cpu", cache_dir=self.cache / "models")
+        return BaseLMConfig(device="cpu")
 
     @contextmanager
     def scratch(self) -> Iterator[Path]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.compaction import FEEDS, Feed, plan_compaction
+from benchmarks.compaction import FEEDS, Feed, Host, plan_compaction
 from benchmarks.corpus import TOKENS_PER_FILE, corpus_files
 from benchmarks.harness import Result, Setting, say
 from benchmarks.process_tree import Child, Memory
@@ -19,10 +19,10 @@ def ingest_memory(setting: Setting) -> Result:
     sizes = setting.size((1_000_000, 10_000_000), (35_000, 70_000))
     ratios: dict[str, float] = {}
     detail: dict[str, Any] = {}
-    for feed in FEEDS:
+    for feed, host in FEEDS.items():
         peaks = []
         for size in sizes:
-            tokens, peak = _peak(setting, feed, size)
+            tokens, peak = _peak(setting, feed, host, size)
             say(f"  {feed}, {tokens:,} tokens: {peak.needed / 2**20:.0f} MiB")
             peaks.append(peak)
             detail[f"{feed}_{size}"] = {
@@ -37,11 +37,11 @@ def ingest_memory(setting: Setting) -> Result:
     return Result(max(found), (min(found), max(found)), f"feeds {' and '.join(ratios)}, one run each size", detail)
 
 
-def _peak(setting: Setting, feed: Feed, num_tokens: int) -> tuple[int, Memory]:
+def _peak(setting: Setting, feed: Feed, host: Host, num_tokens: int) -> tuple[int, Memory]:
     files = corpus_files(setting, 0, -(-num_tokens // TOKENS_PER_FILE))
     with setting.scratch() as root:
         job = plan_compaction(setting, root / "store", CHEAP_NET, feed)
-        with Child(FEEDS[feed], job) as child:
+        with Child(host, job) as child:
             usage = child.measure("ingest", files, memory=True)
     assert usage.peak is not None
     return usage.result.num_tokens, usage.peak

@@ -41,7 +41,9 @@ def merge(path: Path, row: Row) -> None:
     rows = {found["name"]: found for found in _read(path)} | {row["name"]: row}
     order = [benchmark.name for benchmark in BENCHMARKS]
     # Names of other programs that add to the list come last and stay.
-    ordered = sorted(rows.values(), key=lambda found: order.index(found["name"]) if found["name"] in order else 999)
+    ordered = sorted(
+        rows.values(), key=lambda found: order.index(found["name"]) if found["name"] in order else len(order)
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(ordered, indent=2) + "\n")
 

