@@ -106,11 +106,10 @@ def time_in_turns(calls: Mapping[str, Callable[[int], object]], rounds: int, war
 
 
 def median_ratio(subject: np.ndarray, rival: np.ndarray, unit: str, detail: Mapping[str, Any]) -> Result:
-    """Median of the subject's timings over the rival's; the spread is that of consecutive parts of the run."""
+    """Ratio of the medians of consecutive parts of a run: what slows the machine for a while slows both sides."""
     parts = zip(np.array_split(subject, NUM_SPREAD_BLOCKS), np.array_split(rival, NUM_SPREAD_BLOCKS), strict=True)
     ratios = [float(np.median(mine) / np.median(theirs)) for mine, theirs in parts if len(mine) and len(theirs)]
-    value = float(np.median(subject) / np.median(rival))
-    return Result(value, (min(ratios), max(ratios)), f"{len(ratios)} parts of {len(subject)} {unit}", detail)
+    return Result.of_repeats(ratios, f"{len(ratios)} parts of {len(subject)} {unit}", detail)
 
 
 def percentiles(seconds: np.ndarray, scale: float, unit: str) -> dict[str, float]:

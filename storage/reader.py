@@ -133,17 +133,17 @@ class _StoredNodes:
         # `_copy_from` may refresh the list while we go by positions in it.
         extents = self._extents
         positions = np.searchsorted(self._starts, indices, side="right") - 1
-        for position in np.unique(positions):
-            chosen = np.flatnonzero(positions == position)
-            extent = extents[position] if position >= 0 else None
-            sealed = np.zeros(len(chosen), bool)
-            if extent is not None:
-                sealed = indices[chosen] < extent.first + extent.count
-                inside = chosen[sealed]
-                rows = (indices[inside] - extent.first) * self._rows
-                if len(inside):
-                    out[inside] = self._map(extent).gather(rows, self._rows).reshape(-1, *self._shape)
-            for slot in chosen[~sealed]:
+        order = np.argsort(positions, kind="stable")
+        found, starts = np.unique(positions[order], return_index=True)
+        for position, start, stop in zip(found, starts, (*starts[1:], len(order)), strict=True):
+            chosen = order[start:stop]
+            if position >= 0:
+                extent = extents[position]
+                inside = indices[chosen] < extent.first + extent.count
+                sealed, chosen = (chosen, chosen[:0]) if inside.all() else (chosen[inside], chosen[~inside])
+                rows = (indices[sealed] - extent.first) * self._rows
+                out[sealed] = self._map(extent).gather(rows, self._rows).reshape(-1, *self._shape)
+            for slot in chosen:
                 self._copy_from(int(indices[slot]), out[slot : slot + 1])
         return out
 

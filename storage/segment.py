@@ -229,6 +229,7 @@ class SegmentArray:
         )
         self._payload = np.ndarray((spec.num_chunks, spec.chunk_bytes), np.uint8, self._bytes, strides=(spec.stride, 1))
         self._verified = bytearray(spec.num_chunks)
+        self._verified_view = np.frombuffer(self._verified, np.uint8)
 
     def verify_chunk(self, chunk: int) -> None:
         """Check a chunk's crc32c now.
@@ -265,9 +266,10 @@ class SegmentArray:
     def gather(self, rows: np.ndarray, span: int) -> np.ndarray:
         """Copy of `span` rows from each start in `rows` (all inside one chunk): `(len(rows), span, width)`."""
         chunks, offsets = np.divmod(rows, self.spec.chunk_rows)
-        for touched in np.unique(chunks):
-            if not self._verified[touched]:
-                self.verify_chunk(int(touched))
+        if not self._verified_view[chunks].all():
+            for touched in np.unique(chunks):
+                if not self._verified[touched]:
+                    self.verify_chunk(int(touched))
         if span == 1:
             return self._chunks[chunks, offsets][:, None, :]
         return self._chunks[chunks[:, None], offsets[:, None] + np.arange(span)]

