@@ -109,11 +109,11 @@ class SpanWrite:
             )
         if counts.dtype != np.uint8 or len(counts) == 0 or counts.min() < 1 or counts.max() > K:
             raise InvalidWriteError(f"{where}: num_tokens must be uint8 from 1 to {K}, at least one block")
-        num_short = int((counts[:-1] != K).sum()) + int(counts[-1] != K and not self.last)
-        if num_short:
+        if counts[:-1].min(initial=K) != K or (counts[-1] != K and not self.last):
             raise InvalidWriteError(f"{where}: only a document's last block may be short")
-        empty = np.arange(K) >= counts[:, None]
-        if bool(((self.tokens == NO_TOKEN) != empty).any()):
+        # NO_TOKEN is the largest number there is, so one maximum tells that the used slots hold none.
+        used = self.tokens.reshape(-1)[: (len(counts) - 1) * K + int(counts[-1])]
+        if used.max() == NO_TOKEN or bool((self.tokens[-1, counts[-1] :] != NO_TOKEN).any()):
             raise InvalidWriteError(f"{where}: unused slots, and only those, must hold NO_TOKEN")
         for name, values in self.arrays.items():
             num_rows = math.prod(values.shape[:-1])

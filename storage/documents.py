@@ -44,19 +44,20 @@ class OpenDocument:
         Raises:
             OutOfOrderError: the tail holds other tokens than the span, or would be left behind by a last block.
         """
-        tokens = span.tokens[span.tokens != NO_TOKEN]
-        overlap = min(len(tokens), len(self.tail))
-        if not np.array_equal(tokens[:overlap], self.tail[:overlap]):
-            raise OutOfOrderError(
-                f"document {self.meta.key!r}: blocks from {span.first_block} on differ from the stored tail tokens"
-            )
-        self.tail = self.tail[overlap:]
+        if len(self.tail):
+            tokens = span.tokens[span.tokens != NO_TOKEN]
+            overlap = min(len(tokens), len(self.tail))
+            if not np.array_equal(tokens[:overlap], self.tail[:overlap]):
+                raise OutOfOrderError(
+                    f"document {self.meta.key!r}: blocks from {span.first_block} on differ from the stored tail tokens"
+                )
+            self.tail = self.tail[overlap:]
         if span.last and len(self.tail):
             raise OutOfOrderError(
                 f"document {self.meta.key!r} cannot end: {len(self.tail)} tail tokens follow its last block"
             )
         self.num_blocks += span.num_blocks
-        self.num_tokens += len(tokens)
+        self.num_tokens += int(span.num_tokens.sum(dtype=np.int64))
         if span.last:
             self.state = "complete"
 
