@@ -73,7 +73,11 @@ def run(job: CompactJob) -> None:
         plan = prepare(job, source)
         result = compact(job, plan, source, job_run)
         tree = measure_tree(job.store)
-        plot_growth(result.growth, tree, job_run.folder / "tree.png")
+        picture = job_run.folder / "tree.png"
+        if (
+            result.new_tokens or not picture.exists()
+        ):  # a run that adds nothing keeps the picture of the growth
+            plot_growth(result.growth, tree, picture)
         tables = compaction_tables(result, tree)
         for table in tables:
             table.show()
