@@ -37,9 +37,8 @@ def run(job: DemoJob) -> None:
         result = compact(job, plan, source, job_run)
         tree = measure_tree(job.store)
         picture = job_run.folder / "tree.png"
-        if (
-            result.new_tokens or not picture.exists()
-        ):  # a run that adds nothing keeps the picture of the growth
+        # A run that adds nothing keeps the picture of the growth.
+        if result.new_tokens or not picture.exists():
             plot_growth(result.growth, tree, picture)
         tables = [
             *compaction_tables(result, tree),
