@@ -16,6 +16,7 @@ from actors.packing import Window
 from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.config import BaseLMConfig, GistDtype
 from cluster.errors import ModelError
+from cluster.heap import keep_freed_memory
 from models.base_lm import BaseLM
 from models.gistnet import GistNet
 from models.window_encoder import WindowEncoder
@@ -56,6 +57,7 @@ class Compactor:
             ModelError: this machine's copy of the LM is another one than the driver's.
         """
         torch.set_num_threads(spec.num_threads)
+        keep_freed_memory()
         self._specs = spec.encoding.arrays
         base_lm = BaseLM.load(spec.base_lm, num_layers=gistnet.lm_layer or 0)
         if base_lm.digest != spec.base_lm_digest:

@@ -11,6 +11,7 @@ import logging
 import pickle
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import pyarrow as pa
@@ -21,7 +22,7 @@ from ray.data import ActorPoolStrategy, DataContext
 from actors.compactor import CompactorActor, CompactorSpec
 from actors.crew import Crew, Workers
 from actors.packing import Marks, PackedItem, Packer, batched_windows
-from actors.rows import PACKED_SCHEMA, encoded_schema, other_items, packed_row, span_row, window_from
+from actors.rows import encoded_table, other_items, packed_table, windows_from
 from cluster.config import BaseLMConfig, CompactionConfig
 from cluster.ray_calls import CALL_TIMEOUT_S, get_or_raise
 from models.tokenizer import Tokenizer
@@ -35,6 +36,9 @@ PACKER_CPUS = 0.5
 BLOCK_BYTES = 4 * 2**20
 MAX_INPUT_BLOCKS = 200
 """Tasks of the packing stage; a block holds several shards of a larger corpus. Each task costs some 10 ms."""
+
+ROWS_PER_TABLE = 256
+"""Of a packing task's output, which streams."""
 
 TABLES_IN_FLIGHT = 2
 """Tables the store may have waiting; more would only fill the object store."""
@@ -90,13 +94,9 @@ class PackShard:
         """Packed rows of each shard in the batch, a few at a time."""
         packer = Packer(_tokenizer(self._base_lm), remote_marks(self._store))
         for shard in batch["shard"]:
-            rows: list[dict[str, Any]] = []
-            for item in packer.pack(pickle.loads(shard.as_py()).read()):
-                rows.append(packed_row(item))
-                if len(rows) >= 256:
-                    yield pa.Table.from_pylist(rows, PACKED_SCHEMA)
-                    rows = []
-            yield pa.Table.from_pylist(rows, PACKED_SCHEMA)
+            items = packer.pack(pickle.loads(shard.as_py()).read())
+            while rows := list(islice(items, ROWS_PER_TABLE)):
+                yield packed_table(rows)
 
 
 @functools.lru_cache(maxsize=2)
@@ -109,15 +109,12 @@ class EncodeWindows:
 
     def __init__(self, spec: CompactorSpec, gistnet_refs: list[Any]) -> None:
         self._compactor = CompactorActor(spec).load(gistnet_refs)
-        self._schema = encoded_schema(spec.encoding.arrays)
+        self._specs = spec.encoding.arrays
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Rows of spans for rows of windows; other rows pass through in their place."""
-        rows = batch.to_pylist()
-        is_data = [bool(row["tokens"]) for row in rows]
-        spans = iter(self._compactor.encode([window_from(r) for r, data in zip(rows, is_data, strict=True) if data]))
-        out = [span_row(next(spans)) if data else row for row, data in zip(rows, is_data, strict=True)]
-        return pa.Table.from_pylist(out, self._schema)
+        spans = self._compactor.encode(windows_from(batch))
+        return encoded_table(batch, spans, self._specs)
 
 
 def run_ray_data_feed(
@@ -134,6 +131,8 @@ def run_ray_data_feed(
     context.execution_options.preserve_order = True
     context.actor_task_retry_on_errors = True
     context.enable_progress_bars = False
+    # Reading how much memory a worker uses takes it 2 ms a look; nothing here decides by it.
+    context.memory_usage_poll_interval_s = None
     # Small blocks keep results flowing: with Ray's own 128 MiB the store would wait for minutes of work at a time.
     context.target_max_block_size = BLOCK_BYTES
     logging.getLogger("ray.data").setLevel(logging.ERROR)

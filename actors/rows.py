@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -28,37 +27,61 @@ def encoded_schema(specs: Sequence[ArraySpec]) -> pa.Schema:
     return pa.schema([*_META, ("tokens", pa.large_binary()), ("num_tokens", pa.large_binary()), *arrays])
 
 
-def packed_row(item: PackedItem) -> dict[str, Any]:
-    """A packed item as a row of `PACKED_SCHEMA`."""
+def packed_table(items: Sequence[PackedItem]) -> pa.Table:
+    """Packed items as rows of `PACKED_SCHEMA`."""
+    columns = (
+        pa.array([_kind(item) for item in items], pa.string()),
+        pa.array([json.dumps(asdict(item.document if isinstance(item, Window) else item)) for item in items]),
+        pa.array([item.first_block if isinstance(item, Window) else 0 for item in items], pa.int64()),
+        pa.array([item.last if isinstance(item, Window) else True for item in items], pa.bool_()),
+        _binary([item.tokens if isinstance(item, Window) else _NOTHING for item in items]),
+    )
+    return pa.Table.from_arrays(columns, schema=PACKED_SCHEMA)
+
+
+def windows_from(table: pa.Table) -> list[Window]:
+    """The windows of a packed table's data rows; their tokens are views of the table's memory."""
+    columns = [table[name].to_pylist() for name, _ in _META]
+    return [
+        Window(_document(document), first_block, np.frombuffer(table["tokens"][row].as_buffer(), np.uint32), last)
+        for row, (kind, document, first_block, last) in enumerate(zip(*columns, strict=True))
+        if kind == DATA
+    ]
+
+
+def encoded_table(packed: pa.Table, spans: Sequence[SpanWrite], specs: Sequence[ArraySpec]) -> pa.Table:
+    """A packed table with its windows replaced by their spans, whose arrays are stored bytes; other rows stay."""
+    schema = encoded_schema(specs)
+    remaining = iter(spans)
+    rows = [next(remaining) if kind == DATA else None for kind in packed["kind"].to_pylist()]
+
+    def values(span: SpanWrite | None, name: str) -> np.ndarray:
+        if span is None:
+            return _NOTHING
+        return getattr(span, name) if name in {"tokens", "num_tokens"} else np.asarray(span.arrays[name])
+
+    binary = schema.names[len(_META) :]
+    columns = [_binary([values(span, name) for span in rows]) for name in binary]
+    return pa.Table.from_arrays([*(packed[name] for name, _ in _META), *columns], schema=schema)
+
+
+_NOTHING = np.empty(0, np.uint8)
+
+
+def _kind(item: PackedItem) -> str:
     if isinstance(item, Window):
-        return {
-            "kind": DATA,
-            "document": json.dumps(asdict(item.document)),
-            "first_block": item.first_block,
-            "last": item.last,
-            "tokens": item.tokens.tobytes(),
-        }
-    kind = SKIPPED if isinstance(item, Skipped) else QUARANTINED
-    return {"kind": kind, "document": json.dumps(asdict(item)), "first_block": 0, "last": True, "tokens": b""}
+        return DATA
+    return SKIPPED if isinstance(item, Skipped) else QUARANTINED
 
 
-def window_from(row: dict[str, Any]) -> Window:
-    """The window of a data row."""
-    tokens = np.frombuffer(row["tokens"], np.uint32)
-    return Window(_document(row["document"]), row["first_block"], tokens, row["last"])
-
-
-def span_row(span: SpanWrite) -> dict[str, Any]:
-    """A span whose arrays are stored bytes, as a row of `encoded_schema`."""
-    return {
-        "kind": DATA,
-        "document": json.dumps(asdict(span.document)),
-        "first_block": span.first_block,
-        "last": span.last,
-        "tokens": span.tokens.tobytes(),
-        "num_tokens": span.num_tokens.tobytes(),
-        **{name: np.asarray(values).tobytes() for name, values in span.arrays.items()},
-    }
+def _binary(pieces: Sequence[np.ndarray]) -> pa.Array:
+    """A column of the pieces' bytes. Copies once; a list of `bytes` objects would be copied twice."""
+    offsets = np.zeros(len(pieces) + 1, np.int64)
+    np.cumsum([piece.nbytes for piece in pieces], out=offsets[1:])
+    content = np.empty(offsets[-1], np.uint8)
+    for piece, start, stop in zip(pieces, offsets, offsets[1:], strict=False):
+        content[start:stop] = np.ascontiguousarray(piece).reshape(-1).view(np.uint8)
+    return pa.Array.from_buffers(pa.large_binary(), len(pieces), [None, pa.py_buffer(offsets), pa.py_buffer(content)])
 
 
 def spans_from(table: pa.Table, specs: Sequence[ArraySpec]) -> Iterator[SpanWrite]:
