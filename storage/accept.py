@@ -35,10 +35,10 @@ class Accepted:
 
     def blocks(self, tokens_before: int) -> dict[str, np.ndarray]:
         """Tokens, counts and prefix sum of the run, given the timeline's tokens before it."""
-        num_tokens = np.concatenate([span.num_tokens for span in self.spans])
+        num_tokens = _joined([span.num_tokens for span in self.spans])
         before = np.cumsum(num_tokens, dtype=np.int64) - num_tokens + tokens_before
         return {
-            "tokens": np.concatenate([span.tokens for span in self.spans]),
+            "tokens": _joined([span.tokens for span in self.spans]),
             "tokens_before": before[:, None],
             "num_tokens": num_tokens[:, None],
         }
@@ -46,7 +46,12 @@ class Accepted:
     def encoded(self, encoding: Encoding) -> dict[str, np.ndarray]:
         """The run's gists, keys, … as stored bytes."""
         pieces = [encode_arrays(encoding.arrays, span.arrays, span.num_blocks) for span in self.spans]
-        return {name: np.concatenate([arrays[name] for arrays in pieces]) for name in pieces[0]}
+        return {name: _joined([arrays[name] for arrays in pieces]) for name in pieces[0]}
+
+
+def _joined(pieces: Sequence[np.ndarray]) -> np.ndarray:
+    """The pieces one after the other; a single one is not copied, and a commit usually has one."""
+    return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
 
 def _still_open(key: str, context: str, growing: OpenDocument) -> OutOfOrderError:

@@ -28,9 +28,10 @@ CREATE TABLE branches (
   branch_id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE, encoding_id INTEGER NOT NULL,
   parent_branch_id INTEGER, fork_block INTEGER, head_seq INTEGER NOT NULL);
 
--- One row a commit: an immutable version. level_counts: nodes of LOD1, LOD2, ... as JSON.
+-- One row a commit: an immutable version. level_counts: nodes of LOD1, LOD2, ... as JSON. The newest row is never
+-- deleted, so that no seq comes twice.
 CREATE TABLE commits (
-  seq INTEGER PRIMARY KEY AUTOINCREMENT, branch_id INTEGER NOT NULL, encoding_id INTEGER NOT NULL,
+  seq INTEGER PRIMARY KEY, branch_id INTEGER NOT NULL, encoding_id INTEGER NOT NULL,
   num_tokens INTEGER NOT NULL, level_counts TEXT NOT NULL, created_at REAL NOT NULL, request_id TEXT NOT NULL);
 
 CREATE TABLE documents (
@@ -45,9 +46,10 @@ CREATE INDEX documents_by_uri ON documents (uri);
 CREATE TABLE tails (branch_id INTEGER PRIMARY KEY, document_id INTEGER NOT NULL, tokens BLOB NOT NULL);
 
 -- Recent nodes, one row a run that never crosses a super-block (LOD0, LOD1) or a sibling group (LOD2 and up).
--- LOD0 rows count blocks and belong to encoding 0. crc is the crc32c of payload.
+-- LOD0 rows count blocks and belong to encoding 0. crc is the crc32c of payload. row_id: the writer's epoch in the
+-- upper bits, so that none comes twice. (AUTOINCREMENT would write a page of its own in every commit.)
 CREATE TABLE journal (
-  row_id INTEGER PRIMARY KEY AUTOINCREMENT, branch_id INTEGER NOT NULL, encoding_id INTEGER NOT NULL,
+  row_id INTEGER PRIMARY KEY, branch_id INTEGER NOT NULL, encoding_id INTEGER NOT NULL,
   lod INTEGER NOT NULL, first INTEGER NOT NULL, count INTEGER NOT NULL, crc INTEGER NOT NULL, payload BLOB NOT NULL);
 CREATE UNIQUE INDEX journal_by_node ON journal (branch_id, encoding_id, lod, first);
 

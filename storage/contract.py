@@ -107,13 +107,17 @@ class SpanWrite:
             raise InvalidWriteError(
                 f"{where}: tokens are {self.tokens.dtype}{self.tokens.shape}, expected uint32({len(counts)}, {K})"
             )
-        if counts.dtype != np.uint8 or len(counts) == 0 or counts.min() < 1 or counts.max() > K:
+        # Counts are few and bytes: Python's own min and max take a tenth of numpy's time.
+        sizes = counts.tobytes()
+        if counts.dtype != np.uint8 or not sizes or min(sizes) < 1 or max(sizes) > K:
             raise InvalidWriteError(f"{where}: num_tokens must be uint8 from 1 to {K}, at least one block")
-        if counts[:-1].min(initial=K) != K or (counts[-1] != K and not self.last):
+        short = K - sizes[-1]
+        if min(sizes[:-1], default=K) != K or (short and not self.last):
             raise InvalidWriteError(f"{where}: only a document's last block may be short")
         # NO_TOKEN is the largest number there is, so one maximum tells that the used slots hold none.
-        used = self.tokens.reshape(-1)[: (len(counts) - 1) * K + int(counts[-1])]
-        if used.max() == NO_TOKEN or bool((self.tokens[-1, counts[-1] :] != NO_TOKEN).any()):
+        slots = self.tokens.reshape(-1)
+        used = len(slots) - short
+        if slots[:used].max() == NO_TOKEN or (short and slots[used:].min() != NO_TOKEN):
             raise InvalidWriteError(f"{where}: unused slots, and only those, must hold NO_TOKEN")
         for name, values in self.arrays.items():
             num_rows = math.prod(values.shape[:-1])

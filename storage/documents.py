@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sqlite3
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -32,7 +33,7 @@ class OpenDocument:
 
     def copy(self) -> OpenDocument:
         """A copy to plan on."""
-        return replace(self)
+        return copy.copy(self)
 
     def mark(self) -> DocumentMark:
         """Its high-water mark."""

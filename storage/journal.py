@@ -8,7 +8,7 @@ segment once sealed.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import google_crc32c
@@ -72,23 +72,27 @@ class Run:
 
 
 def insert(
-    connection: sqlite3.Connection, level: Level, first: int, count: int, arrays: Mapping[str, np.ndarray]
-) -> int:
-    """Write nodes `[first, first + count)`; returns payload bytes. Call inside a transaction."""
-    rows, written = [], 0
+    connection: sqlite3.Connection,
+    level: Level,
+    first: int,
+    count: int,
+    arrays: Mapping[str, np.ndarray],
+    row_ids: Iterator[int],
+) -> None:
+    """Write nodes `[first, first + count)` under the next row ids. Call inside a transaction."""
+    rows = []
     for start, size in split_aligned(first, count, K):
         offset = start - first
         payload = b"".join(
             arrays[stored.name][offset * stored.rows_per_node : (offset + size) * stored.rows_per_node].tobytes()
             for stored in level.layout
         )
-        rows.append((*level.key, start, size, google_crc32c.value(payload), payload))
-        written += len(payload)
+        rows.append((next(row_ids), *level.key, start, size, google_crc32c.value(payload), payload))
     connection.executemany(
-        "INSERT INTO journal (branch_id, encoding_id, lod, first, count, crc, payload) VALUES (?, ?, ?, ?, ?, ?, ?)",
+        "INSERT INTO journal (row_id, branch_id, encoding_id, lod, first, count, crc, payload) "
+        "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
         rows,
     )
-    return written
 
 
 def find(connection: sqlite3.Connection, level: Level, index: int) -> tuple[int, int, int] | None:

@@ -63,7 +63,7 @@ class EncodingBuilder:
                 return Ack(writer.version())
             level = journal.gist_level(writer.branch_id, self.encoding_id, self.encoding, lod)
             with writer.commit() as db:
-                journal.insert(db, level, nodes.first, nodes.count, nodes.arrays)
+                journal.insert(db, level, nodes.first, nodes.count, nodes.arrays, writer.row_ids)
             writer.sealer.notify(nodes.first, nodes.count)
             return Ack(writer.version(), new_nodes=nodes.count)
 

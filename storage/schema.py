@@ -7,6 +7,7 @@ than one encoding of the same tokens, each version naming the one it reads.
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -57,12 +58,17 @@ class ArraySpec:
 
     def stored(self) -> tuple[StoredArray, ...]:
         """The arrays of bytes that carry this one: one, or for int8 two (values and scales)."""
-        values = StoredArray(self.name, _NUMPY_DTYPES[self.dtype], self.width, self.rows_per_node, self.dtype)
-        if self.dtype != "int8":
-            return (values,)
-        num_scales = -(-self.width // INT8_GROUP)
-        scales = StoredArray(f"{self.name}_scale", "<f4", num_scales, self.rows_per_node, "float32")
-        return values, scales
+        return _stored(self)
+
+
+@functools.lru_cache
+def _stored(spec: ArraySpec) -> tuple[StoredArray, ...]:
+    values = StoredArray(spec.name, _NUMPY_DTYPES[spec.dtype], spec.width, spec.rows_per_node, spec.dtype)
+    if spec.dtype != "int8":
+        return (values,)
+    num_scales = -(-spec.width // INT8_GROUP)
+    scales = StoredArray(f"{spec.name}_scale", "<f4", num_scales, spec.rows_per_node, "float32")
+    return values, scales
 
 
 @dataclass(frozen=True)

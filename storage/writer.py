@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import json
 import logging
 import os
@@ -45,6 +46,9 @@ logger = logging.getLogger("megacontext.storage")
 
 LOCK_FILE = "writer.lock"
 MAIN_BRANCH = "main"
+
+ROW_ID_BITS = 40
+"""Of a journal row's id that count the rows of one writer; the epoch is above them."""
 
 
 class ContextWriter:
@@ -85,6 +89,8 @@ class ContextWriter:
             self.connection = catalogue.connect(folder, read_only=False)
             try:
                 self._epoch = self._take_epoch(owner)
+                # A reader may hold the id of a row that was sealed since, so no id ever comes twice: epochs do not.
+                self.row_ids = itertools.count(self._epoch << ROW_ID_BITS)
                 self._load_branch(branch)
                 self._recover()
             except BaseException:
@@ -206,7 +212,7 @@ class ContextWriter:
                 self.branch_id,
                 encoding_id or self.encoding_id,
                 num_tokens,
-                json.dumps(counts),
+                f"[{', '.join(map(str, counts))}]",
                 time.time(),
                 request_id,
             ),
@@ -252,8 +258,8 @@ class ContextWriter:
                     else:
                         update_document(db, self.branch_id, document)
                 if sealed is None:
-                    journal.insert(db, base, first, count, blocks)
-                    journal.insert(db, level, first, count, gists)
+                    journal.insert(db, base, first, count, blocks, self.row_ids)
+                    journal.insert(db, level, first, count, gists, self.row_ids)
                 else:
                     sealed.record(db)
                 counts = (first + count, *self._version.level_counts[1:])
@@ -312,7 +318,7 @@ class ContextWriter:
             grown[lod - 1] = nodes.first + nodes.count
             with self.commit() as db:
                 level = journal.gist_level(self.branch_id, self.encoding_id, self.encoding, lod)
-                journal.insert(db, level, nodes.first, nodes.count, nodes.arrays)
+                journal.insert(db, level, nodes.first, nodes.count, nodes.arrays, self.row_ids)
                 version = self._advance(db, f"lod{lod}", self._version.num_tokens, tuple(grown))
             self._version = version
             self.sealer.notify(nodes.first, nodes.count)
