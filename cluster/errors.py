@@ -95,13 +95,23 @@ class RunConflictError(MegaContextError):
     exit_code = 8
 
 
+class FocusError(MegaContextError):
+    """A Working Context or an edit that would not be legal."""
+
+    exit_code = 9
+
+
+class BudgetError(FocusError):
+    """A budget that cannot hold a legal Working Context; the message names the smallest that can."""
+
+
 class StoreRestartedError(MegaContextError):
     """The tree store's process was lost and started anew: what it held and had not stored must come again."""
 
     exit_code = 5
 
 
-FATAL = (ConfigError, CorpusError, ModelError, StorageError)
+FATAL = (ConfigError, CorpusError, ModelError, StorageError, FocusError)
 
 
 LOST_PROCESS = frozenset(

@@ -158,9 +158,9 @@ class BaseLM:
         """Embeddings of token ids, in the model's dtype."""
         return self._embedding(ids)
 
-    def new_cache(self) -> KVCache:
-        """An empty KV cache for `logits`."""
-        return KVCache(DynamicCache())
+    def new_cache(self, origin_half_tokens: int | None = None) -> KVCache:
+        """An empty KV cache for `logits` and `nll`; with an explicit origin where caches are to be joined."""
+        return KVCache(DynamicCache(), origin_half_tokens)
 
     def logits(
         self,
@@ -193,6 +193,7 @@ class BaseLM:
         *,
         positions: AnyPositions | None = None,
         attention_mask: AnyMask | None = None,
+        cache: KVCache | None = None,
         start: int = 0,
     ) -> Float32[Tensor, "B T_scored"]:
         """Negative log-likelihood in nats of each target, (B, T - start) float32.
@@ -201,6 +202,7 @@ class BaseLM:
             targets: `targets[:, t]` is the id predicted AT entry t, that is the token that comes after it:
                 for a raw sequence `ids`, embed `ids[:, :-1]` and give `ids[:, 1:]`. -100 is not scored and
                 gives 0.
+            cache: as in `logits`.
             start: first entry that is scored; the ones before it are only read.
 
         Raises:
@@ -209,7 +211,7 @@ class BaseLM:
         if targets.shape != embeds.shape[:2]:
             raise ModelError(f"targets {tuple(targets.shape)} must be (B, T) of embeds {tuple(embeds.shape)}")
         head = self._require_head()
-        hidden = self._run(embeds, positions, attention_mask, None)[:, start:]
+        hidden = self._run(embeds, positions, attention_mask, cache)[:, start:]
         targets = targets[:, start:]
 
         def score(hidden_chunk: Tensor, target_chunk: Tensor) -> Tensor:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
@@ -17,8 +20,10 @@ class KVCache:
     first entry's place when the cache was begun with explicit positions, token 0 otherwise.
     """
 
-    def __init__(self, layers: DynamicCache) -> None:
+    def __init__(self, layers: DynamicCache, origin_half_tokens: int | None = None) -> None:
+        """Args: `origin_half_tokens` settles the zero point at once, for caches that are to be joined."""
         self.layers = layers
+        self._settled = origin_half_tokens
         self._origin_half_tokens: Tensor | None = None
         self._explicit = False
 
@@ -53,9 +58,78 @@ class KVCache:
             raise ModelError("this cache was begun with explicit positions; give the positions of every later call")
         if empty or self._origin_half_tokens is None:
             self._explicit = positions is not None
-            self._origin_half_tokens = (
-                torch.zeros(batch_size, dtype=torch.int64, device=device)
-                if positions is None
-                else positions.half_tokens.amin(dim=1).to(device)
-            )
+            if positions is None or self._settled is not None:
+                origin = torch.full((batch_size,), self._settled or 0, dtype=torch.int64, device=device)
+            else:
+                origin = positions.half_tokens.amin(dim=1).to(device)
+            self._origin_half_tokens = origin
         return self._origin_half_tokens
+
+    @classmethod
+    def joined(cls, parts: Sequence[KVCache]) -> KVCache:
+        """Caches one after the other, as if their entries had been read in this order without seeing each other.
+
+        A part of one row stands before every row of the others. The parts stay as they are.
+
+        Raises:
+            ModelError: parts whose phases are measured from different places, or whose rows do not match.
+        """
+        parts = [part for part in parts if part.num_entries]
+        origins = {part._settled for part in parts}
+        if len(origins) > 1 or None in origins:
+            raise ModelError("only caches made with one explicit origin can be joined")
+        num_rows = max((part.num_rows for part in parts), default=1)
+        if any(part.num_rows not in {1, num_rows} for part in parts):
+            raise ModelError(f"caches of {[part.num_rows for part in parts]} rows cannot be joined")
+        joined = DynamicCache()
+        for number, layers in enumerate(zip(*(part._stack for part in parts), strict=True)):
+            keys, values = (
+                torch.cat([_expanded(getattr(layer, name), num_rows) for layer in layers], dim=2)
+                for name in ("keys", "values")
+            )
+            joined.update(keys, values, number)
+        cache = cls(joined, parts[0]._settled if parts else None)
+        if parts:
+            cache._explicit = True
+            device = cache._stack[0].keys.device
+            cache._origin_half_tokens = torch.full((num_rows,), parts[0]._settled or 0, device=device)
+        return cache
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the batch it was made for; 1 while it is empty."""
+        return int(self._stack[0].keys.shape[0]) if self.num_entries else 1
+
+    @property
+    def _stack(self) -> list[Any]:
+        """Every layer's `keys` and `values`, (B, heads, entries, head size)."""
+        return self.layers.layers
+
+    def row(self, number: int) -> KVCache:
+        """One row of the batch."""
+        return self._part(lambda tensor: tensor[number : number + 1])
+
+    def since(self, num_entries: int) -> KVCache:
+        """The entries from number `num_entries` on."""
+        return self._part(lambda tensor: tensor[:, :, num_entries:])
+
+    def repeated(self, num_rows: int) -> KVCache:
+        """A batch of so many rows that all hold what the one row holds."""
+        return self._part(lambda tensor: _expanded(tensor, num_rows))
+
+    def _part(self, select: Callable[[Tensor], Tensor]) -> KVCache:
+        if self._settled is None:
+            raise ModelError("only caches made with an explicit origin can be taken apart")
+        selected = DynamicCache()
+        for number, layer in enumerate(self._stack):
+            selected.update(select(layer.keys), select(layer.values), number)
+        cache = KVCache(selected, self._settled)
+        cache._explicit = self._explicit
+        if self._origin_half_tokens is not None and self._stack:
+            num_rows, device = cache.num_rows, self._origin_half_tokens.device
+            cache._origin_half_tokens = self._origin_half_tokens[:1].expand(num_rows).to(device)
+        return cache
+
+
+def _expanded(tensor: Tensor, num_rows: int) -> Tensor:
+    return tensor if tensor.shape[0] == num_rows else tensor.expand(num_rows, *tensor.shape[1:])

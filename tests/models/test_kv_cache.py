@@ -79,3 +79,39 @@ def test_more_than_there_is_cannot_be_kept(tiny_lm: BaseLM, kept: int) -> None:
     tiny_lm.logits(tiny_lm.embed(IDS[:, :4]), cache=cache)
     with pytest.raises(ModelError, match="cannot keep"):
         cache.truncate(kept)
+
+
+def test_joined_caches_are_entries_that_did_not_see_each_other(tiny_lm: BaseLM) -> None:
+    """Two blocks read side by side, as rows of a batch, then seen together: against one call with a mask."""
+    sizes, starts = {"prefix": 5, "first": 8, "second": 8, "last": 6}, (0, 40, 90, 200)
+    ids = torch.randint(0, 256, (1, sum(sizes.values())), generator=torch.Generator().manual_seed(4))
+    embeds = dict(zip(sizes, tiny_lm.embed(ids).split(list(sizes.values()), dim=1), strict=True))
+    places = {name: (torch.arange(sizes[name]) + at)[None] for name, at in zip(sizes, starts, strict=True)}
+
+    owner = [name for name, size in sizes.items() for _ in range(size)]
+    order = torch.arange(len(owner))
+    sees = torch.tensor([[(mine, other) != ("second", "first") for other in owner] for mine in owner])
+    full = tiny_lm.logits(
+        torch.cat(list(embeds.values()), dim=1),
+        positions=torch.cat(list(places.values()), dim=1),
+        attention_mask=(sees & (order <= order[:, None]))[None, None],
+    )
+
+    prefix = tiny_lm.new_cache(origin_half_tokens=0)
+    tiny_lm.logits(embeds["prefix"], positions=places["prefix"], cache=prefix)
+    blocks = KVCache.joined([prefix]).repeated(2)
+    both = [torch.cat([part["first"], part["second"]]) for part in (embeds, places)]
+    tiny_lm.logits(both[0], positions=both[1], cache=blocks)
+    together = KVCache.joined([prefix, *(blocks.row(number).since(5) for number in range(2))])
+    assert (prefix.num_entries, together.num_entries, together.num_rows) == (5, 21, 1)
+    last = tiny_lm.logits(embeds["last"], positions=places["last"], cache=together)
+    torch.testing.assert_close(last, full[:, -6:], atol=1e-4, rtol=0)
+
+
+def test_caches_of_different_origins_are_not_joined(tiny_lm: BaseLM) -> None:
+    caches = [tiny_lm.new_cache(origin) for origin in (0, 2, None)]
+    for cache in caches:
+        tiny_lm.logits(tiny_lm.embed(IDS[:1]), positions=torch.arange(40)[None] + 7, cache=cache)
+    for pair in (caches[:2], caches[1:]):
+        with pytest.raises(ModelError, match="one explicit origin"):
+            KVCache.joined(pair)

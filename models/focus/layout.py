@@ -1,0 +1,69 @@
+"""Position policies: from true places on the timeline to those the language model is given.
+
+All are int64 half tokens (see `models.positions`). A policy sees the rows of one assembled Working Context, oldest
+first, and the tokens that follow it continue from `next_half_token`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Int64
+
+from cluster.errors import FocusError
+
+Policy = Literal["global", "compact", "anchored"]
+POLICIES: tuple[Policy, ...] = ("global", "compact", "anchored")
+
+NEAR_TOKENS = 1024
+"""`anchored`: up to this distance from the anchor distances are true."""
+
+FAR_SCALE_TOKENS = 512
+"""`anchored`: beyond, they grow by this much for every factor e; 10 M tokens come out as about 6,100."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where rows stand."""
+
+    half_tokens: Int64[np.ndarray, " rows"]
+    next_half_token: int
+    """Place of the first token after the Working Context."""
+
+
+def lay_out(policy: Policy, half_tokens: Int64[np.ndarray, " rows"], num_tokens: int, anchor: int = -1) -> Layout:
+    """Positions of rows.
+
+    Args:
+        policy: `global`: true places, for histories within the model's trained range. `compact`: rows one after the
+            other, a gist taking one place. `anchored`: true distances near the anchor, compressed ones far away.
+        half_tokens: true places of the rows (a token t at 2t, a gist at its span's centre).
+        num_tokens: real tokens of the whole history; the next token's true index.
+        anchor: `anchored` only: the token distances are measured from, frozen between refocuses; default the end.
+
+    Raises:
+        FocusError: an unknown policy.
+    """
+    if policy == "global":
+        return Layout(half_tokens, 2 * num_tokens)
+    if policy == "compact":
+        return Layout(2 * np.arange(len(half_tokens), dtype=np.int64), 2 * len(half_tokens))
+    if policy != "anchored":
+        raise FocusError(f"there is no position policy {policy!r}; use one of {', '.join(POLICIES)}")
+    anchor_half = 2 * (num_tokens if anchor < 0 else anchor)
+    origin = 2 * compressed_distance(np.array([anchor_half / 2]))[0]
+    places = origin - 2 * compressed_distance((anchor_half - half_tokens) / 2)
+    # Beyond the anchor distances stay true, so that decoding goes on without moving what was read.
+    places = np.where(half_tokens > anchor_half, origin + half_tokens - anchor_half, places)
+    return Layout(np.round(places).astype(np.int64), round(float(origin)) + 2 * num_tokens - anchor_half)
+
+
+def compressed_distance(tokens: np.ndarray) -> np.ndarray:
+    """Distance d in tokens as `anchored` gives it: d up to NEAR, then NEAR + FAR·ln(1 + (d - NEAR) / FAR).
+
+    Continuous with a continuous slope, and strictly increasing.
+    """
+    beyond = np.maximum(np.asarray(tokens, np.float64) - NEAR_TOKENS, 0.0)
+    return np.minimum(tokens, NEAR_TOKENS) + FAR_SCALE_TOKENS * np.log1p(beyond / FAR_SCALE_TOKENS)
