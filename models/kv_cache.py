@@ -74,11 +74,14 @@ class KVCache:
         Raises:
             ModelError: parts whose phases are measured from different places, or whose rows do not match.
         """
-        parts = [part for part in parts if part.num_entries]
         origins = {part._settled for part in parts}
-        if len(origins) > 1 or None in origins:
+        if len(origins) != 1 or None in origins:
             raise ModelError("only caches made with one explicit origin can be joined")
-        num_rows = max((part.num_rows for part in parts), default=1)
+        settled = parts[0]._settled or 0
+        parts = [part for part in parts if part.num_entries]
+        if not parts:
+            return cls(DynamicCache(), settled)
+        num_rows = max(part.num_rows for part in parts)
         if any(part.num_rows not in {1, num_rows} for part in parts):
             raise ModelError(f"caches of {[part.num_rows for part in parts]} rows cannot be joined")
         joined = DynamicCache()
@@ -88,11 +91,31 @@ class KVCache:
                 for name in ("keys", "values")
             )
             joined.update(keys, values, number)
-        cache = cls(joined, parts[0]._settled if parts else None)
-        if parts:
-            cache._explicit = True
-            device = cache._stack[0].keys.device
-            cache._origin_half_tokens = torch.full((num_rows,), parts[0]._settled or 0, device=device)
+        return cls._begun(joined, settled, num_rows)
+
+    @classmethod
+    def stacked(cls, rows: Sequence[KVCache]) -> KVCache:
+        """One-row caches of equal length as the rows of a batch.
+
+        Raises:
+            ModelError: rows of different lengths, or made with different origins.
+        """
+        if len({(row.num_entries, row._settled) for row in rows}) != 1 or rows[0]._settled is None:
+            raise ModelError("only caches of one length, made with one explicit origin, can be stacked")
+        if rows[0].num_entries == 0:
+            return rows[0]
+        stacked = DynamicCache()
+        for number, layers in enumerate(zip(*(row._stack for row in rows), strict=True)):
+            keys, values = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("keys", "values"))
+            stacked.update(keys, values, number)
+        return cls._begun(stacked, rows[0]._settled, len(rows))
+
+    @classmethod
+    def _begun(cls, layers: DynamicCache, origin_half_tokens: int, num_rows: int) -> KVCache:
+        cache = cls(layers, origin_half_tokens)
+        cache._explicit = True
+        device = cache._stack[0].keys.device
+        cache._origin_half_tokens = torch.full((num_rows,), origin_half_tokens, device=device)
         return cache
 
     @property
@@ -123,12 +146,9 @@ class KVCache:
         selected = DynamicCache()
         for number, layer in enumerate(self._stack):
             selected.update(select(layer.keys), select(layer.values), number)
-        cache = KVCache(selected, self._settled)
-        cache._explicit = self._explicit
-        if self._origin_half_tokens is not None and self._stack:
-            num_rows, device = cache.num_rows, self._origin_half_tokens.device
-            cache._origin_half_tokens = self._origin_half_tokens[:1].expand(num_rows).to(device)
-        return cache
+        if not self._stack:
+            return KVCache(selected, self._settled)
+        return self._begun(selected, self._settled, int(select(self._stack[0].keys).shape[0]))
 
 
 def _expanded(tensor: Tensor, num_rows: int) -> Tensor:

@@ -94,3 +94,7 @@ class Tokenizer:
         """The text of token ids, special tokens by name. A character cut in two shows as U+FFFD."""
         listed = ids.tolist() if isinstance(ids, np.ndarray) else [int(i) for i in ids]
         return self._backend.decode(listed, skip_special_tokens=False)
+
+    def decode_batch(self, pieces: Sequence[np.ndarray]) -> list[str]:
+        """`decode` of each."""
+        return [self.decode(ids) for ids in pieces]

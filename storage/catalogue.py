@@ -65,7 +65,7 @@ CREATE TABLE extents (
 CREATE TABLE node_states (
   branch_id INTEGER NOT NULL, lod INTEGER NOT NULL, first INTEGER NOT NULL, count INTEGER NOT NULL,
   state TEXT NOT NULL, PRIMARY KEY (branch_id, lod, first)) WITHOUT ROWID;
--- Data derived behind the commits (lexical index, counters) and how far each has come.
+-- Data derived behind the commits (counters) and how far each has come; the lexical index keeps its own mark.
 CREATE TABLE derived (name TEXT PRIMARY KEY, branch_id INTEGER NOT NULL, next_block INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE tags (name TEXT PRIMARY KEY, seq INTEGER NOT NULL, created_at REAL NOT NULL) WITHOUT ROWID;
 CREATE TABLE audit (

@@ -1,4 +1,4 @@
-"""Corpora: files, folders, globs, JSON Lines, Parquet and Hugging Face datasets as a stream of documents.
+"""Corpora: files, folders, globs, JSON Lines, Parquet, Hugging Face datasets and packages as a stream of documents.
 
 Start at `source.open_corpus`; `shard.Shard` is what a task reads; `quarantine.QuarantineTable` keeps what
 could not become a document.
@@ -8,6 +8,7 @@ from storage.corpus.document import CorpusItem, Document, QuarantinedItem, Quara
 from storage.corpus.quarantine import QuarantineTable
 from storage.corpus.shard import Shard, ShardLimits
 from storage.corpus.source import CorpusSource, open_corpus, read_corpus
+from storage.corpus.splits import Split, split_of
 from storage.corpus.standard_library import standard_library_corpus
 
 __all__ = [
@@ -19,7 +20,9 @@ __all__ = [
     "QuarantinedItem",
     "Shard",
     "ShardLimits",
+    "Split",
     "open_corpus",
     "read_corpus",
+    "split_of",
     "standard_library_corpus",
 ]

@@ -1,14 +1,16 @@
 """A corpus, checked and ready to be read: the door of this package.
 
 Opening looks at every path once (names, sizes, Parquet footers; no text) and refuses what cannot work, so a
-wrong path costs a second and not a cluster. Reading is by shards, in one stable order.
+wrong path costs a second and not a cluster. Packages that are not in the cache are fetched then. Reading is by
+shards, in one stable order.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Literal, Protocol
 
 from cluster.config import CorpusConfig
@@ -16,8 +18,10 @@ from cluster.errors import CorpusError
 from storage.corpus.document import CorpusItem, QuarantinedItem
 from storage.corpus.huggingface import HuggingFaceCorpus
 from storage.corpus.json_lines import plan_json_lines
+from storage.corpus.packages import resolve_packages
 from storage.corpus.parquet import plan_parquet
 from storage.corpus.shard import Part, ReadOptions, RefusedPart, Shard, ShardLimits, group_parts, refuse_size
+from storage.corpus.splits import SplitCorpus
 from storage.corpus.standard_library import resolve_standard_library
 from storage.corpus.text_file import TextFilePart
 from storage.corpus.walk import FileRef, Root, resolve_roots, walk_roots
@@ -55,15 +59,19 @@ def open_corpus(config: CorpusConfig, limits: ShardLimits | None = None) -> Corp
     """Check what the configuration names and return it ready to be read.
 
     Raises:
-        ConfigError: the section itself cannot work (no paths, no globs, …).
-        CorpusError: a path is missing or cannot be opened, a glob or filter leaves nothing, a Parquet file or
-            dataset lacks the named column, or no file can be read at all.
+        ConfigError: the section itself cannot work (no paths, no globs, an unknown `package:` name, …).
+        CorpusError: a path is missing or cannot be opened, a package cannot be fetched or is not what was pinned,
+            a glob or filter leaves nothing, a Parquet file or dataset lacks the named column, or no file can be
+            read at all.
     """
     config.validate()
-    config = resolve_standard_library(config)
-    if config.format == "huggingface":
-        return HuggingFaceCorpus(config)
-    return FileCorpus(config, limits or ShardLimits())
+    source = HuggingFaceCorpus(config) if config.format == "huggingface" else _open_files(config, limits)
+    return source if config.split == "all" else SplitCorpus(source, config.split)
+
+
+def _open_files(config: CorpusConfig, limits: ShardLimits | None) -> FileCorpus:
+    config, uri_prefixes = resolve_packages(resolve_standard_library(config))
+    return FileCorpus(config, limits or ShardLimits(), uri_prefixes)
 
 
 def read_corpus(source: CorpusSource) -> Iterator[CorpusItem]:
@@ -73,13 +81,19 @@ def read_corpus(source: CorpusSource) -> Iterator[CorpusItem]:
 
 
 class FileCorpus:
-    """Local files: text, JSON Lines and Parquet, mixed as they come."""
+    """Local files: text, JSON Lines and Parquet, mixed as they come.
 
-    def __init__(self, config: CorpusConfig, limits: ShardLimits) -> None:
+    `uri_prefixes` names documents below some of the paths otherwise than by the path's own name.
+    """
+
+    def __init__(self, config: CorpusConfig, limits: ShardLimits, uri_prefixes: Mapping[str, str]) -> None:
         self._config = config
         self._limits = limits
         self._options = ReadOptions.from_config(config)
-        self._roots = resolve_roots(config.paths)
+        self._roots = [
+            replace(root, uri_prefix=uri_prefixes.get(root.path, root.uri_prefix))
+            for root in resolve_roots(config.paths)
+        ]
         for root in self._roots:
             self._check_glob(root)
         self._num_files_by_format: Counter[FileFormat] = Counter()

@@ -1,0 +1,1 @@
+"""Measuring what a memory is worth: the parts of an evaluation that need both models and trees."""

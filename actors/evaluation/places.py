@@ -1,0 +1,86 @@
+"""Where a language model is asked to read on: a history inside a tree, and the horizon that really came after it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from cluster.config import TOKENS_PER_BLOCK as K
+from cluster.errors import ConfigError
+from storage.contract import DocumentInfo, TreeReader
+
+SPACING_BLOCKS = 8
+"""Between places that share a history's beginning."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A history of whole blocks, and the horizon behind it."""
+
+    number: int
+    uri: str
+    """Of the document that holds the horizon; places of one document are not independent."""
+    first_block: int
+    stop_block: int
+    """The history is `[first_block, stop_block)`; the horizon begins there."""
+
+
+def choose_places(
+    reader: TreeReader,
+    num_places: int,
+    history_tokens: int,
+    horizon_tokens: int,
+    *,
+    within_document: bool,
+    max_per_document: int,
+    places_per_history: int = 1,
+    seed: int,
+) -> list[Place]:
+    """Random places, the same for a seed, horizons never overlapping.
+
+    Args:
+        reader: the tree.
+        num_places: how many; fewer where the tree has no more.
+        history_tokens: slots of the history, a multiple of 32.
+        horizon_tokens: tokens behind it, all of one document.
+        within_document: the history is of the horizon's document alone. Otherwise it is whatever the timeline holds
+            before it, as a session would have read it.
+        max_per_document: histories that end in one document, spread evenly over it.
+        places_per_history: places that share a history's beginning, 8 blocks apart, the last with all of it. A model
+            reads the part they share once.
+        seed: of the choice.
+
+    Raises:
+        ConfigError: the context has fewer than two such places.
+    """
+    num_history, num_horizon = history_tokens // K, -(-horizon_tokens // K)
+    spacing = max(SPACING_BLOCKS, num_horizon)
+    shared = spacing * (places_per_history - 1)
+    rng = np.random.Generator(np.random.PCG64(seed))
+    candidates: list[tuple[DocumentInfo, int]] = []
+    for document in reader.documents():
+        # A document's very beginning says little about focus, and a history must hold all its places' own.
+        first = document.first_block + (num_history if within_document else 1 + shared)
+        first = max(first, num_history)
+        # The last block may be short, so the horizon ends before it.
+        last = document.first_block + document.num_blocks - 1 - num_horizon
+        stops = np.arange(first, last + 1, spacing * places_per_history)
+        if len(stops) > max_per_document:
+            parts = np.array_split(stops, max_per_document)
+            stops = np.array([part[rng.integers(len(part))] for part in parts])
+        candidates += [(document, int(stop)) for stop in stops]
+    if len(candidates) * places_per_history < 2:
+        raise ConfigError(
+            f"context {reader.version.context!r} has {len(candidates)} place(s) with {history_tokens} + "
+            f"{horizon_tokens} tokens{' in one document' if within_document else ''}; two are needed. Lower "
+            "evaluation.history_tokens or compact longer documents."
+        )
+    places: list[Place] = []
+    for position in rng.permutation(len(candidates)).tolist():
+        document, stop = candidates[position]
+        for back in range(places_per_history - 1, -1, -1):
+            if len(places) < num_places:
+                place = Place(len(places), document.meta.uri, stop - num_history, stop - back * spacing)
+                places.append(place)
+    return places

@@ -1,0 +1,189 @@
+"""What a frozen language model predicts after given contents: the measuring instrument.
+
+`Scorer.nll` is exact: one pass over contents and horizon. `CandidateScorer` compares many blocks that could be added
+to the same contents by reading contents, blocks and horizon apart and joining their caches: a block is read after
+the stand-ins but not after the other blocks, and the raw tail has not seen it. That is for choosing only; what was
+chosen is measured exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float32, Int64
+
+from actors.evaluation.contents import Contents, Reading
+from models.base_lm import IGNORED_TARGET, BaseLM
+from models.focus.layout import Policy, lay_out
+from models.kv_cache import KVCache
+from models.positions import Positions
+
+HORIZON_ROOM = 1024
+"""Tokens of the trained range kept free for what comes after the history."""
+
+CANDIDATES_AT_A_TIME = 8
+"""Rows of a batch; each holds a copy of the whole cache, 23 KB a row and token of SmolLM2-135M."""
+
+
+class Scorer:
+    """A language model under a position policy."""
+
+    def __init__(self, lm: BaseLM, policy: Policy = "global") -> None:
+        self.lm = lm
+        self.policy: Policy = policy
+
+    def nll(self, contents: Contents, ids: Int64[np.ndarray, " n"], num_tokens: int) -> Float32[np.ndarray, " n-1"]:
+        """NLL in nats of `ids[1:]`, each given the contents and the ids before it.
+
+        The first id is not scored, so that contents without a last token compare with those that have one.
+
+        Args:
+            contents: what stands before.
+            ids: horizon, or a question with its answer.
+            num_tokens: real tokens of the history: the place of `ids[0]`.
+        """
+        layout = lay_out(self.policy, contents.half_tokens, num_tokens)
+        device = self.lm.device
+        tokens = torch.from_numpy(np.ascontiguousarray(ids))[None].to(device)
+        places = np.concatenate([layout.half_tokens, layout.next_half_token + 2 * np.arange(len(ids) - 1)])
+        targets = torch.full((1, contents.num_rows + len(ids) - 1), IGNORED_TARGET, device=device)
+        targets[0, contents.num_rows :] = tokens[0, 1:]
+        with torch.inference_mode():
+            nll = self.lm.nll(
+                torch.cat([contents.embeds[None], self.lm.embed(tokens[:, :-1])], dim=1),
+                targets,
+                positions=Positions(torch.from_numpy(places)[None]),
+                start=contents.num_rows,
+            )
+        return nll[0].cpu().numpy()
+
+
+class BlockCaches:
+    """Blocks of one history, each read once after the same stand-ins, for every question that is asked of them."""
+
+    def __init__(self, lm: BaseLM, stand_ins: Contents, blocks: Sequence[Contents], num_tokens: int) -> None:
+        """Read them; blocks of equal length go through the model as one batch.
+
+        Args:
+            lm: reads.
+            stand_ins: rows before every block: the gists of the whole history.
+            blocks: raw tokens, 1 to 32 rows each.
+            num_tokens: real tokens of the history.
+        """
+        self.lm = lm
+        self.num_tokens = num_tokens
+        # True places only matter to the choice as far as the model knows such distances.
+        self._policy: Policy = "global" if num_tokens <= lm.trained_context - HORIZON_ROOM else "anchored"
+        self.stand_ins = lm.new_cache(origin_half_tokens=0)
+        self.read([stand_ins], self.stand_ins)
+        self.blocks: list[KVCache] = [self.stand_ins] * len(blocks)
+        for members in _by_length([contents.num_rows for contents in blocks]):
+            cache = KVCache.joined([self.stand_ins]).repeated(len(members))
+            self.read([blocks[i] for i in members], cache)
+            own = cache.since(stand_ins.num_rows)
+            for row, member in enumerate(members):
+                self.blocks[member] = own.row(row)
+
+    def read(self, rows: Sequence[Contents], cache: KVCache) -> None:
+        """Extend a cache by contents of equal length, one a row of the batch."""
+        if rows[0].num_rows == 0:
+            return
+        places = torch.stack([self.places(contents.half_tokens) for contents in rows])
+        with torch.inference_mode():
+            embeds = torch.stack([contents.embeds for contents in rows])
+            self.lm.read(embeds, positions=Positions(places), cache=cache)
+
+    def places(self, half_tokens: np.ndarray) -> torch.Tensor:
+        """`(n,)` places the model is given."""
+        return torch.from_numpy(lay_out(self._policy, half_tokens, self.num_tokens).half_tokens)
+
+    @property
+    def next_half_token(self) -> int:
+        """Place of the first token after the history."""
+        return lay_out(self._policy, np.empty(0, np.int64), self.num_tokens).next_half_token
+
+
+class CandidateScorer:
+    """Contents to which blocks could be added, and what each would do for some tokens behind the history."""
+
+    def __init__(self, caches: BlockCaches, tail: Contents) -> None:
+        """Read the tail after the stand-ins of `caches`; the contents are both."""
+        self._caches = caches
+        self._lm = caches.lm
+        self._base = KVCache.joined([caches.stand_ins])
+        caches.read([tail], self._base)
+
+    def nll(self, chosen: Sequence[int], ids: Int64[np.ndarray, " n"]) -> Float32[np.ndarray, " n-1"]:
+        """NLL of `ids[1:]` after the base with the chosen blocks."""
+        return self.nll_with_each(chosen, [()], ids)[0]
+
+    def nll_with_each(
+        self, chosen: Sequence[int], added: Sequence[Sequence[int]], ids: Int64[np.ndarray, " n"]
+    ) -> Float32[np.ndarray, "len_added n-1"]:
+        """NLL of `ids[1:]` after the base with the chosen blocks, and with each of `added` in turn."""
+        device = self._lm.device
+        tokens = torch.from_numpy(np.ascontiguousarray(ids))[None].to(device)
+        embeds = self._lm.embed(tokens[:, :-1])
+        places = torch.from_numpy(self._caches.next_half_token + 2 * np.arange(len(ids) - 1))[None]
+        blocks = self._caches.blocks
+        shared = [self._base, *(blocks[i] for i in chosen)]
+        nll = []
+        # Rows of one batch must be equally long: blocks of other lengths get batches of their own.
+        for members in _by_length([sum(blocks[i].num_entries for i in more) for more in added]):
+            for start in range(0, len(members), CANDIDATES_AT_A_TIME):
+                part = members[start : start + CANDIDATES_AT_A_TIME]
+                with torch.inference_mode():
+                    cache = KVCache.joined(shared).repeated(len(part))
+                    if added[part[0]]:
+                        own = [KVCache.joined([blocks[i] for i in added[m]]) for m in part]
+                        cache = KVCache.joined([cache, KVCache.stacked(own)])
+                    found = self._lm.nll(
+                        embeds.expand(len(part), -1, -1),
+                        tokens[:, 1:].expand(len(part), -1),
+                        positions=Positions(places.expand(len(part), -1)),
+                        cache=cache,
+                    )
+                nll += list(zip(part, found.cpu().numpy(), strict=True))
+        return np.stack([values for _, values in sorted(nll, key=lambda pair: pair[0])])
+
+
+def _by_length(lengths: Sequence[int]) -> list[list[int]]:
+    """Positions grouped by their length."""
+    groups: dict[int, list[int]] = {}
+    for position, length in enumerate(lengths):
+        groups.setdefault(length, []).append(position)
+    return list(groups.values())
+
+
+class FullHistory:
+    """Raw histories that begin at the same block and end one after the other: what was read is not read again."""
+
+    def __init__(self, lm: BaseLM) -> None:
+        self._lm = lm
+        self._cache = lm.new_cache(origin_half_tokens=0)
+        self._first_block = -1
+        self._stop_block = -1
+
+    def nll(self, reading: Reading, ids: Int64[np.ndarray, " n"]) -> Float32[np.ndarray, " n-1"]:
+        """NLL of `ids[1:]` after the whole history in raw tokens, as `Scorer.nll` of it."""
+        history = reading.history
+        if history.first_block != self._first_block or history.stop_block < self._stop_block:
+            self._cache = self._lm.new_cache(origin_half_tokens=0)
+            self._first_block = self._stop_block = history.first_block
+        fresh = reading.raw(range(self._stop_block, history.stop_block))
+        device = self._lm.device
+        tokens = torch.from_numpy(np.ascontiguousarray(ids))[None].to(device)
+        with torch.inference_mode():
+            if fresh.num_rows:
+                places = torch.from_numpy(fresh.half_tokens)[None]
+                self._lm.read(fresh.embeds[None], positions=Positions(places), cache=self._cache)
+            self._stop_block = history.stop_block
+            num_read = self._cache.num_entries
+            places = 2 * (history.num_tokens + torch.arange(len(ids) - 1))[None]
+            nll = self._lm.nll(
+                self._lm.embed(tokens[:, :-1]), tokens[:, 1:], positions=Positions(places), cache=self._cache
+            )
+            self._cache.truncate(num_read)
+        return nll[0].cpu().numpy()

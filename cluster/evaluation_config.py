@@ -1,0 +1,138 @@
+"""Configuration of the evaluation jobs; same rules as `config`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from cluster.config import (
+    TOKENS_PER_BLOCK,
+    BaseLMConfig,
+    GistNetConfig,
+    RayConfig,
+    RunConfig,
+    StoreConfig,
+    TrackingConfig,
+)
+from cluster.errors import ConfigError
+
+Positional = Literal["global", "compact", "anchored"]
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True)
+class FocusEvaluationConfig:
+    """Where and how rivals of focus are compared."""
+
+    num_places: int = 400
+    """Working Contexts: places of the corpus. At least 400 for a claim."""
+
+    history_tokens: int = 4096
+    """Slots of history before each place, a multiple of 32."""
+
+    horizon_tokens: int = 64
+    """H: tokens behind each place whose NLL is measured, in tokens."""
+
+    within_document: bool = False
+    """Take the history from the horizon's own document alone, instead of from the timeline."""
+
+    max_per_document: int = 2
+    """Histories that end in one document, at most. A document's places are one cluster for standard errors."""
+
+    places_per_history: int = 4
+    """Places that share a history's beginning, so that the full context is read once for all of them. The last one
+    has the whole history, those before it 256 tokens less each."""
+
+    seed: int = 0
+    """Seed of the places and of random choices; the same seed gives the same numbers."""
+
+    budgets: list[int] = field(default_factory=lambda: [512])
+    """W_max of each comparison, in slots."""
+
+    rivals: list[str] = field(
+        default_factory=lambda: [
+            "none", "full", "recency", "uniform", "random", "bm25", "dense", "fusion", "rerank", "oracle_greedy",
+            "oracle",
+        ]
+    )  # fmt: skip
+    """Who is compared."""
+
+    forms: list[str] = field(default_factory=lambda: ["raw", "overlay"])
+    """In which forms a choice is shown: `raw` (no gists), `overlay`, `strict`."""
+
+    positional: Positional = "global"
+    """Position policy. `global` only where history and horizon fit the model's trained range."""
+
+    tail_tokens: int = 256
+    """Newest tokens every rival shows raw, a multiple of 32. Tuned on the dev split."""
+
+    max_blocks: int = 8
+    """Blocks a rival may choose; what the budget has left goes to more of the tail."""
+
+    query_tokens: int = 64
+    """Newest tokens that are the query of retrieval."""
+
+    shortlist_blocks: int = 32
+    """Blocks the oracle measures: the rivals' picks and what they rank next."""
+
+    oracle_pool: int = 12
+    """Blocks of the shortlist the sequential oracle goes on with after measuring each alone."""
+
+    num_workers: int = 0
+    """Processes that measure, each with a model of its own. 0: one a CPU."""
+
+    threads_per_worker: int = 1
+    """torch threads of each."""
+
+    def validate(self) -> None:
+        multiples = {"history_tokens": self.history_tokens, "tail_tokens": self.tail_tokens}
+        for name, value in multiples.items():
+            _require(
+                value >= TOKENS_PER_BLOCK and value % TOKENS_PER_BLOCK == 0,
+                f"evaluation.{name}={value} must be a positive multiple of {TOKENS_PER_BLOCK}",
+            )
+        _require(self.num_places >= 2, "evaluation.num_places must be at least 2 (for an error bar)")
+        _require(self.horizon_tokens >= 4, "evaluation.horizon_tokens must be at least 4 (two halves)")
+        _require(bool(self.budgets), "evaluation.budgets must hold at least one budget")
+        for budget in self.budgets:
+            _require(
+                budget > self.tail_tokens,
+                f"evaluation.budgets holds {budget}, which the tail of {self.tail_tokens} tokens fills already",
+            )
+        _require(self.places_per_history >= 1, "evaluation.places_per_history must be at least 1")
+        _require(
+            self.history_tokens - 256 * (self.places_per_history - 1) > self.tail_tokens,
+            f"evaluation.history_tokens={self.history_tokens} leaves the first of {self.places_per_history} places "
+            "that share it no more than the tail; lower evaluation.places_per_history",
+        )
+        _require(self.max_per_document >= 1, "evaluation.max_per_document must be at least 1")
+        _require(self.shortlist_blocks >= 1, "evaluation.shortlist_blocks must be at least 1")
+        _require(self.oracle_pool >= 1, "evaluation.oracle_pool must be at least 1")
+        _require(self.max_blocks >= 1, "evaluation.max_blocks must be at least 1")
+        _require(1 <= self.query_tokens <= 512, "evaluation.query_tokens must be from 1 to 512")
+        _require(self.num_workers >= 0, "evaluation.num_workers must be 0 (one a CPU) or more")
+        _require(self.threads_per_worker >= 1, "evaluation.threads_per_worker must be at least 1")
+
+
+@dataclass(frozen=True)
+class EvaluateFocusJob:
+    """Compare ways of choosing what a Working Context shows, at equal slots, on a stored context."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    """Where the run's report goes."""
+    ray: RayConfig = field(default_factory=RayConfig)
+    """The cluster."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    """MLflow."""
+    base_lm: BaseLMConfig = field(default_factory=BaseLMConfig)
+    """The frozen language model; must be the tree's."""
+    gistnet: GistNetConfig = field(default_factory=GistNetConfig)
+    """The net that made the tree."""
+    store: StoreConfig = field(default_factory=StoreConfig)
+    """Which store and context."""
+    evaluation: FocusEvaluationConfig = field(default_factory=FocusEvaluationConfig)
+    """What is compared, where."""
