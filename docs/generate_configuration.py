@@ -1,4 +1,4 @@
-"""Writes `configuration.md` from the dataclasses of `cluster.config` and `cluster.evaluation_config`: `python docs/generate_configuration.py`."""
+"""Writes `configuration.md` from the configuration's dataclasses: `python docs/generate_configuration.py`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PAGE = Path(__file__).with_name("configuration.md")
 INTRODUCTION = """\
 # Configuration
 
-<!-- Written by docs/generate_configuration.py from the docstrings in cluster/config.py and cluster/evaluation_config.py. Edit those. -->
+<!-- Written by docs/generate_configuration.py from the docstrings in cluster/*config.py. Edit those. -->
 
 Every job is configured by one tree of typed values. What is not set has the default below. Three ways to set a value,
 the later on the line winning:

@@ -25,6 +25,7 @@ def test_every_job_is_there_and_accepts_its_configuration() -> None:
         "demo",
         "compact",
         "inspect",
+        "evaluate focus",
         "tree verify",
         "tree rebuild-gists",
     ]
