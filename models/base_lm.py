@@ -28,6 +28,7 @@ from models.model_conversion import quiet_transformers
 from models.model_files import TOKENIZER_FILE, ModelFiles, resolve_model
 from models.positions import Positions
 from models.rotary import install_rotary_override
+from models.shared_past import ATTENTION_NAME, SharedPast
 from models.tokenizer import Tokenizer
 
 logger = logging.getLogger("megacontext.models")
@@ -197,7 +198,7 @@ class BaseLM:
         *,
         positions: AnyPositions | None = None,
         attention_mask: AnyMask | None = None,
-        cache: KVCache | None = None,
+        cache: KVCache | SharedPast | None = None,
         start: int = 0,
     ) -> Float32[Tensor, "B T_scored"]:
         """Negative log-likelihood in nats of each target, (B, T - start) float32.
@@ -206,7 +207,7 @@ class BaseLM:
             targets: `targets[:, t]` is the id predicted AT entry t, that is the token that comes after it:
                 for a raw sequence `ids`, embed `ids[:, :-1]` and give `ids[:, 1:]`. -100 is not scored and
                 gives 0.
-            cache: as in `logits`.
+            cache: as in `logits`; or a past that all rows share, which stays as it is.
             start: first entry that is scored; the ones before it are only read.
 
         Raises:
@@ -288,9 +289,11 @@ class BaseLM:
         embeds: Tensor,
         positions: AnyPositions | None,
         attention_mask: AnyMask | None,
-        cache: KVCache | None,
+        cache: KVCache | SharedPast | None,
     ) -> Tensor:
         """The stack's output after its final norm, (B, T, D)."""
+        if isinstance(cache, SharedPast):
+            return self._run_after(cache, embeds, positions, attention_mask)
         if embeds.dim() != 3 or embeds.shape[-1] != self.hidden_size:
             raise ModelError(f"embeds must be (B, T, {self.hidden_size}), not {tuple(embeds.shape)}")
         with self._at(positions, embeds, cache):
@@ -300,6 +303,27 @@ class BaseLM:
                 past_key_values=None if cache is None else cache.layers,
                 use_cache=cache is not None,
             )
+        return output.last_hidden_state
+
+    def _run_after(
+        self, past: SharedPast, embeds: Tensor, positions: AnyPositions | None, attention_mask: AnyMask | None
+    ) -> Tensor:
+        """`_run` of rows that share a past."""
+        if positions is None or attention_mask is not None:
+            raise ModelError("rows that share a past need positions, and take no mask")
+        if isinstance(positions, Tensor):
+            positions = Positions.of_tokens(positions)
+        if isinstance(self._rotary, ModelError):
+            raise self._rotary
+        origin = past.origin(embeds.shape[0], embeds.device)
+        phases = self._rotary.phases(positions.to(embeds.device), origin, self.dtype)
+        config = self._stack.config
+        usual, config._attn_implementation = config._attn_implementation, ATTENTION_NAME
+        try:
+            with self._rotary.using(*phases):
+                output = self._stack(inputs_embeds=embeds.to(self.dtype), use_cache=False, shared_past=past)
+        finally:
+            config._attn_implementation = usual
         return output.last_hidden_state
 
     def _at(

@@ -124,6 +124,15 @@ class KVCache:
         return int(self._stack[0].keys.shape[0]) if self.num_entries else 1
 
     @property
+    def settled_origin(self) -> int | None:
+        """The zero point it was made with, in half tokens; None when its first entries settle it."""
+        return self._settled
+
+    def layer(self, number: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer, (B, heads, entries, head size) each."""
+        return self._stack[number].keys, self._stack[number].values
+
+    @property
     def _stack(self) -> list[Any]:
         """Every layer's `keys` and `values`, (B, heads, entries, head size)."""
         return self.layers.layers
