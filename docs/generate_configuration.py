@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import ray_job
-from cluster import config, evaluation_config
 from cluster.cli import Job
 
 PAGE = Path(__file__).with_name("configuration.md")
@@ -45,19 +44,33 @@ Environment variables: `MEGACONTEXT_HOME` is where relative `run.dir`, `store.ro
 def render() -> str:
     """The page."""
     parts = [INTRODUCTION, "## Jobs\n", *map(_job, ray_job.JOBS)]
-    sections: dict[str, Any] = {}
+    headings: dict[str, tuple[str, Any]] = {}
     for job in ray_job.JOBS:
-        sections |= {name: hint for name, hint in get_type_hints(job.config_type).items() if is_dataclass(hint)}
-    for name, section in sections.items():
-        parts.append(f"## `{name}`\n\n{inspect.cleandoc(section.__doc__ or '')}\n\n{_table(section, f'{name}.')}\n")
+        headings |= {_heading(job, name): (name, section) for name, section in _sections(job).items()}
+    for heading, (name, section) in headings.items():
+        parts.append(f"## {heading}\n\n{inspect.cleandoc(section.__doc__ or '')}\n\n{_table(section, f'{name}.')}\n")
     return "\n".join(parts)
+
+
+def _sections(job: Job) -> dict[str, Any]:
+    return {name: hint for name, hint in get_type_hints(job.config_type).items() if is_dataclass(hint)}
+
+
+def _heading(job: Job, name: str) -> str:
+    """A section's heading; it names the job where the same key holds other sections in other jobs."""
+    meanings = {_sections(other)[name] for other in ray_job.JOBS if name in _sections(other)}
+    return f"`{name}`" if len(meanings) == 1 else f"`{name}` of `{job.command}`"
+
+
+def _anchor(heading: str) -> str:
+    return heading.replace("`", "").replace(" ", "-")
 
 
 def _job(job: Job) -> str:
     """What a job takes: its sections, and the keys that stand in none."""
     hints, texts = get_type_hints(job.config_type), _field_docstrings(job.config_type)
     lines = [f"### `{job.command}`", "", job.summary, ""]
-    lines += [f"- [`{name}`](#{name}): {texts[name]}" for name, hint in hints.items() if is_dataclass(hint)]
+    lines += [f"- [`{name}`](#{_anchor(_heading(job, name))}): {texts[name]}" for name in _sections(job)]
     own = [] if all(map(is_dataclass, hints.values())) else ["", _table(job.config_type)]
     return "\n".join([*lines, *own, ""])
 
@@ -77,7 +90,7 @@ def _field_docstrings(owner: type) -> dict[str, str]:
     """The string under each field, of the base classes too; Python itself drops it."""
     texts: dict[str, str] = {}
     for base in reversed(owner.__mro__):
-        if base.__module__ not in {config.__name__, evaluation_config.__name__}:
+        if not base.__module__.startswith("cluster."):
             continue
         body = ast.parse(inspect.getsource(base)).body[0]
         assert isinstance(body, ast.ClassDef)
