@@ -10,12 +10,16 @@ import sys
 from cluster.cli import Job, main
 from cluster.config import CompactJob, DemoJob, InspectJob, TreeRebuildGistsJob, TreeVerifyJob
 from cluster.evaluation_config import EvaluateFocusJob
+from cluster.gist_evaluation_config import EvaluateGistJob
+from cluster.task_evaluation_config import EvaluateTasksJob
 
 JOBS = (
     Job("demo", DemoJob, "pipelines.demo:run"),
     Job("compact", CompactJob, "pipelines.compact:run"),
     Job("inspect", InspectJob, "pipelines.inspect:run"),
+    Job("evaluate gist", EvaluateGistJob, "pipelines.evaluate_gist:run"),
     Job("evaluate focus", EvaluateFocusJob, "pipelines.evaluate_focus:run"),
+    Job("evaluate tasks", EvaluateTasksJob, "pipelines.evaluate_tasks:run"),
     Job("tree verify", TreeVerifyJob, "pipelines.tree:verify"),
     Job("tree rebuild-gists", TreeRebuildGistsJob, "pipelines.tree:rebuild_gists"),
 )

@@ -1,4 +1,4 @@
-"""The actors of a compaction job: one tree store, its follower, and the compactors.
+"""The actors of a compaction job: one tree store, its follower, its lexical indexer, and the compactors.
 
 What Ray does when a process dies: a compactor is restarted and its calls are made again (they are pure). The store
 is restarted but its calls are not repeated blindly: the caller sees the failure, asks the marks, and goes on.
@@ -6,6 +6,7 @@ is restarted but its calls are not repeated blindly: the caller sees the failure
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,12 +16,16 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.compactor import CompactorActor, CompactorSpec
 from actors.follower import FollowerActor, FollowerSpec, next_missing
+from actors.lexical_indexer import LexicalIndexerActor, LexicalIndexerSpec
 from actors.packing import Window
 from actors.tree_store import TreeStore, TreeStoreSpec
 from cluster.config import CompactionConfig, RayConfig
+from cluster.errors import WriterConflictError
 from cluster.ray_calls import CALL_TIMEOUT_S, check_resources, get_or_raise, wait_for_actors
 from models.gistnet import GistNet
 from storage.contract import Version
+
+logger = logging.getLogger("megacontext.compaction")
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,11 @@ def plan_workers(config: CompactionConfig, cluster_cpus: float, *, reserved_cpus
     bookable = max((cluster_cpus - reserved_cpus) / config.num_compactors, 0.1)
     num_cpus = min(float(threads), int(bookable * 100) / 100)
     return Workers(config.num_compactors, threads, num_cpus, config.gpus_per_compactor)
+
+
+def _is_idle(ref: Any) -> bool:
+    """Whether an actor's last call is done, or there was none."""
+    return ref is None or bool(ray.wait([ref], timeout=0)[0])
 
 
 class Crew:
@@ -70,6 +80,8 @@ class Crew:
         self.follower: Any = None
         self._follow_ref: Any = None
         self.nodes_made = 0
+        self.indexer: Any = None
+        self._index_ref: Any = None
         try:
             self.version, self.epoch = self.call(self.store.open.remote(), "opening the context")
         except BaseException:
@@ -110,6 +122,14 @@ class Crew:
             .remote(spec)
         )
 
+    def hire_indexer(self, spec: LexicalIndexerSpec) -> None:
+        """Start the lexical indexer beside the store, whose files it reads."""
+        self.indexer = (
+            ray.remote(LexicalIndexerActor)
+            .options(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=self._here)
+            .remote(spec)
+        )
+
     @property
     def gistnet_refs(self) -> list[Any]:
         """The net's reference, in the list that actors follow once."""
@@ -122,25 +142,42 @@ class Crew:
         return compactor.encode.remote(windows, self._gistnet_refs)
 
     def follow(self, version: Version) -> None:
-        """Let the follower work when there is something for it and it is idle."""
-        if self._follow_ref is not None:
-            done, _ = ray.wait([self._follow_ref], timeout=0)
-            if not done:
-                return
-            self._collect()
+        """Let follower and indexer work when there is something for them and they are idle."""
+        if self.indexer is not None and _is_idle(self._index_ref):
+            self._collect_index()
+            self._index_ref = self.indexer.advance.remote()
+        if not _is_idle(self._follow_ref):
+            return
+        self._collect()
         if next_missing(version) is not None:
             self._follow_ref = self.follower.advance.remote(self._gistnet_refs, self.store)
 
     def finish_levels(self) -> None:
-        """Wait until every node that can be made is made."""
-        if self._follow_ref is not None:
-            self._collect()
-        self._follow_ref = self.follower.advance.remote(self._gistnet_refs, self.store)
+        """Wait until every node that can be made is made, and every block indexed that can be."""
         self._collect()
+        self._follow_ref = self.follower.advance.remote(self._gistnet_refs, self.store)
+        if self.indexer is not None:
+            self._collect_index()
+            self._index_ref = self.indexer.advance.remote()
+        self._collect()
+        self._collect_index()
 
     def _collect(self) -> None:
         ref, self._follow_ref = self._follow_ref, None
-        self.nodes_made += self.call(ref, "making the upper levels")
+        if ref is not None:
+            self.nodes_made += self.call(ref, "making the upper levels")
+
+    def _collect_index(self) -> None:
+        ref, self._index_ref = self._index_ref, None
+        if ref is None:
+            return
+        try:
+            self.call(ref, "indexing text")
+        except WriterConflictError as error:
+            # The index is derived: whoever builds it now, or the next job, brings it up to date.
+            logger.warning("the text of new blocks is not indexed by this job: %s", error)
+            ray.kill(self.indexer)
+            self.indexer = None
 
     def close(self) -> None:
         """Flush and close the store, end the actors.
@@ -154,7 +191,7 @@ class Crew:
             self._kill()
 
     def _kill(self) -> None:
-        for actor in (*self.compactors, self.follower, self.store):
+        for actor in (*self.compactors, self.follower, self.indexer, self.store):
             if actor is not None:
                 ray.kill(actor)
 

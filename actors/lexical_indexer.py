@@ -6,10 +6,11 @@ job, was stopped. It shares no file with the writer of the context, which never 
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 from cluster.config import BaseLMConfig, StoreConfig
-from cluster.errors import IncompatibleTreeError
+from cluster.errors import IncompatibleTreeError, WriterConflictError
 from models.tokenizer import Tokenizer
 from storage.lexical_index import BATCH_BLOCKS, LexicalWriter
 from storage.reader import ContextReader
@@ -87,6 +88,10 @@ class LexicalIndexer:
         self._writer.close()
 
 
+LOCK_WAIT_S = 10.0
+"""How long an actor waits for the index's lock: a predecessor that was killed may take a moment to die."""
+
+
 class LexicalIndexerActor:
     """Hosts an indexer; the first call opens it, so that a refusal reaches the caller as itself."""
 
@@ -97,8 +102,19 @@ class LexicalIndexerActor:
     def advance(self) -> int:
         """As `LexicalIndexer.advance`."""
         if self._indexer is None:
-            self._indexer = LexicalIndexer(self._spec, Tokenizer.load(self._spec.base_lm))
+            self._indexer = self._opened()
         return self._indexer.advance()
+
+    def _opened(self) -> LexicalIndexer:
+        tokenizer = Tokenizer.load(self._spec.base_lm)
+        give_up = time.monotonic() + LOCK_WAIT_S
+        while True:
+            try:
+                return LexicalIndexer(self._spec, tokenizer)
+            except WriterConflictError:
+                if time.monotonic() > give_up:
+                    raise
+                time.sleep(0.2)
 
     def close(self) -> None:
         """Give up the index writer's place."""

@@ -11,13 +11,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
+from actors.evaluation.contents import Contents, Reading
+from actors.evaluation.scorer import Scorer
+from actors.evaluation.statistics import Estimate, clustered_mean
 from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.config import ReadBackConfig
 from cluster.errors import ConfigError
 from models.base_lm import BaseLM
-from models.positions import Positions
+from models.focus.history import History
 from storage.contract import TreeReader
 from storage.schema import GISTS
 
@@ -35,19 +37,6 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """A mean over places with its standard error."""
-
-    mean: float
-    standard_error: float
-
-    @classmethod
-    def of(cls, values: np.ndarray) -> Estimate:
-        """Mean and standard error of independent values."""
-        return cls(float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values))))
-
-
-@dataclass(frozen=True)
 class ReadBackResult:
     """NLL in nats a token, by condition: `(num_places,)` each."""
 
@@ -56,21 +45,26 @@ class ReadBackResult:
 
     def estimate(self, condition: str) -> Estimate:
         """Mean NLL of a condition."""
-        return Estimate.of(self.nll[condition])
+        return _over_places(self.nll[condition])
 
     def gain(self, condition: str) -> Estimate:
         """NLL without any context minus NLL with this one, paired."""
-        return Estimate.of(self.nll[NONE] - self.nll[condition])
+        return _over_places(self.nll[NONE] - self.nll[condition])
 
     @property
     def content_nats(self) -> Estimate:
         """NLL with shuffled gists minus NLL with own gists, paired: what gists say beyond being a soft prompt."""
-        return Estimate.of(self.nll[SHUFFLED] - self.nll[OWN])
+        return _over_places(self.nll[SHUFFLED] - self.nll[OWN])
 
     def recovered_fraction(self, condition: str) -> float:
         """mean(NLL none - NLL condition) / mean(NLL none - NLL full); NaN when the full history gains nothing."""
         available = float((self.nll[NONE] - self.nll[FULL]).mean())
         return float((self.nll[NONE] - self.nll[condition]).mean()) / available if available > 0 else float("nan")
+
+
+def _over_places(values: np.ndarray) -> Estimate:
+    """Mean and standard error of places that count as independent."""
+    return clustered_mean(values, [str(place) for place in range(len(values))])
 
 
 def choose_places(reader: TreeReader, config: ReadBackConfig) -> list[Place]:
@@ -102,54 +96,32 @@ def read_back(
     """Measure every condition at every place; `on_place` is called after each."""
     places = choose_places(reader, config)
     nll: dict[str, list[float]] = {condition: [] for condition in CONDITIONS}
+    scorer = Scorer(lm)
     for index, place in enumerate(places):
         stranger = next(p for p in (*places[index + 1 :], *places[: index + 1]) if p is not place)
-        for condition, context, positions in _contexts(lm, reader, place, stranger):
-            nll[condition].append(_horizon_nll(lm, reader, place, config.horizon_tokens, context, positions))
+        history = History.of(reader, place.first_block, place.first_block + place.num_blocks)
+        reading = Reading(lm, reader, history)
+        num_blocks = -(-config.horizon_tokens // K)
+        ids = reading.ids(history.stop_block, num_blocks)[: config.horizon_tokens]
+        for condition, contents in _contents(reading, place, stranger):
+            nll[condition].append(float(scorer.nll(contents, ids, history.num_tokens).mean()))
         on_place()
     return ReadBackResult(places, {condition: np.array(values) for condition, values in nll.items()})
 
 
-def _tokens(reader: TreeReader, first_block: int, num_blocks: int) -> torch.Tensor:
-    tokens, _ = reader.tokens(first_block, num_blocks)
-    return torch.from_numpy(tokens.astype(np.int64)).reshape(-1)
+def _contents(reading: Reading, place: Place, stranger: Place) -> Iterator[tuple[str, Contents]]:
+    """`(condition, what stands before the horizon)`."""
+    full = reading.raw(range(place.first_block, place.first_block + place.num_blocks))
+    yield FULL, full
+    yield NONE, full.rows(0, 0)
+    own = _gists(reading, place)
+    yield OWN, own
+    yield SHUFFLED, Contents(_gists(reading, stranger).embeds, own.half_tokens)
+    yield RECENT, full.rows(full.num_rows - own.num_rows, full.num_rows)
 
 
-def _contexts(
-    lm: BaseLM, reader: TreeReader, place: Place, stranger: Place
-) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-    """`(condition, embeddings (T, D), positions in half tokens (T,))` of what stands before the horizon."""
-    history = _tokens(reader, place.first_block, place.num_blocks)
-    embedded = lm.embed(history[None].to(lm.device))[0]
-    raw_positions = 2 * torch.arange(len(history))
-    yield FULL, embedded, raw_positions
-    yield NONE, embedded[:0], raw_positions[:0]
-    own = _gists(reader, place).to(lm.device, embedded.dtype)
-    num_vectors = own.shape[1]
-    # A gist stands at the centre of its block: tokens 32b ... 32b + 31, so 2 * 32b + 31 half tokens.
-    centres = (2 * K * torch.arange(place.num_blocks) + K - 1).repeat_interleave(num_vectors)
-    yield OWN, own.flatten(0, 1), centres
-    yield SHUFFLED, _gists(reader, stranger).to(lm.device, embedded.dtype).flatten(0, 1), centres
-    num_equal = place.num_blocks * num_vectors
-    yield RECENT, embedded[-num_equal:], raw_positions[-num_equal:]
-
-
-def _gists(reader: TreeReader, place: Place) -> torch.Tensor:
-    """`(num_blocks, m, D)`"""
-    return reader.read(GISTS, 1, np.arange(place.first_block, place.first_block + place.num_blocks))
-
-
-def _horizon_nll(
-    lm: BaseLM, reader: TreeReader, place: Place, horizon: int, context: torch.Tensor, positions: torch.Tensor
-) -> float:
-    """Mean NLL of the horizon's tokens after its first, which nothing could predict without a context."""
-    num_blocks = -(-horizon // K)
-    ids = _tokens(reader, place.first_block + place.num_blocks, num_blocks)[:horizon].to(lm.device)
-    embeds = torch.cat([context, lm.embed(ids[None, :-1])[0]])[None]
-    first = place.num_blocks * K
-    half_tokens = torch.cat([positions, 2 * torch.arange(first, first + horizon - 1)])[None]
-    targets = torch.full((1, embeds.shape[1]), -100, dtype=torch.int64, device=lm.device)
-    targets[0, len(context) :] = ids[1:]
-    with torch.inference_mode():
-        nll = lm.nll(embeds, targets, positions=Positions(half_tokens), start=len(context))
-    return float(nll.mean())
+def _gists(reading: Reading, place: Place) -> Contents:
+    """LOD1 gists, each at the centre of its block: tokens 32b ... 32b + 31, so 2 * 32b + 31 half tokens."""
+    nodes = reading.reader.read(GISTS, 1, np.arange(place.first_block, place.first_block + place.num_blocks))
+    centres = np.repeat(2 * K * np.arange(place.num_blocks) + K - 1, nodes.shape[1])
+    return Contents(nodes.flatten(0, 1).to(reading.lm.device, reading.lm.dtype), centres)

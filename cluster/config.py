@@ -261,6 +261,10 @@ class CompactionConfig:
     follower_threads: int = 1
     """torch threads of the worker that makes LOD2 and above: a 32nd of the compactors' work."""
 
+    lexical: bool = True
+    """Index the blocks' text behind the commits (`lexical.sqlite`: about 0.15 ms of one core and 150 bytes a block).
+    Without, the first search or evaluation of the context does it."""
+
     max_in_flight: int = 4
     """Batches waiting at a worker. More hides latency, costs memory."""
 

@@ -18,6 +18,7 @@ import ray
 from actors.crew import Crew, plan_workers
 from actors.feeds import PACKER_CPUS, run_actor_feed, run_ray_data_feed
 from actors.follower import FollowerSpec
+from actors.lexical_indexer import LexicalIndexerSpec
 from actors.packing import PackedItem, Skipped
 from actors.plan import CompactionPlan, Feed, check_encoding, check_space, choose_feed, estimate_tokens, plan_models
 from actors.tree_store import StoreStatus, TreeStoreSpec
@@ -162,6 +163,8 @@ def _run_crew(
         folder = Store(job.store.root).folder(job.store.context)
         crew.bring_gistnet(plan.gistnet)
         crew.hire_follower(FollowerSpec(folder, job.store.context, job.compaction.follower_threads))
+        if job.compaction.lexical:
+            crew.hire_indexer(LexicalIndexerSpec(job.store, plan.base_lm))
 
         def acknowledged(ack: Ack) -> None:
             on_ack(ack)

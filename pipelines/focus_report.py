@@ -39,7 +39,8 @@ def focus_tables(results: FocusResults) -> list[Table]:
 
 
 def _base(results: FocusResults, budget: int) -> str:
-    return next((c for c in (BASE, "recency/overlay", "recency/strict") if results.has(c, budget)), rivals.NONE)
+    wanted = (BASE, "recency/overlay", "recency/strict", rivals.NONE)
+    return next((c for c in wanted if results.has(c, budget)), results.conditions(budget)[0])
 
 
 def _title(results: FocusResults, budget: int, base: str) -> str:
@@ -154,7 +155,7 @@ def plot_gains(results: FocusResults, budget: int, path: Path) -> None:
     base = _base(results, budget)
     names = [c for c in results.conditions(budget) if c not in {base, rivals.NONE}]
     gains = [results.gain(name, base, budget, "scoring") for name in names]
-    with figure(path, f"Gain over {base}, {budget} slots", size=(8.0, 0.5 + 0.28 * len(names))) as axes:
+    with figure(path, f"Gain over {base}, {budget} slots", size=(8.0, 1.5 + 0.28 * len(names))) as axes:
         axes.barh(names, [g.mean for g in gains], xerr=[2 * g.standard_error for g in gains], capsize=3)
         axes.axvline(0, color="black", linewidth=0.8)
         axes.invert_yaxis()

@@ -7,12 +7,11 @@ sealed since is found in its segment. Nodes are written once, so the version can
 
 from __future__ import annotations
 
-import bisect
 import functools
 import json
 import sqlite3
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
@@ -20,132 +19,19 @@ import numpy as np
 import torch
 
 from cluster.config import TOKENS_PER_BLOCK as K
-from cluster.errors import CorruptTreeError, NodeMissingError, StorageError
+from cluster.errors import NodeMissingError, StorageError
 from storage import catalogue, journal
 from storage.codec import decode_array
 from storage.contract import DocumentInfo, Tail, Version
 from storage.documents import document_info_at, document_infos, open_document
 from storage.journal import Level, Run
 from storage.levels import level_counts
-from storage.schema import ArraySpec, Encoding, StoredArray
-from storage.sealing import SEGMENT_FOLDER, array_spec
-from storage.segment import SegmentArray
+from storage.schema import ArraySpec, Encoding
+from storage.sealing import SEGMENT_FOLDER
+from storage.stored_nodes import StoredNodes
 
 CACHED_RUNS = 256
 """Journal runs kept parsed: at most 32 nodes each, about 20 MB at d = 576 with keys."""
-
-
-@dataclass
-class _Extent:
-    first: int
-    count: int
-    folder: Path
-    array: SegmentArray | None = None
-
-
-class _StoredNodes:
-    """The nodes of one stored array of one level: where they are, and copies of them."""
-
-    def __init__(self, reader: ContextReader, level: Level, stored: StoredArray, num_nodes: int) -> None:
-        self._reader = reader
-        self._level = level
-        self._stored = stored
-        self.num_nodes = num_nodes
-        # Tokens lie flat in a segment: 32 rows of one number a block.
-        flat = level.encoding_id == journal.BLOCKS
-        self._rows = stored.width if flat else stored.rows_per_node
-        self._shape = (stored.rows_per_node, stored.width)
-        self._extents: list[_Extent] = []
-        self._starts: list[int] = []
-        self.refresh()
-
-    def refresh(self) -> None:
-        """Learn of segments sealed since."""
-        known = {extent.first: extent for extent in self._extents}
-        found = self._reader.extents(self._level)
-        self._extents = [known.get(first) or _Extent(first, count, folder) for first, count, folder in found]
-        self._starts = [extent.first for extent in self._extents]
-
-    def _sealed(self, index: int) -> _Extent | None:
-        position = bisect.bisect_right(self._starts, index) - 1
-        if position < 0:
-            return None
-        extent = self._extents[position]
-        return extent if index < extent.first + extent.count else None
-
-    def _map(self, extent: _Extent) -> SegmentArray:
-        if extent.array is None:
-            extent.array = SegmentArray(extent.folder, array_spec(self._level, self._stored, extent.count))
-        return extent.array
-
-    def _check(self, first: int, count: int) -> None:
-        if first < 0 or count < 0 or first + count > self.num_nodes:
-            unit = "block" if self._level.encoding_id == journal.BLOCKS else f"LOD{self._level.lod} node"
-            raise NodeMissingError(
-                f"{unit}s {first} to {first + count - 1} were asked for; version {self._reader.version.seq} of context "
-                f"{self._reader.version.context!r} has {self.num_nodes}"
-            )
-
-    def nodes(self, first: int, count: int) -> np.ndarray:
-        """Copy of consecutive nodes: `(count, rows_per_node, width)`."""
-        self._check(first, count)
-        extent = self._sealed(first)
-        if extent is not None and first + count <= extent.first + extent.count:
-            rows = self._map(extent).rows((first - extent.first) * self._rows, count * self._rows)
-            return rows.reshape(count, *self._shape)
-        out = np.empty((count, *self._shape), self._stored.dtype)
-        done = 0
-        while done < count:
-            done += self._copy_from(first + done, out[done:])
-        return out
-
-    def _copy_from(self, index: int, out: np.ndarray) -> int:
-        """Fill `out` from node `index` on as far as one segment or run reaches; returns how many nodes."""
-        for attempt in range(2):
-            extent = self._sealed(index)
-            if extent is not None:
-                size = min(len(out), extent.first + extent.count - index)
-                rows = self._map(extent).rows((index - extent.first) * self._rows, size * self._rows)
-                out[:size] = rows.reshape(size, *self._shape)
-                return size
-            run = self._reader.run(self._level, index)
-            if run is not None:
-                size = min(len(out), run.first + run.count - index)
-                start = (index - run.first) * self._shape[0]
-                rows = run.arrays[self._stored.name][start : start + size * self._shape[0]]
-                out[:size] = rows.reshape(size, *self._shape)
-                return size
-            # Neither: it was sealed between our look at the extents and at the journal.
-            if attempt == 0:
-                self.refresh()
-        raise CorruptTreeError(
-            f"LOD{self._level.lod} node {index} is in the version but neither in a segment nor in the journal of "
-            f"context {self._reader.version.context!r}. Run `tree verify` and restore from a backup."
-        )
-
-    def gather(self, indices: np.ndarray) -> np.ndarray:
-        """Copy of nodes in any order: `(len(indices), rows_per_node, width)`."""
-        out = np.empty((len(indices), *self._shape), self._stored.dtype)
-        if len(indices) == 0:
-            return out
-        self._check(int(indices.min()), 1)
-        self._check(int(indices.max()), 1)
-        # `_copy_from` may refresh the list while we go by positions in it.
-        extents = self._extents
-        positions = np.searchsorted(self._starts, indices, side="right") - 1
-        order = np.argsort(positions, kind="stable")
-        found, starts = np.unique(positions[order], return_index=True)
-        for position, start, stop in zip(found, starts, (*starts[1:], len(order)), strict=True):
-            chosen = order[start:stop]
-            if position >= 0:
-                extent = extents[position]
-                inside = indices[chosen] < extent.first + extent.count
-                sealed, chosen = (chosen, chosen[:0]) if inside.all() else (chosen[inside], chosen[~inside])
-                rows = (indices[sealed] - extent.first) * self._rows
-                out[sealed] = self._map(extent).gather(rows, self._rows).reshape(-1, *self._shape)
-            for slot in chosen:
-                self._copy_from(int(indices[slot]), out[slot : slot + 1])
-        return out
 
 
 class ContextReader:
@@ -187,8 +73,8 @@ class ContextReader:
         except BaseException:
             self._connection.close()
             raise
-        self._nodes: dict[tuple[str, int], _StoredNodes] = {}
-        self._specs: dict[tuple[str, int], tuple[ArraySpec, list[_StoredNodes]]] = {}
+        self._nodes: dict[tuple[str, int], StoredNodes] = {}
+        self._specs: dict[tuple[str, int], tuple[ArraySpec, list[StoredNodes]]] = {}
         self._cached_run = functools.lru_cache(maxsize=CACHED_RUNS)(self._load_run)
 
     @property
@@ -217,15 +103,15 @@ class ContextReader:
     def _load_run(self, level: Level, row_id: int) -> Run | None:
         return journal.load(self._connection, level, row_id)
 
-    def _blocks(self, name: str) -> _StoredNodes:
+    def _blocks(self, name: str) -> StoredNodes:
         nodes = self._nodes.get((name, 0))
         if nodes is None:
             level = journal.block_level(self._branch_id)
             stored = next(s for s in level.layout if s.name == name)
-            nodes = self._nodes[name, 0] = _StoredNodes(self, level, stored, self._version.num_blocks)
+            nodes = self._nodes[name, 0] = StoredNodes(self, level, stored, self._version.num_blocks)
         return nodes
 
-    def _level(self, name: str, lod: int) -> tuple[ArraySpec, list[_StoredNodes]]:
+    def _level(self, name: str, lod: int) -> tuple[ArraySpec, list[StoredNodes]]:
         found = self._specs.get((name, lod))
         if found is None:
             if lod < 1:
@@ -233,7 +119,7 @@ class ContextReader:
             spec = self._version.encoding.spec(name)
             level = journal.gist_level(self._branch_id, self._encoding_id, self._version.encoding, lod)
             num_nodes = self._version.num_nodes(lod)
-            found = spec, [_StoredNodes(self, level, stored, num_nodes) for stored in spec.stored()]
+            found = spec, [StoredNodes(self, level, stored, num_nodes) for stored in spec.stored()]
             self._specs[name, lod] = found
         return found
 

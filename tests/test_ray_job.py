@@ -25,7 +25,9 @@ def test_every_job_is_there_and_accepts_its_configuration() -> None:
         "demo",
         "compact",
         "inspect",
+        "evaluate gist",
         "evaluate focus",
+        "evaluate tasks",
         "tree verify",
         "tree rebuild-gists",
     ]

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 import numpy as np
-import ray
-import torch
 
 from actors.evaluation import rivals
 from actors.evaluation.contents import Contents, Reading
@@ -22,7 +18,6 @@ from actors.evaluation.scorer import BlockCaches, CandidateScorer, FullHistory, 
 from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.config import BaseLMConfig, StoreConfig
 from cluster.evaluation_config import FocusEvaluationConfig
-from cluster.heap import keep_freed_memory
 from models.base_lm import BaseLM
 from models.focus.allocators import RankedBlocks
 from models.focus.dense import KeySpace
@@ -45,6 +40,17 @@ class FocusEvaluatorSpec:
     seq: int
     """Version of the context, so that all workers read the same."""
     evaluation: FocusEvaluationConfig
+
+    def build(self, gistnets: list[GistNet]) -> FocusEvaluator:
+        """The evaluator, of the one net that made the tree."""
+        store = Store(self.store.root)
+        return FocusEvaluator(
+            self,
+            BaseLM.load(self.base_lm),
+            gistnets[0],
+            store.open_reader(self.store.context, seq=self.seq),
+            LexicalSearcher(store.folder(self.store.context), Tokenizer.load(self.base_lm).decode_batch),
+        )
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,7 @@ class Measured:
 
 
 class FocusEvaluator:
-    """Measures places. Plain class; `FocusEvaluatorActor` hosts it."""
+    """Measures places. Plain class; `workers.EvaluatorActor` hosts it."""
 
     def __init__(
         self, spec: FocusEvaluatorSpec, lm: BaseLM, gistnet: GistNet, reader: TreeReader, lexical: LexicalSearcher
@@ -105,7 +111,7 @@ class FocusEvaluator:
         self._known.clear()
         search = self._search(reading, place)
         measured = [self._measure(c, reading, ids, (), 0, 0.0) for c in self._conditions if not c.form]
-        for budget in config.budgets:
+        for budget in dict.fromkeys(config.budgets):
             self._add_oracles(search, ids, budget)
             for condition in self._conditions:
                 if condition.form:
@@ -146,7 +152,7 @@ class FocusEvaluator:
         """What every retriever finds, and the shortlist made of it."""
         config, history = self._config, reading.history
         wanted = {condition.chooser for condition in self._conditions}
-        shown_from = max(history.first_block, history.stop_block - config.tail_tokens // K)
+        shown_from = history.stop_block - len(rivals.tail_blocks(reading, config.tail_tokens))
         retrieval = Retrieval(
             reading, self._lexical, self._tokenizer, self._gistnet, self._key_space, shown_from, config.query_tokens
         )
@@ -163,7 +169,7 @@ class FocusEvaluator:
             return search
         picks = min(config.max_blocks, config.shortlist_blocks // len(found))
         search.shortlist = shortlist(list(found.values()), picks, config.shortlist_blocks)
-        stand_ins, _ = self._bare(reading, config.budgets[0])
+        stand_ins, _ = rivals.bare_rows(reading, config.budgets[0], config.tail_tokens)
         blocks = [reading.raw([block]) for block in search.shortlist]
         search.timed("", lambda: search.read(self._lm, stand_ins, blocks), rivals.FUSION)
         if rivals.RERANK in wanted:
@@ -175,7 +181,7 @@ class FocusEvaluator:
         if not {condition.chooser for condition in self._conditions} & set(rivals.ORACLES):
             return
         started = time.perf_counter()
-        stand_ins, tail = self._bare(search.reading, budget)
+        stand_ins, tail = rivals.bare_rows(search.reading, budget, config.tail_tokens)
         affordable = min(config.max_blocks, (budget - stand_ins.num_rows - tail.num_rows) // K)
         candidates = CandidateScorer(search.caches, tail)
         chosen = choose(candidates, len(search.shortlist), ids, affordable, config.oracle_pool)
@@ -184,14 +190,6 @@ class FocusEvaluator:
         search.ranked[rivals.ORACLE_GREEDY] = [(blocks[i], 0) for i in chosen.greedy if chosen.single_gains[i] > 0]
         search.ranked[rivals.ORACLE] = [(blocks[i], 0) for i in chosen.sequential]
         search.seconds.update(dict.fromkeys(rivals.ORACLES, took))
-
-    def _bare(self, reading: Reading, budget: int) -> tuple[Contents, Contents]:
-        """The gists of a Working Context without choices, and its raw tail."""
-        wc = rivals.bare_context(reading, "overlay", budget, self._config.tail_tokens)
-        rows = reading.context(wc)
-        raw = np.flatnonzero(wc.lod == 0)
-        num_gists = int(wc.cost[: int(raw[0])].sum()) if len(raw) else rows.num_rows
-        return rows.rows(0, num_gists), rows.rows(num_gists, rows.num_rows)
 
 
 class _Search:
@@ -213,36 +211,3 @@ class _Search:
         """Read the shortlist's blocks; returns it as a ranking of its own."""
         self.caches = BlockCaches(lm, stand_ins, blocks, self.reading.history.num_tokens)
         return [(block, 0) for block in self.shortlist]
-
-
-class FocusEvaluatorActor:
-    """Hosts an evaluator; the net comes with every call, as for compactors."""
-
-    def __init__(self, spec: FocusEvaluatorSpec) -> None:
-        self._spec = spec
-        self._evaluator: FocusEvaluator | None = None
-
-    def load(self, gistnet_refs: list[Any]) -> FocusEvaluator:
-        """The evaluator, made when first needed."""
-        if self._evaluator is None:
-            spec = self._spec
-            torch.set_num_threads(spec.evaluation.threads_per_worker)
-            keep_freed_memory()
-            store = Store(spec.store.root)
-            self._evaluator = FocusEvaluator(
-                spec,
-                BaseLM.load(spec.base_lm),
-                ray.get(gistnet_refs[0]),
-                store.open_reader(spec.store.context, seq=spec.seq),
-                LexicalSearcher(store.folder(spec.store.context), Tokenizer.load(spec.base_lm).decode_batch),
-            )
-        return self._evaluator
-
-    def ready(self, gistnet_refs: list[Any]) -> int:
-        """Answers with its process id once the model is loaded."""
-        self.load(gistnet_refs)
-        return os.getpid()
-
-    def evaluate(self, place: Place, gistnet_refs: list[Any]) -> tuple[Place, list[dict[str, Any]]]:
-        """As `FocusEvaluator.evaluate`, as plain dictionaries."""
-        return place, [asdict(measured) for measured in self.load(gistnet_refs).evaluate(place)]

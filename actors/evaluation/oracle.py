@@ -7,7 +7,7 @@ the next block given those chosen already.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,7 +39,12 @@ def scoring_half(nll: np.ndarray) -> np.ndarray:
 
 
 def choose(
-    candidates: CandidateScorer, num_blocks: int, ids: np.ndarray, max_chosen: int, pool_size: int
+    candidates: CandidateScorer,
+    num_blocks: int,
+    ids: np.ndarray,
+    max_chosen: int,
+    pool_size: int,
+    chosen_on: Callable[[np.ndarray], np.ndarray] = choosing_half,
 ) -> OracleChoice:
     """Choose blocks by their effect on the choosing half of `ids[1:]`.
 
@@ -50,14 +55,15 @@ def choose(
         max_chosen: blocks that can be afforded.
         pool_size: after the first measurement only the best so many go on; each further step costs one forward pass
             over the horizon for each.
+        chosen_on: takes the tokens that are chosen on, from `(…, n - 1)` NLL of `ids[1:]`.
     """
     if num_blocks == 0:
         return OracleChoice([], [], np.zeros(0, np.float32))
 
     def measured(chosen: Sequence[int], pool: Sequence[int]) -> np.ndarray:
-        return choosing_half(candidates.nll_with_each(chosen, [(c,) for c in pool], ids)).mean(axis=1)
+        return chosen_on(candidates.nll_with_each(chosen, [(c,) for c in pool], ids)).mean(axis=1)
 
-    current = float(choosing_half(candidates.nll([], ids)).mean())
+    current = float(chosen_on(candidates.nll([], ids)).mean())
     everyone = list(range(num_blocks))
     alone = measured([], everyone)
     gains = (current - alone).astype(np.float32)

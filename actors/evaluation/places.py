@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,6 +36,7 @@ def choose_places(
     within_document: bool,
     max_per_document: int,
     places_per_history: int = 1,
+    align_blocks: int = 1,
     seed: int,
 ) -> list[Place]:
     """Random places, the same for a seed, horizons never overlapping.
@@ -49,14 +51,20 @@ def choose_places(
         max_per_document: histories that end in one document, spread evenly over it.
         places_per_history: places that share a history's beginning, 8 blocks apart, the last with all of it. A model
             reads the part they share once.
+        align_blocks: histories begin at multiples of it on the timeline: 32 where whole super-blocks are needed.
         seed: of the choice.
 
     Raises:
-        ConfigError: the context has fewer than two such places.
+        ConfigError: the context has fewer than two such places, or a history is too short for those that share it.
     """
     num_history, num_horizon = history_tokens // K, -(-horizon_tokens // K)
     spacing = max(SPACING_BLOCKS, num_horizon)
     shared = spacing * (places_per_history - 1)
+    if shared >= num_history:
+        raise ConfigError(
+            f"{places_per_history} places that share a history lie {spacing * K} tokens apart, so its {history_tokens} "
+            "tokens leave nothing before the first; lower evaluation.places_per_history or evaluation.horizon_tokens"
+        )
     rng = np.random.Generator(np.random.PCG64(seed))
     candidates: list[tuple[DocumentInfo, int]] = []
     for document in reader.documents():
@@ -65,7 +73,8 @@ def choose_places(
         first = max(first, num_history)
         # The last block may be short, so the horizon ends before it.
         last = document.first_block + document.num_blocks - 1 - num_horizon
-        stops = np.arange(first, last + 1, spacing * places_per_history)
+        first += -(first - num_history) % align_blocks
+        stops = np.arange(first, last + 1, math.lcm(spacing * places_per_history, align_blocks))
         if len(stops) > max_per_document:
             parts = np.array_split(stops, max_per_document)
             stops = np.array([part[rng.integers(len(part))] for part in parts])

@@ -1,11 +1,9 @@
-"""What an evaluation of focus found, place by place: kept as it comes, read again by a run that goes on, summarised."""
+"""What an evaluation of focus found, place by place, and what it says in all."""
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -15,43 +13,17 @@ import numpy as np
 from actors.evaluation.focus_evaluator import Measured
 from actors.evaluation.places import Place
 from actors.evaluation.rivals import FULL, NONE
+from actors.evaluation.samples import SampleLog
 from actors.evaluation.statistics import Estimate, clustered_mean, ratio_of_means
 
 Half = Literal["both", "choosing", "scoring"]
 
 
-class SampleFile:
-    """One line of JSON a place; a line that a dying process left half-written is dropped."""
+class SampleFile(SampleLog[Place, Measured]):
+    """The samples of an evaluation of focus."""
 
     def __init__(self, path: Path) -> None:
-        """Open for appending, after what is there."""
-        self.path = path
-        self.samples: list[tuple[Place, list[Measured]]] = []
-        if path.exists():
-            whole = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-            for line in whole:
-                record = json.loads(line)
-                self.samples.append((Place(**record["place"]), [Measured(**m) for m in record["measured"]]))
-            path.write_text("".join(whole), encoding="utf-8")
-        self._file = path.open("a", encoding="utf-8")
-
-    def append(self, place: Place, measured: Sequence[Measured]) -> None:
-        """Keep one place; on disk when this returns."""
-        self.samples.append((place, list(measured)))
-        record = {"place": asdict(place), "measured": [asdict(m) for m in measured]}
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
-    def __enter__(self) -> SampleFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        super().__init__(path, Place, Measured)
 
 
 @dataclass(frozen=True)

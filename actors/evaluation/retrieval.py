@@ -1,19 +1,24 @@
-"""What the rivals find in a history for the raw tail at its end: ranked blocks, the tail's own blocks left out."""
+"""What the rivals find in a history for the raw tail at its end, or for a question behind it: ranked blocks.
+
+The tail's own blocks are left out: they are shown anyway.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from actors.evaluation.contents import Reading
 from actors.evaluation.scorer import BlockCaches, CandidateScorer
+from cluster.config import TOKENS_PER_BLOCK as K
 from models.focus.allocators import RankedBlocks, ranked_by_score, reciprocal_rank_fusion
 from models.focus.dense import KeyIndex, KeySpace, query_states
 from models.gistnet import GistNet
 from models.tokenizer import Tokenizer
-from storage.lexical import LexicalSearcher
+from storage.contract import TreeReader
+from storage.lexical import LexicalSearcher, ReplacedText
 from storage.schema import KEYS
 
 RANKED_BLOCKS = 64
@@ -42,12 +47,23 @@ class Retrieval:
     """First block of the raw tail: it is shown anyway."""
     query_tokens: int
     """Newest tokens that ask."""
+    question: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    """Tokens behind the history; where there are any, they alone ask."""
+    indexed: TreeReader | None = None
+    """The reader beneath a planted one: what lexical indexes know."""
+    planted_blocks: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    """Where the reading's text differs from it."""
+    key_index: KeyIndex | None = None
+    """Keys of blocks `[history's first, shown_from)`; made when there is none."""
 
     def bm25(self) -> RankedBlocks:
         """Lexical hits of the tail's text."""
-        text = self.tokenizer.decode(self._tail(self.query_tokens))
-        first = self.reading.history.first_block
-        blocks, _ = self.lexical.search(self.reading.reader, text, RANKED_BLOCKS, first, self.shown_from)
+        text = self.tokenizer.decode(self._tail(len(self.question) or self.query_tokens))
+        first, reader = self.reading.history.first_block, self.reading.reader
+        replaced = None if self.indexed is None else ReplacedText(reader, self.planted_blocks)
+        blocks, _ = self.lexical.search(
+            self.indexed or reader, text, RANKED_BLOCKS, first, self.shown_from, replaced=replaced
+        )
         return [(int(block), 0) for block in blocks]
 
     def dense(self) -> RankedBlocks:
@@ -55,9 +71,10 @@ class Retrieval:
         history, reader = self.reading.history, self.reading.reader
         if self.shown_from <= history.first_block:
             return []
-        index = KeyIndex(reader, self.key_space, history.first_block, self.shown_from, array=KEYS)
+        index = self.key_index or KeyIndex(reader, self.key_space, history.first_block, self.shown_from, array=KEYS)
         context = self._tail(QUERY_CONTEXT_TOKENS)
-        states = query_states(self.reading.lm, self.gistnet, context, min(DENSE_QUERY_TOKENS, len(context)))
+        asking = len(self.question) or DENSE_QUERY_TOKENS
+        states = query_states(self.reading.lm, self.gistnet, context, min(asking, len(context)))
         return ranked_by_score(index.scores(states, "pooled"), history.first_block, limit=RANKED_BLOCKS)
 
     def random(self, seed: int) -> RankedBlocks:
@@ -83,8 +100,9 @@ class Retrieval:
 
     def _tail(self, num_tokens: int) -> np.ndarray:
         history = self.reading.history
-        num_blocks = min(-(-num_tokens // 32) + 1, history.num_blocks)
-        return self.reading.ids(history.stop_block - num_blocks, num_blocks)[-num_tokens:]
+        num_blocks = min(-(-max(num_tokens - len(self.question), 0) // K) + 1, history.num_blocks)
+        newest = self.reading.ids(history.stop_block - num_blocks, num_blocks)
+        return np.concatenate([newest, self.question])[-num_tokens:]
 
 
 def fused(rankings: Sequence[RankedBlocks]) -> RankedBlocks:

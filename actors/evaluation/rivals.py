@@ -1,7 +1,8 @@
 """The rivals of focus, at exactly equal slots: who chooses blocks, and in which form the choice is shown.
 
 A condition is `chooser/form`. Forms: `raw` shows chosen blocks and the raw tail alone, `overlay` and `strict` are
-Working Contexts whose gists stand in for everything else. `none`, `full` and `recency/raw` have no gists either.
+Working Contexts whose gists stand in for everything else. `none`, `full`, `needles` and `recency/raw` have no gists
+either.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from models.focus.allocators import FocusRequest, Ranked, RankedBlocks, Recency,
 from models.focus.filling import Filling, show_newest
 from models.focus.working_context import Mode, WorkingContext
 
-NONE, FULL = "none", "full"
+NONE, FULL, NEEDLES = "none", "full", "needles"
 RECENCY, UNIFORM, RANDOM = "recency", "uniform", "random"
 BM25, DENSE, FUSION, RERANK = "bm25", "dense", "fusion", "rerank"
 ORACLE_GREEDY, ORACLE = "oracle_greedy", "oracle"
@@ -28,6 +29,10 @@ RETRIEVERS = (RANDOM, BM25, DENSE, FUSION, RERANK)
 ORACLES = (ORACLE_GREEDY, ORACLE)
 CHOOSERS = (RECENCY, UNIFORM, *RETRIEVERS, *ORACLES)
 FORMS = ("raw", "overlay", "strict")
+WITHOUT_FORM = (NONE, FULL, NEEDLES)
+"""They have no budget. `needles`: what a task's answer depends on and the tail, nothing else."""
+TASK_CHOOSERS = (NONE, FULL, NEEDLES, RECENCY, UNIFORM, RANDOM, BM25, DENSE, FUSION, ORACLE)
+"""Rivals on tasks."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,7 @@ class Condition:
 
     chooser: str
     form: str = ""
-    """Empty for `none` and `full`, which have no budget."""
+    """Empty for those `WITHOUT_FORM`."""
 
     @property
     def name(self) -> str:
@@ -44,23 +49,32 @@ class Condition:
         return f"{self.chooser}/{self.form}" if self.form else self.chooser
 
 
-def conditions(choosers: Sequence[str], forms: Sequence[str]) -> list[Condition]:
-    """Every chooser in every form it has.
+def conditions(
+    choosers: Sequence[str], forms: Sequence[str], known: Sequence[str] = (*CHOOSERS, NONE, FULL)
+) -> list[Condition]:
+    """Every chooser in every form it has, each once.
+
+    Args:
+        choosers: who is compared.
+        forms: in which forms.
+        known: choosers there are.
 
     Raises:
-        ConfigError: an unknown chooser or form; the message lists the valid ones.
+        ConfigError: an unknown chooser or form (the message lists the valid ones), or nothing to compare.
     """
-    for given, valid, what in ((choosers, (*CHOOSERS, NONE, FULL), "rival"), (forms, FORMS, "form")):
+    for given, valid, what in ((choosers, known, "rival"), (forms, FORMS, "form")):
         if unknown := [name for name in given if name not in valid]:
             raise ConfigError(f"there is no {what} {unknown[0]!r}; there are: {', '.join(valid)}")
     found: list[Condition] = []
     for chooser in choosers:
-        if chooser in {NONE, FULL}:
+        if chooser in WITHOUT_FORM:
             found.append(Condition(chooser))
         else:
             # Without gists nothing but raw tokens can be shown evenly.
             found += [Condition(chooser, form) for form in forms if not (chooser == UNIFORM and form == "raw")]
-    return found
+    if not found:
+        raise ConfigError(f"rivals {list(choosers)} in forms {list(forms)} leave nothing to compare")
+    return list(dict.fromkeys(found))
 
 
 def contents_of(
@@ -80,8 +94,9 @@ def contents_of(
     if condition.form == "raw":
         return _raw(reading, chosen, budget, tail_tokens, max_blocks)
     wc = working_context(condition, reading, chosen, budget, tail_tokens, max_blocks)
+    # Found blocks may be raw for being recent, too: only as many as could be chosen were.
     raw = set(wc.raw_blocks().tolist())
-    return reading.context(wc), [block for block, _ in chosen if block in raw]
+    return reading.context(wc), [block for block, _ in chosen if block in raw][:max_blocks]
 
 
 def working_context(
@@ -101,6 +116,22 @@ def bare_context(reading: Reading, mode: Mode, budget: int, tail_tokens: int) ->
     filling = Filling(mode, budget, [reading.history])
     show_newest(filling, tail_tokens)
     return filling.finish()
+
+
+def bare_rows(reading: Reading, budget: int, tail_tokens: int) -> tuple[Contents, Contents]:
+    """The gists of a Working Context without choices, and its raw tail."""
+    wc = bare_context(reading, "overlay", budget, tail_tokens)
+    rows = reading.context(wc)
+    raw = np.flatnonzero(wc.lod == 0)
+    num_gists = int(wc.cost[: int(raw[0])].sum()) if len(raw) else rows.num_rows
+    return rows.rows(0, num_gists), rows.rows(num_gists, rows.num_rows)
+
+
+def tail_blocks(reading: Reading, tail_tokens: int) -> list[int]:
+    """The newest whole blocks that hold at most so many tokens."""
+    history = reading.history
+    left = history.tokens_before[-1] - history.tokens_before
+    return list(range(history.first_block + int(np.argmax(left <= tail_tokens)), history.stop_block))
 
 
 def _raw(

@@ -20,9 +20,13 @@ from models.focus.layout import Policy, lay_out
 from models.kv_cache import KVCache
 from models.positions import Positions
 from models.shared_past import SharedPast
+from storage.contract import TreeReader
 
 HORIZON_ROOM = 1024
 """Tokens of the trained range kept free for what comes after the history."""
+
+PIECE_BLOCKS = 8
+"""Of a full history that is read at a time: 256 tokens, as far apart as places that share a history's beginning."""
 
 CANDIDATES_AT_A_TIME = 16
 """Rows of a batch: 1,000 entries at a horizon of 64."""
@@ -157,32 +161,43 @@ def _by_length(lengths: Sequence[int]) -> list[list[int]]:
 
 
 class FullHistory:
-    """Raw histories that begin at the same block and end one after the other: what was read is not read again."""
+    """Raw histories that begin at the same block and end one after the other: what was read is not read again.
+
+    They are read in pieces that begin at fixed blocks, so that a result does not depend on which histories came before.
+    """
 
     def __init__(self, lm: BaseLM) -> None:
         self._lm = lm
         self._cache = lm.new_cache(origin_half_tokens=0)
+        self._reader: TreeReader | None = None
         self._first_block = -1
         self._stop_block = -1
+        """End of the whole pieces read."""
 
     def nll(self, reading: Reading, ids: Int64[np.ndarray, " n"]) -> Float32[np.ndarray, " n-1"]:
         """NLL of `ids[1:]` after the whole history in raw tokens, as `Scorer.nll` of it."""
         history = reading.history
-        if history.first_block != self._first_block or history.stop_block < self._stop_block:
+        same = reading.reader is self._reader and history.first_block == self._first_block
+        if not same or history.stop_block < self._stop_block:
             self._cache = self._lm.new_cache(origin_half_tokens=0)
+            self._reader = reading.reader
             self._first_block = self._stop_block = history.first_block
-        fresh = reading.raw(range(self._stop_block, history.stop_block))
-        device = self._lm.device
-        tokens = torch.from_numpy(np.ascontiguousarray(ids))[None].to(device)
+        tokens = torch.from_numpy(np.ascontiguousarray(ids))[None].to(self._lm.device)
         with torch.inference_mode():
-            if fresh.num_rows:
-                places = torch.from_numpy(fresh.half_tokens)[None]
-                self._lm.read(fresh.embeds[None], positions=Positions(places), cache=self._cache)
-            self._stop_block = history.stop_block
-            num_read = self._cache.num_entries
+            while self._stop_block + PIECE_BLOCKS <= history.stop_block:
+                self._read(reading, self._stop_block, self._stop_block + PIECE_BLOCKS)
+                self._stop_block += PIECE_BLOCKS
+            num_kept = self._cache.num_entries
+            self._read(reading, self._stop_block, history.stop_block)
             places = 2 * (history.num_tokens + torch.arange(len(ids) - 1))[None]
             nll = self._lm.nll(
                 self._lm.embed(tokens[:, :-1]), tokens[:, 1:], positions=Positions(places), cache=self._cache
             )
-            self._cache.truncate(num_read)
+            self._cache.truncate(num_kept)
         return nll[0].cpu().numpy()
+
+    def _read(self, reading: Reading, first_block: int, stop_block: int) -> None:
+        rows = reading.raw(range(first_block, stop_block))
+        if rows.num_rows:
+            places = Positions(torch.from_numpy(rows.half_tokens)[None])
+            self._lm.read(rows.embeds[None], positions=places, cache=self._cache)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -16,6 +18,7 @@ import pytest
 
 import pipelines.compact as compact_job
 from actors.crew import Crew
+from actors.lexical_indexer import LexicalIndexer, LexicalIndexerSpec
 from cluster.config import CompactJob, StoreConfig
 from cluster.errors import (
     ConfigError,
@@ -26,6 +29,9 @@ from cluster.errors import (
     WriterConflictError,
 )
 from cluster.ray_runtime import RaySession
+from models.tokenizer import Tokenizer
+from storage.lexical import LexicalSearcher
+from storage.lexical_index import LEXICAL_FILE
 from storage.store import Store
 from storage.verify import verify_context
 from tests.actors.helpers import assert_same_tree, make_text
@@ -63,6 +69,41 @@ def test_both_feeds_make_the_same_tree(make_job: JobFactory) -> None:
             ("corpus/bad.txt", "binary"),
             ("corpus/empty.txt", "empty"),
         }
+
+
+def indexed_blocks(job: CompactJob) -> int:
+    with contextlib.closing(
+        LexicalIndexer(LexicalIndexerSpec(job.store, job.base_lm), Tokenizer.load(job.base_lm))
+    ) as i:
+        return i.num_blocks
+
+
+@pytest.mark.parametrize("feed", ["actors", "ray_data"])
+def test_text_is_indexed_behind_the_commits(make_job: JobFactory, feed: str) -> None:
+    job = make_job("indexed", "indexed", feed=feed)
+    compact_job.run(job)
+    store = Store(job.store.root)
+    with store.open_reader("indexed") as reader:
+        assert indexed_blocks(job) == reader.version.num_blocks
+        tokenizer = Tokenizer.load(job.base_lm)
+        text = tokenizer.decode(reader.tokens(5, 1)[0][0])
+        blocks, _ = LexicalSearcher(store.folder("indexed"), tokenizer.decode_batch).search(reader, text, 3)
+        assert 5 in blocks
+
+
+def test_without_an_index_nothing_is_indexed(make_job: JobFactory) -> None:
+    job = make_job("bare", "bare", lexical=False)
+    compact_job.run(job)
+    assert not (Store(job.store.root).folder("bare") / LEXICAL_FILE).exists()
+
+
+def test_an_index_that_somebody_else_builds_does_not_stop_a_job(make_job: JobFactory) -> None:
+    job = make_job("shared", "shared")
+    compact_job.run(dataclasses.replace(job, compaction=dataclasses.replace(job.compaction, lexical=False)))
+    tokenizer = Tokenizer.load(job.base_lm)
+    with contextlib.closing(LexicalIndexer(LexicalIndexerSpec(job.store, job.base_lm), tokenizer)):
+        compact_job.run(job)
+    assert report_of(job)["status"] == "finished"
 
 
 def test_the_run_leaves_what_it_promises(make_job: JobFactory) -> None:

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.errors import ConfigError, NodeMissingError
-from storage.contract import TreeReader
-from storage.lexical import LexicalParameters, LexicalSearcher
+from storage.contract import SpanWrite, TreeReader
+from storage.lexical import LexicalParameters, LexicalSearcher, ReplacedText
 from storage.lexical_index import LEXICAL_FILE, LexicalWriter
 from storage.memory_tree import MemoryTree
 from tests.storage.lexical_support import (
@@ -273,3 +273,44 @@ def test_a_long_unindexed_history_is_mentioned(tmp_path: Path, caplog: pytest.Lo
 def test_parameters_without_meaning_are_refused(values: dict[str, float]) -> None:
     with pytest.raises(ConfigError):
         LexicalParameters(**values)  # type: ignore[arg-type]
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data(), texts=st.lists(st.integers(40, 250), min_size=1, max_size=4), num_indexed=st.integers(0, 4))
+def test_replaced_text_is_searched_as_if_it_had_been_stored(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, texts: list[int], num_indexed: int
+) -> None:
+    folder = tmp_path_factory.mktemp("lexical")
+    stored = [prose(size, seed) for seed, size in enumerate(texts)]
+    tree = tree_of(*stored[:num_indexed])
+    index(folder, tree.reader())
+    write(tree, *stored[num_indexed:])
+    reader = tree.reader()
+    num_blocks = reader.version.num_blocks
+    # Blocks change places with text of other documents of the same sizes, words cut anywhere.
+    other = tree_of(*(prose(size, 100 + seed)[: len(text)].ljust(len(text), "y") for seed, (size, text) in
+                      enumerate(zip(texts, stored, strict=True))))  # fmt: skip
+    blocks = np.array(sorted(data.draw(st.sets(st.integers(0, num_blocks - 1), max_size=6))), np.int64)
+    mixed = _mixed(tree, other, set(blocks.tolist()))
+    stop = data.draw(st.integers(0, num_blocks))
+    first = data.draw(st.integers(0, stop))
+    query = " ".join(f"w{number}" for number in (1, 2, 3, 5, 8, 13, 40, 77))
+    with LexicalSearcher(folder, decode) as searcher:
+        before = searcher.search(reader, query, 1000, first, stop)
+        replaced = ReplacedText(mixed.reader(), blocks)
+        found = searcher.search(reader, query, 1000, first, stop, replaced=replaced)
+        assert_same(found, search(folder / "none", mixed.reader(), query, 1000, first, stop, parameters=None))
+        assert_same(searcher.search(reader, query, 1000, first, stop), before)
+
+
+def _mixed(tree: MemoryTree, other: MemoryTree, blocks: set[int]) -> MemoryTree:
+    """The first tree with some blocks of the second."""
+    mixed = MemoryTree(ENCODING)
+    for document in tree.reader().documents():
+        tokens, counts = tree.reader().tokens(document.first_block, document.num_blocks)
+        for row in range(document.num_blocks):
+            if document.first_block + row in blocks:
+                tokens[row] = other.reader().tokens(document.first_block + row, 1)[0][0]
+        gists = np.zeros((document.num_blocks, ENCODING.arrays[0].width), np.float32)
+        mixed.append([SpanWrite(document.meta, 0, tokens, counts, {"gists": gists}, last=True)])
+    return mixed

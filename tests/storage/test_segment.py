@@ -18,7 +18,15 @@ from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.errors import CorruptTreeError, StorageError
 from storage import sealing
 from storage.sealing import SEGMENT_FOLDER
-from storage.segment import SegmentArray, SegmentArraySpec, check_manifest, shard_bytes, write_segment
+from storage.segment import (
+    CRC_BYTES,
+    SegmentArray,
+    SegmentArraySpec,
+    check_manifest,
+    shard_bytes,
+    window_over,
+    write_segment,
+)
 from tests.storage.support import CONTEXT, Text, assert_holds, encoding_of, follow, new_store, open_context
 
 ROWS = SegmentArraySpec("lod1/gists", "<f2", 96, 8, 32)
@@ -134,21 +142,35 @@ def test_zarr_reads_every_array_of_a_sealed_context(tmp_path: Path, dtype) -> No
 
 
 @pytest.mark.parametrize("spec", [ROWS, FLAT], ids=["rows", "flat"])
-def test_rows_and_gather(tmp_path: Path, spec: SegmentArraySpec) -> None:
+def test_rows(tmp_path: Path, spec: SegmentArraySpec) -> None:
     values = written(tmp_path / "s.zarr", spec)[spec.path].reshape(spec.num_rows, -1)
     array = SegmentArray(tmp_path / "s.zarr", spec)
     size = spec.chunk_rows
     for first, count in ((0, spec.num_rows), (3, 1), (size - 1, 2), (size, size), (5, 2 * size), (7, 0)):
         np.testing.assert_array_equal(array.rows(first, count), values[first : first + count])
-    starts = np.array([2 * size, 0, size - 2, 0])
-    np.testing.assert_array_equal(array.gather(starts, 1)[:, 0], values[starts])
-    np.testing.assert_array_equal(array.gather(starts, 2), values[starts[:, None] + np.arange(2)])
+
+
+def test_a_window_sees_the_bytes_of_every_map_and_keeps_them(tmp_path: Path) -> None:
+    specs = [ROWS, SegmentArraySpec("lod2/gists", "<f2", 192, 8, 32)]
+    values = written(tmp_path / "s.zarr", *specs)
+    arrays = [SegmentArray(tmp_path / "s.zarr", spec) for spec in specs]
+    window, base = window_over(arrays, 16)
+    rows = [np.array([0, 31, 5, 5]), np.array([33, 191])]
+    addresses = [
+        array.address + row * 16 + row // 32 * CRC_BYTES - base for array, row in zip(arrays, rows, strict=True)
+    ]
+    del arrays
+    expected = np.concatenate([values[spec.path][row] for spec, row in zip(specs, rows, strict=True)])
+    np.testing.assert_array_equal(window[np.concatenate(addresses)].view("<f2").reshape(-1, 8), expected)
+    with pytest.raises(IndexError):
+        window[[len(window)]]
+    assert not window.flags.writeable
 
 
 def test_what_is_read_is_a_copy(tmp_path: Path) -> None:
     values = written(tmp_path / "s.zarr", ROWS)[ROWS.path]
     array = SegmentArray(tmp_path / "s.zarr", ROWS)
-    for copy in (array.rows(0, 1), array.rows(0, 96), array.gather(np.array([0]), 1), array.gather(np.array([0]), 2)):
+    for copy in (array.rows(0, 1), array.rows(0, 96)):
         copy[:] = 0
     np.testing.assert_array_equal(array.rows(0, 96), values)
 
@@ -171,15 +193,14 @@ def test_a_flipped_byte_is_named_and_never_served_and_the_rest_is(tmp_path: Path
     for read in (
         lambda: array.rows(40, 1),
         lambda: array.rows(0, 96),
-        lambda: array.gather(np.array([0, 40]), 1),
-        lambda: array.gather(np.array([40]), 2),
+        lambda: array.touch_chunk(1),
         lambda: array.verify_chunk(1),
     ):
         for _ in range(2):
             with pytest.raises(CorruptTreeError, match=r"gists/c/0/0: checksum of rows 32-63"):
                 read()
     np.testing.assert_array_equal(array.rows(0, 32), values[:32])
-    np.testing.assert_array_equal(array.gather(np.array([95, 1]), 1)[:, 0], values[[95, 1]])
+    np.testing.assert_array_equal(array.rows(64, 32), values[64:])
 
 
 def test_a_damaged_checksum_is_damage_too(tmp_path: Path) -> None:

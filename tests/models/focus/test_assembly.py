@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.errors import FocusError
+from models.focus import assembly
 from models.focus.assembly import Assembled, Assembler
 from models.focus.filling import Filling
 from models.focus.history import History, TreeReader
@@ -104,6 +105,26 @@ def test_only_what_changed_is_read() -> None:
     assert_same(after, reader)
     assert (counting.blocks, counting.nodes) == (1, 0)
     assert after.num_reused == after.num_rows - K
+
+
+@pytest.mark.parametrize("places", [np.arange(10, 40), np.r_[0:7, 12, 20:44]], ids=["one run", "many"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_rows_are_converted_as_torch_does_and_pass_gradients(
+    places: np.ndarray, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(assembly, "PIECE_ROWS", 8)
+    # Every finite half: rounding in two steps must not differ from rounding in one.
+    halves = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    halves = halves[torch.isfinite(halves)]
+    values = halves[: len(halves) // len(places) * len(places)].reshape(len(places), -1).clone().requires_grad_()
+    embeds = torch.zeros(50, values.shape[1], dtype=dtype)
+    assembly._place(embeds, places, values)
+    expected = torch.zeros(50, values.shape[1], dtype=dtype)
+    expected[torch.from_numpy(places)] = values.detach().to(dtype)
+    assert torch.equal(embeds.detach(), expected)
+    embeds[int(places[9])].sum().backward()
+    assert values.grad is not None
+    assert values.grad.sum(1).nonzero().flatten().tolist() == [9]
 
 
 def test_a_grown_tail_is_read_again() -> None:

@@ -1,0 +1,165 @@
+"""evaluate gist: what gists are worth in place of the history they were made of, beside the controls that tell content
+from a mere soft prompt.
+
+Every condition predicts the same horizons of the same places with the same frozen model. Interrupted, the same command
+goes on with the places that are missing.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, cast
+
+from actors.evaluation.gist_evaluator import GistEvaluatorSpec, Measured, strangers
+from actors.evaluation.gist_results import GistResults, GistSampleFile
+from actors.evaluation.gist_sources import TREE
+from actors.evaluation.places import Place, choose_places
+from actors.evaluation.samples import sample_file_name
+from actors.evaluation.workers import measure_groups
+from actors.plan import CompactionPlan, plan_models
+from cluster.config import BLOCKS_PER_SUPER_BLOCK, GistNetConfig, GistNetKind
+from cluster.errors import ConfigError
+from cluster.gist_evaluation_config import EvaluateGistJob, GistEvaluationConfig
+from cluster.run import JobRun
+from models.gistnet import GistNet, build_gistnet
+from pipelines.gist_report import collapsed, gist_tables, plot_content, plot_curves
+from storage.contract import TreeReader
+from storage.store import Store
+
+PLACES_PER_GROUP = 4
+"""Neighbours go to one worker: a place's shuffled gists are mostly the own gists of the place before it."""
+
+CONTROLS = ("last_token", "mean")
+"""Kinds that have nothing to train."""
+
+
+def run(job: EvaluateGistJob) -> None:
+    """Choose places, measure every condition at each, report."""
+    # Stored gists are read, not made: which net stands in the plan says nothing, and a control fits any model.
+    plan = plan_models(job.base_lm, GistNetConfig(kind="last_token"), job.store)
+    nets = build_nets(job.evaluation.gistnets, job.gistnet, plan)
+    with Store(job.store.root).open_reader(job.store.context) as reader, JobRun.start("evaluate gist", job) as job_run:
+        places = choose(reader, job.evaluation)
+        digests = {**plan.digests(), "gistnet": reader.version.encoding.gistnet_digest}
+        job_run.log_digests(digests)
+        job_run.log.info("%d places in %d documents", len(places), len({place.uri for place in places}))
+        spec = GistEvaluatorSpec(
+            plan.base_lm, job.store, reader.version.seq, job.evaluation, tuple(places), tuple(nets)
+        )
+        name = sample_file_name({**_numbers_depend_on(spec, list(nets.values())), **digests})
+        with GistSampleFile(job_run.folder / name) as samples:
+            measure(job, spec, list(nets.values()), samples, job_run)
+            results = GistResults.of(samples.of(spec.places))
+        report(results, job.evaluation.horizon_tokens, job_run)
+        sys.stdout.write(f"samples   {samples.path}\n")
+
+
+def build_nets(names: list[str], sizes: GistNetConfig, plan: CompactionPlan) -> dict[str, GistNet]:
+    """Nets by the name they have in the report: a kind, or the last part of a folder where that is enough.
+
+    Raises:
+        ModelError: a folder that holds no net, or a net that does not fit the model.
+    """
+    labels = {name: _label(name) for name in names}
+    taken = Counter([TREE, *labels.values()])
+    nets: dict[str, GistNet] = {}
+    for name in names:
+        is_kind = name in GistNet.kinds
+        config = replace(sizes, kind=cast(GistNetKind, name), path="") if is_kind else replace(sizes, path=name)
+        nets[labels[name] if taken[labels[name]] == 1 else name] = build_gistnet(config, plan.files)
+    return nets
+
+
+def _label(name: str) -> str:
+    if name in GistNet.kinds:
+        return name if name in CONTROLS else f"untrained_{name}"
+    return Path(name).expanduser().name
+
+
+def choose(reader: TreeReader, config: GistEvaluationConfig) -> list[Place]:
+    """Places whose histories lie in one document; with LOD2 they begin at a super-block, so they are fewer.
+
+    Raises:
+        ConfigError: fewer than two, all of one document, or nodes that are not made yet.
+    """
+    needs_super_blocks = 2 in config.lods
+    places = choose_places(
+        reader,
+        config.num_places,
+        config.history_tokens,
+        config.horizon_tokens,
+        within_document=True,
+        max_per_document=config.max_per_document,
+        align_blocks=BLOCKS_PER_SUPER_BLOCK if needs_super_blocks else 1,
+        seed=config.seed,
+    )
+    strangers(places)
+    last = max(place.stop_block for place in places) // BLOCKS_PER_SUPER_BLOCK
+    if needs_super_blocks and last > reader.version.num_nodes(2):
+        raise ConfigError(
+            f"context {reader.version.context!r} has {reader.version.num_nodes(2)} nodes of LOD2, {last} are needed; "
+            "run `compact` on it again, which makes what is missing, or set evaluation.lods to '[1]'"
+        )
+    return places
+
+
+def _numbers_depend_on(spec: GistEvaluatorSpec, nets: list[GistNet]) -> dict[str, Any]:
+    """Of the specification what changes numbers, but not how many there are or how the work is shared out."""
+    config = asdict(spec.evaluation)
+    for name in ("num_places", "num_workers"):
+        del config[name]
+    return {
+        "evaluation": config,
+        "context": spec.store.context,
+        "seq": spec.seq,
+        "compute_dtype": spec.base_lm.dtype,
+        "nets": {name: net.digest() for name, net in zip(spec.net_names, nets, strict=True)},
+    }
+
+
+def measure(
+    job: EvaluateGistJob, spec: GistEvaluatorSpec, nets: list[GistNet], samples: GistSampleFile, job_run: JobRun
+) -> None:
+    """Measure the places that are not in the file yet."""
+    missing = samples.missing(spec.places)
+    groups = [missing[at : at + PLACES_PER_GROUP] for at in range(0, len(missing), PLACES_PER_GROUP)]
+    num_done = len(spec.places) - len(missing)
+    with job_run.progress(len(spec.places), "places", "measuring", initial=num_done) as progress:
+
+        def keep(place: Place, measured: list[Measured]) -> None:
+            samples.append(place, measured)
+            progress.advance()
+
+        measure_groups(
+            spec,
+            nets,
+            groups,
+            job.ray,
+            num_workers=job.evaluation.num_workers,
+            threads_per_worker=job.evaluation.threads_per_worker,
+            keep=keep,
+        )
+
+
+def report(results: GistResults, horizon_tokens: int, job_run: JobRun) -> None:
+    """Tables, plots, warnings, report."""
+    tables = gist_tables(results, horizon_tokens)
+    for table in tables:
+        table.show()
+    for setting in results.settings:
+        name = f"lod{setting.lod}-tail{setting.tail_tokens}"
+        plot_curves(results, setting, job_run.folder / f"curve-{name}.png")
+        plot_content(results, setting, job_run.folder / f"content-{name}.png")
+    for warning in (warnings := collapsed(results)):
+        job_run.log.warning("%s", warning)
+    numbers: dict[str, Any] = {
+        "num_places": len(results.samples),
+        "num_documents": len(set(results.documents)),
+        "conditions": results.as_report(),
+        "collapsed": warnings,
+    }
+    job_run.finish(numbers, [*warnings, *tables])
+    sys.stdout.write(f"report    {job_run.folder / 'report.md'}\n")
