@@ -66,8 +66,7 @@ class TaskEvaluationConfig:
     """In which forms a choice is shown: `raw` (no gists), `overlay`, `strict`."""
 
     positional: TaskPositional = "auto"
-    """Position policy. `auto`: `global` where history and question fit the model's trained range, else `compact`
-    (`anchored` puts the tokens of a far block on nearly one place, where they cannot be read)."""
+    """Position policy. `auto`: `global` where history and question fit the model's trained range, else `compact`."""
 
     tail_tokens: int = 128
     """Newest tokens of the history every rival shows raw, a multiple of 32."""

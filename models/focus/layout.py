@@ -38,7 +38,8 @@ def lay_out(policy: Policy, half_tokens: Int64[np.ndarray, " rows"], num_tokens:
 
     Args:
         policy: `global`: true places, for histories within the model's trained range. `compact`: rows one after the
-            other, a gist taking one place. `anchored`: true distances near the anchor, compressed ones far away.
+            other, a gist taking one place. `anchored`: true distances near the anchor, compressed ones far away; a run
+            of consecutive tokens keeps its spacing, measured from its newest one: squeezed, a block is unreadable.
         half_tokens: true places of the rows (a token t at 2t, a gist at its span's centre).
         num_tokens: real tokens of the whole history; the next token's true index.
         anchor: `anchored` only: the token distances are measured from, frozen between refocuses; default the end.
@@ -53,11 +54,24 @@ def lay_out(policy: Policy, half_tokens: Int64[np.ndarray, " rows"], num_tokens:
     if policy != "anchored":
         raise FocusError(f"there is no position policy {policy!r}; use one of {', '.join(POLICIES)}")
     anchor_half = 2 * (num_tokens if anchor < 0 else anchor)
-    origin = 2 * compressed_distance(np.array([anchor_half / 2]))[0]
-    places = origin - 2 * compressed_distance((anchor_half - half_tokens) / 2)
+    # Depends on the anchor alone, so that places stay while tokens come. A far run may begin below 0: only distances
+    # between places matter.
+    origin = 2 * round(float(compressed_distance(np.array([anchor_half / 2]))[0]))
+    newest = _newest_of_run(half_tokens)
+    distance = (anchor_half - newest) / 2
     # Beyond the anchor distances stay true, so that decoding goes on without moving what was read.
-    places = np.where(half_tokens > anchor_half, origin + half_tokens - anchor_half, places)
-    return Layout(np.round(places).astype(np.int64), round(float(origin)) + 2 * num_tokens - anchor_half)
+    ends = origin - 2 * np.where(distance > 0, compressed_distance(distance), distance)
+    places = np.round(ends).astype(np.int64) - (newest - half_tokens)
+    return Layout(places, origin + 2 * num_tokens - anchor_half)
+
+
+def _newest_of_run(half_tokens: np.ndarray) -> np.ndarray:
+    """For every row the true place of the last row of its run of consecutive tokens."""
+    if len(half_tokens) == 0:
+        return half_tokens
+    breaks = np.flatnonzero(np.diff(half_tokens) != 2)
+    last_rows = np.append(breaks, len(half_tokens) - 1)
+    return half_tokens[last_rows][np.searchsorted(last_rows, np.arange(len(half_tokens)))]
 
 
 def compressed_distance(tokens: np.ndarray) -> np.ndarray:

@@ -24,20 +24,30 @@ def test_compact_gives_every_row_one_place() -> None:
     assert layout.next_half_token == 8
 
 
-@given(st.lists(st.integers(0, 10**7), min_size=1, max_size=50), st.integers(0, 100))
-def test_anchored_keeps_order_and_fits_the_trained_range(tokens: list[int], beyond: int) -> None:
-    half = np.unique(2 * np.array(sorted(tokens), np.int64))
-    num_tokens = int(half[-1] // 2) + 1 + beyond
+@given(st.lists(st.tuples(st.integers(0, 10**7), st.integers(1, 64)), min_size=1, max_size=30), st.integers(0, 100))
+def test_anchored_keeps_runs_whole_and_in_order_within_the_trained_range(runs, beyond: int) -> None:
+    tokens = np.unique(np.concatenate([start + np.arange(length) for start, length in runs]))
+    half = 2 * tokens.astype(np.int64)
+    num_tokens = int(tokens[-1]) + 1 + beyond
     layout = lay_out("anchored", half, num_tokens)
-    assert (np.diff(layout.half_tokens) >= 0).all()
-    assert layout.half_tokens[0] >= 0
-    assert layout.next_half_token / 2 < 8192 - 1024
+    inside = np.diff(half) == 2
+    np.testing.assert_array_equal(np.diff(layout.half_tokens)[inside], 2)
+    newest = layout.half_tokens[np.append(~inside, True)]
+    assert (np.diff(newest) >= 0).all()
+    assert (layout.next_half_token - layout.half_tokens.min()) / 2 < 8192 - 1024 + len(tokens)
     near = half / 2 >= num_tokens - NEAR_TOKENS
     np.testing.assert_allclose(layout.next_half_token - layout.half_tokens[near], 2 * num_tokens - half[near], atol=1)
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_long_raw_window_stands_as_the_stock_model_has_it(policy) -> None:
+    layout = lay_out(policy, 2 * np.arange(6000, dtype=np.int64), 6000)
+    np.testing.assert_array_equal(np.diff(layout.half_tokens), 2)
+    assert layout.next_half_token - layout.half_tokens[-1] == 2
+
+
 def test_an_anchor_stays_while_tokens_come() -> None:
-    half = 2 * np.arange(0, 5000, 7, dtype=np.int64)
+    half = 2 * np.concatenate([np.arange(0, 4900, 7), np.arange(4950, 5000)]).astype(np.int64)
     before = lay_out("anchored", half, 5000)
     grown = np.concatenate([half, 2 * np.arange(5000, 5040)])
     after = lay_out("anchored", grown, 5040, anchor=5000)
