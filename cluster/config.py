@@ -23,7 +23,12 @@ ComputeDtype = Literal["auto", "float32", "bfloat16"]
 GistNetKind = Literal["windowed", "block", "constant", "last_token", "mean"]
 
 
-def _require(condition: bool, message: str) -> None:
+def require(condition: bool, message: str) -> None:
+    """Refuse a value, inside a section's `validate`.
+
+    Raises:
+        ConfigError: with the message, unless the condition holds.
+    """
     if not condition:
         raise ConfigError(message)
 
@@ -40,7 +45,7 @@ class RunConfig:
     that is set, at `~/megacontext` in a submitted job (whose own folder is temporary), else where you are."""
 
     def validate(self) -> None:
-        _require(
+        require(
             "/" not in self.name and self.name not in {".", ".."},
             f"run.name={self.name!r} must be a plain folder name; set run.dir to choose where runs are kept",
         )
@@ -68,13 +73,13 @@ class RayConfig:
     """Longest wait for an actor to get the CPUs or GPUs it asked for, in seconds."""
 
     def validate(self) -> None:
-        _require(self.num_cpus >= 0, f"ray.num_cpus={self.num_cpus} must be 0 (all) or more")
-        _require(
+        require(self.num_cpus >= 0, f"ray.num_cpus={self.num_cpus} must be 0 (all) or more")
+        require(
             self.object_store_memory_mb >= 80,
             f"ray.object_store_memory_mb={self.object_store_memory_mb} must be at least 80, Ray's own minimum",
         )
-        _require(self.start_timeout_s > 0, "ray.start_timeout_s must be positive")
-        _require(self.resource_timeout_s > 0, "ray.resource_timeout_s must be positive")
+        require(self.start_timeout_s > 0, "ray.start_timeout_s must be positive")
+        require(self.resource_timeout_s > 0, "ray.resource_timeout_s must be positive")
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,7 @@ class TrackingConfig:
     """MLflow experiment the run is filed under."""
 
     def validate(self) -> None:
-        _require(bool(self.experiment), "tracking.experiment must not be empty")
+        require(bool(self.experiment), "tracking.experiment must not be empty")
 
 
 @dataclass(frozen=True)
@@ -141,14 +146,14 @@ class CorpusConfig:
 
     def validate(self) -> None:
         if self.format == "huggingface":
-            _require(bool(self.dataset), "corpus.format=huggingface needs corpus.dataset=<id>")
+            require(bool(self.dataset), "corpus.format=huggingface needs corpus.dataset=<id>")
         else:
-            _require(
+            require(
                 bool(self.paths),
                 "corpus.paths is empty; give files, folders or globs, for example --corpus.paths '[docs]'",
             )
-        _require(self.max_document_bytes > 0, "corpus.max_document_bytes must be positive")
-        _require(bool(self.include), "corpus.include must hold at least one glob; '*' takes every file")
+        require(self.max_document_bytes > 0, "corpus.max_document_bytes must be positive")
+        require(bool(self.include), "corpus.include must hold at least one glob; '*' takes every file")
 
 
 @dataclass(frozen=True)
@@ -169,7 +174,7 @@ class BaseLMConfig:
     """Where converted models are kept. Shared by all projects of this user; safe to delete."""
 
     def validate(self) -> None:
-        _require(bool(self.source), "base_lm.source must not be empty")
+        require(bool(self.source), "base_lm.source must not be empty")
 
 
 @dataclass(frozen=True)
@@ -200,9 +205,9 @@ class GistNetConfig:
     """Seed of an untrained net's weights."""
 
     def validate(self) -> None:
-        _require(self.num_vectors in {1, 2, 4}, f"gistnet.num_vectors={self.num_vectors} must be 1, 2 or 4")
-        _require(self.lm_layers >= 0, "gistnet.lm_layers must be 0 or more")
-        _require(self.num_heads >= 1, "gistnet.num_heads must be at least 1")
+        require(self.num_vectors in {1, 2, 4}, f"gistnet.num_vectors={self.num_vectors} must be 1, 2 or 4")
+        require(self.lm_layers >= 0, "gistnet.lm_layers must be 0 or more")
+        require(self.num_heads >= 1, "gistnet.num_heads must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -222,12 +227,12 @@ class StoreConfig:
     """Super-blocks (1,024 slots each) of one sealed segment: 32 is 32,768 slots, about 2.5 MB at d = 576."""
 
     def validate(self) -> None:
-        _require(
+        require(
             bool(self.context) and all(c.isalnum() or c in "-_." for c in self.context) and self.context[0] not in ".-",
             f"store.context={self.context!r} may hold letters, digits, '-', '_' and '.', "
             "and starts with a letter, digit or '_'",
         )
-        _require(
+        require(
             self.segment_super_blocks >= 1 and self.segment_super_blocks & (self.segment_super_blocks - 1) == 0,
             f"store.segment_super_blocks={self.segment_super_blocks} must be a power of two",
         )
@@ -276,14 +281,14 @@ class CompactionConfig:
     on CPUs, 8-32 on GPUs."""
 
     def validate(self) -> None:
-        _require(self.num_compactors >= 1, "compaction.num_compactors must be at least 1")
-        _require(self.threads_per_compactor >= 0, "compaction.threads_per_compactor must be 0 (share) or more")
-        _require(self.gpus_per_compactor >= 0, "compaction.gpus_per_compactor must be 0 or more")
-        _require(self.num_packers >= 0, "compaction.num_packers must be 0 (Ray Data decides) or more")
-        _require(self.follower_threads >= 1, "compaction.follower_threads must be at least 1")
-        _require(self.max_in_flight >= 1, "compaction.max_in_flight must be at least 1")
-        _require(self.windows_per_batch >= 1, "compaction.windows_per_batch must be at least 1")
-        _require(self.window_batch >= 1, "compaction.window_batch must be at least 1")
+        require(self.num_compactors >= 1, "compaction.num_compactors must be at least 1")
+        require(self.threads_per_compactor >= 0, "compaction.threads_per_compactor must be 0 (share) or more")
+        require(self.gpus_per_compactor >= 0, "compaction.gpus_per_compactor must be 0 or more")
+        require(self.num_packers >= 0, "compaction.num_packers must be 0 (Ray Data decides) or more")
+        require(self.follower_threads >= 1, "compaction.follower_threads must be at least 1")
+        require(self.max_in_flight >= 1, "compaction.max_in_flight must be at least 1")
+        require(self.windows_per_batch >= 1, "compaction.windows_per_batch must be at least 1")
+        require(self.window_batch >= 1, "compaction.window_batch must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -303,12 +308,12 @@ class ReadBackConfig:
     """Seed of the choice of places."""
 
     def validate(self) -> None:
-        _require(self.num_samples >= 2, "read_back.num_samples must be at least 2 (for an error bar)")
-        _require(
+        require(self.num_samples >= 2, "read_back.num_samples must be at least 2 (for an error bar)")
+        require(
             self.history_tokens >= TOKENS_PER_BLOCK and self.history_tokens % TOKENS_PER_BLOCK == 0,
             f"read_back.history_tokens={self.history_tokens} must be a multiple of {TOKENS_PER_BLOCK}, not 0",
         )
-        _require(self.horizon_tokens >= 1, "read_back.horizon_tokens must be at least 1")
+        require(self.horizon_tokens >= 1, "read_back.horizon_tokens must be at least 1")
 
 
 @dataclass(frozen=True)

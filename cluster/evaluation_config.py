@@ -13,15 +13,10 @@ from cluster.config import (
     RunConfig,
     StoreConfig,
     TrackingConfig,
+    require,
 )
-from cluster.errors import ConfigError
 
 Positional = Literal["global", "compact", "anchored"]
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
 
 
 @dataclass(frozen=True)
@@ -91,39 +86,39 @@ class FocusEvaluationConfig:
     def validate(self) -> None:
         multiples = {"history_tokens": self.history_tokens, "tail_tokens": self.tail_tokens}
         for name, value in multiples.items():
-            _require(
+            require(
                 value >= TOKENS_PER_BLOCK and value % TOKENS_PER_BLOCK == 0,
                 f"evaluation.{name}={value} must be a positive multiple of {TOKENS_PER_BLOCK}",
             )
-        _require(self.num_places >= 2, "evaluation.num_places must be at least 2 (for an error bar)")
-        _require(self.horizon_tokens >= 4, "evaluation.horizon_tokens must be at least 4 (two halves)")
-        _require(self.seed >= 0, f"evaluation.seed={self.seed} must be 0 or more")
-        _require(bool(self.budgets), "evaluation.budgets must hold at least one budget")
+        require(self.num_places >= 2, "evaluation.num_places must be at least 2 (for an error bar)")
+        require(self.horizon_tokens >= 4, "evaluation.horizon_tokens must be at least 4 (two halves)")
+        require(self.seed >= 0, f"evaluation.seed={self.seed} must be 0 or more")
+        require(bool(self.budgets), "evaluation.budgets must hold at least one budget")
         for budget in self.budgets:
-            _require(
+            require(
                 budget > self.tail_tokens,
                 f"evaluation.budgets holds {budget}, which the tail of {self.tail_tokens} tokens fills already",
             )
-        _require(self.places_per_history >= 1, "evaluation.places_per_history must be at least 1")
+        require(self.places_per_history >= 1, "evaluation.places_per_history must be at least 1")
         spacing = max(256, -(-self.horizon_tokens // TOKENS_PER_BLOCK) * TOKENS_PER_BLOCK)
-        _require(
+        require(
             self.history_tokens - spacing * (self.places_per_history - 1) > self.tail_tokens,
             f"evaluation.history_tokens={self.history_tokens} leaves the first of {self.places_per_history} places "
             "that share it no more than the tail; lower evaluation.places_per_history",
         )
-        _require(self.max_per_document >= 1, "evaluation.max_per_document must be at least 1")
+        require(self.max_per_document >= 1, "evaluation.max_per_document must be at least 1")
         measured = {"oracle", "oracle_greedy", "rerank"} & set(self.rivals)
-        _require(
+        require(
             not measured or 4 * self.max_blocks <= self.shortlist_blocks,
             f"evaluation.shortlist_blocks={self.shortlist_blocks} cannot hold {self.max_blocks} picks of each of four "
             "rivals; raise it or lower evaluation.max_blocks",
         )
-        _require(self.shortlist_blocks >= 1, "evaluation.shortlist_blocks must be at least 1")
-        _require(self.oracle_pool >= 1, "evaluation.oracle_pool must be at least 1")
-        _require(self.max_blocks >= 1, "evaluation.max_blocks must be at least 1")
-        _require(1 <= self.query_tokens <= 512, "evaluation.query_tokens must be from 1 to 512")
-        _require(self.num_workers >= 0, "evaluation.num_workers must be 0 (one a CPU) or more")
-        _require(self.threads_per_worker >= 1, "evaluation.threads_per_worker must be at least 1")
+        require(self.shortlist_blocks >= 1, "evaluation.shortlist_blocks must be at least 1")
+        require(self.oracle_pool >= 1, "evaluation.oracle_pool must be at least 1")
+        require(self.max_blocks >= 1, "evaluation.max_blocks must be at least 1")
+        require(1 <= self.query_tokens <= 512, "evaluation.query_tokens must be from 1 to 512")
+        require(self.num_workers >= 0, "evaluation.num_workers must be 0 (one a CPU) or more")
+        require(self.threads_per_worker >= 1, "evaluation.threads_per_worker must be at least 1")
 
 
 @dataclass(frozen=True)

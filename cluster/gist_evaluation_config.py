@@ -12,14 +12,9 @@ from cluster.config import (
     RunConfig,
     StoreConfig,
     TrackingConfig,
+    require,
 )
-from cluster.errors import ConfigError
 from cluster.evaluation_config import Positional
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
 
 
 @dataclass(frozen=True)
@@ -62,35 +57,35 @@ class GistEvaluationConfig:
     """torch threads of each."""
 
     def validate(self) -> None:
-        _require(self.num_places >= 2, "evaluation.num_places must be at least 2 (for an error bar)")
-        _require(self.horizon_tokens >= 2, "evaluation.horizon_tokens must be at least 2 (the first is not scored)")
-        _require(self.max_per_document >= 1, "evaluation.max_per_document must be at least 1")
-        _require(
+        require(self.num_places >= 2, "evaluation.num_places must be at least 2 (for an error bar)")
+        require(self.horizon_tokens >= 2, "evaluation.horizon_tokens must be at least 2 (the first is not scored)")
+        require(self.max_per_document >= 1, "evaluation.max_per_document must be at least 1")
+        require(
             bool(self.lods) and set(self.lods) <= {1, 2} and len(set(self.lods)) == len(self.lods),
             f"evaluation.lods={self.lods} must hold 1, 2 or both",
         )
         unit = TOKENS_PER_BLOCK ** max(self.lods)
-        _require(
+        require(
             self.history_tokens >= unit and self.history_tokens % unit == 0,
             f"evaluation.history_tokens={self.history_tokens} must be a positive multiple of {unit}, the slots of a "
             f"node of LOD{max(self.lods)}; take another length or other evaluation.lods",
         )
-        _require(
+        require(
             bool(self.tail_tokens) and len(set(self.tail_tokens)) == len(self.tail_tokens),
             f"evaluation.tail_tokens={self.tail_tokens} must hold different lengths, at least one (0: no tail)",
         )
         for tail in self.tail_tokens:
-            _require(
+            require(
                 0 <= tail < self.history_tokens and tail % TOKENS_PER_BLOCK == 0,
                 f"evaluation.tail_tokens holds {tail}; it must be a multiple of {TOKENS_PER_BLOCK}, 0 or more and "
                 f"less than the history of {self.history_tokens}",
             )
-        _require(
+        require(
             len(set(self.gistnets)) == len(self.gistnets) and all(self.gistnets),
             f"evaluation.gistnets={self.gistnets} must hold different kinds or folders",
         )
-        _require(self.num_workers >= 0, "evaluation.num_workers must be 0 (one a CPU) or more")
-        _require(self.threads_per_worker >= 1, "evaluation.threads_per_worker must be at least 1")
+        require(self.num_workers >= 0, "evaluation.num_workers must be 0 (one a CPU) or more")
+        require(self.threads_per_worker >= 1, "evaluation.threads_per_worker must be at least 1")
 
 
 @dataclass(frozen=True)

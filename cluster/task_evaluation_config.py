@@ -14,15 +14,10 @@ from cluster.config import (
     RunConfig,
     StoreConfig,
     TrackingConfig,
+    require,
 )
-from cluster.errors import ConfigError
 
 TaskPositional = Literal["auto", "global", "compact", "anchored"]
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
 
 
 @dataclass(frozen=True)
@@ -90,24 +85,24 @@ class TaskEvaluationConfig:
     """torch threads of each."""
 
     def validate(self) -> None:
-        _require(bool(self.tasks), "evaluation.tasks must name at least one task")
-        _require(self.num_samples >= 2, "evaluation.num_samples must be at least 2 (for an error bar)")
-        _require(bool(self.history_tokens), "evaluation.history_tokens must hold at least one length")
+        require(bool(self.tasks), "evaluation.tasks must name at least one task")
+        require(self.num_samples >= 2, "evaluation.num_samples must be at least 2 (for an error bar)")
+        require(bool(self.history_tokens), "evaluation.history_tokens must hold at least one length")
         for length in self.history_tokens:
-            _require(
+            require(
                 length >= 0 and length % SLOTS_PER_SUPER_BLOCK == 0,
                 f"evaluation.history_tokens holds {length}, which is no multiple of {SLOTS_PER_SUPER_BLOCK} (0: all)",
             )
         for depth in self.depth_percents:
-            _require(0 <= depth <= 100, f"evaluation.depth_percents holds {depth}; depths are from 0 to 100")
-        _require(
+            require(0 <= depth <= 100, f"evaluation.depth_percents holds {depth}; depths are from 0 to 100")
+        require(
             self.tail_tokens >= TOKENS_PER_BLOCK and self.tail_tokens % TOKENS_PER_BLOCK == 0,
             f"evaluation.tail_tokens={self.tail_tokens} must be a positive multiple of {TOKENS_PER_BLOCK}",
         )
-        _require(bool(self.budgets), "evaluation.budgets must hold at least one budget")
+        require(bool(self.budgets), "evaluation.budgets must hold at least one budget")
         for name in ("max_blocks", "shortlist_blocks", "oracle_pool", "threads_per_worker"):
-            _require(getattr(self, name) >= 1, f"evaluation.{name} must be at least 1")
-        _require(self.num_workers >= 0, "evaluation.num_workers must be 0 (one a CPU) or more")
+            require(getattr(self, name) >= 1, f"evaluation.{name} must be at least 1")
+        require(self.num_workers >= 0, "evaluation.num_workers must be 0 (one a CPU) or more")
 
 
 @dataclass(frozen=True)

@@ -6,22 +6,20 @@ goes on with the places that are missing.
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 from actors.evaluation import rivals
-from actors.evaluation.focus_evaluator import FocusEvaluatorSpec, Measured
+from actors.evaluation.focus_evaluator import FocusEvaluatorSpec
 from actors.evaluation.places import Place, choose_places
 from actors.evaluation.results import FocusResults, SampleFile
 from actors.evaluation.samples import sample_file_name
-from actors.evaluation.workers import measure_groups
-from actors.lexical_indexer import LexicalIndexer, LexicalIndexerSpec
 from actors.plan import CompactionPlan, check_encoding, plan_models
 from cluster.errors import ConfigError
 from cluster.evaluation_config import EvaluateFocusJob, FocusEvaluationConfig
 from cluster.run import JobRun
 from models.focus.history import History
 from models.focus.working_context import smallest_budget
+from pipelines.evaluation import depends_on, index_text, measure_missing
 from pipelines.focus_report import focus_tables, plot_ages, plot_gains
 from storage.contract import TreeReader
 from storage.store import Store
@@ -56,15 +54,11 @@ def run(job: EvaluateFocusJob) -> None:
             len({place.uri for place in places}),
             config.history_tokens,
         )
-        indexer = LexicalIndexer(LexicalIndexerSpec(job.store, plan.base_lm), plan.tokenizer)
-        try:
-            if num_indexed := indexer.advance():
-                job_run.log.info("indexed the text of %s blocks", f"{num_indexed:,}")
-        finally:
-            indexer.close()
+        index_text(job.store, plan, job_run)
         spec = FocusEvaluatorSpec(plan.base_lm, job.store, reader.version.seq, config)
-        with SampleFile(job_run.folder / sample_file_name(_depends_on(plan, spec))) as samples:
-            measure(job, plan, spec, places, samples, job_run)
+        depended = depends_on(plan, job.store, spec.seq, config, but="num_places")
+        with SampleFile(job_run.folder / sample_file_name(depended)) as samples:
+            measure_missing(job_run, samples, places, _by_history, spec, [plan.gistnet], job.ray, config)
             results = FocusResults.of(samples.of(places))
         report(results, job_run)
         print(f"samples   {samples.path}")
@@ -98,48 +92,6 @@ def _warn_of_long_histories(config: FocusEvaluationConfig, plan: CompactionPlan,
             plan.files.model_id,
             f"{trained:,}",
             " nor ".join(beyond),
-        )
-
-
-def _depends_on(plan: CompactionPlan, spec: FocusEvaluatorSpec) -> dict[str, Any]:
-    """Everything the numbers depend on, but not how the work is shared out."""
-    config = asdict(spec.evaluation)
-    for name in ("num_places", "num_workers"):
-        del config[name]
-    return {
-        "evaluation": config,
-        "context": str(spec.store.context),
-        "seq": spec.seq,
-        "dtype": spec.base_lm.dtype,
-        **plan.digests(),
-    }
-
-
-def measure(
-    job: EvaluateFocusJob,
-    plan: CompactionPlan,
-    spec: FocusEvaluatorSpec,
-    places: list[Place],
-    samples: SampleFile,
-    job_run: JobRun,
-) -> None:
-    """Measure the places that are not in the file yet; workers take whole histories, which they read once."""
-    missing = samples.missing(places)
-    config = job.evaluation
-    with job_run.progress(len(places), "places", "measuring", initial=len(places) - len(missing)) as progress:
-
-        def keep(place: Place, measured: list[Measured]) -> None:
-            samples.append(place, measured)
-            progress.advance()
-
-        measure_groups(
-            spec,
-            [plan.gistnet],
-            _by_history(missing),
-            job.ray,
-            num_workers=config.num_workers,
-            threads_per_worker=config.threads_per_worker,
-            keep=keep,
         )
 
 

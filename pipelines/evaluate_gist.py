@@ -13,18 +13,18 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
-from actors.evaluation.gist_evaluator import GistEvaluatorSpec, Measured, strangers
+from actors.evaluation.gist_evaluator import GistEvaluatorSpec, strangers
 from actors.evaluation.gist_results import GistResults, GistSampleFile
 from actors.evaluation.gist_sources import TREE
 from actors.evaluation.places import Place, choose_places
 from actors.evaluation.samples import sample_file_name
-from actors.evaluation.workers import measure_groups
 from actors.plan import CompactionPlan, plan_models
 from cluster.config import BLOCKS_PER_SUPER_BLOCK, GistNetConfig, GistNetKind
 from cluster.errors import ConfigError
 from cluster.gist_evaluation_config import EvaluateGistJob, GistEvaluationConfig
 from cluster.run import JobRun
 from models.gistnet import GistNet, build_gistnet
+from pipelines.evaluation import measure_missing
 from pipelines.gist_report import collapsed, gist_tables, plot_content, plot_curves
 from storage.contract import TreeReader
 from storage.store import Store
@@ -51,7 +51,9 @@ def run(job: EvaluateGistJob) -> None:
         )
         name = sample_file_name({**_numbers_depend_on(spec, list(nets.values())), **digests})
         with GistSampleFile(job_run.folder / name) as samples:
-            measure(job, spec, list(nets.values()), samples, job_run)
+            measure_missing(
+                job_run, samples, spec.places, _in_groups, spec, list(nets.values()), job.ray, job.evaluation
+            )
             results = GistResults.of(samples.of(spec.places))
         report(results, job.evaluation.horizon_tokens, job_run)
         sys.stdout.write(f"samples   {samples.path}\n")
@@ -120,28 +122,8 @@ def _numbers_depend_on(spec: GistEvaluatorSpec, nets: list[GistNet]) -> dict[str
     }
 
 
-def measure(
-    job: EvaluateGistJob, spec: GistEvaluatorSpec, nets: list[GistNet], samples: GistSampleFile, job_run: JobRun
-) -> None:
-    """Measure the places that are not in the file yet."""
-    missing = samples.missing(spec.places)
-    groups = [missing[at : at + PLACES_PER_GROUP] for at in range(0, len(missing), PLACES_PER_GROUP)]
-    num_done = len(spec.places) - len(missing)
-    with job_run.progress(len(spec.places), "places", "measuring", initial=num_done) as progress:
-
-        def keep(place: Place, measured: list[Measured]) -> None:
-            samples.append(place, measured)
-            progress.advance()
-
-        measure_groups(
-            spec,
-            nets,
-            groups,
-            job.ray,
-            num_workers=job.evaluation.num_workers,
-            threads_per_worker=job.evaluation.threads_per_worker,
-            keep=keep,
-        )
+def _in_groups(places: list[Place]) -> list[list[Place]]:
+    return [places[at : at + PLACES_PER_GROUP] for at in range(0, len(places), PLACES_PER_GROUP)]
 
 
 def report(results: GistResults, horizon_tokens: int, job_run: JobRun) -> None:

@@ -7,16 +7,13 @@ tree is not written to. Interrupted, the same command goes on with the questions
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 from actors.evaluation import rivals
 from actors.evaluation.samples import sample_file_name
-from actors.evaluation.task_evaluator import TaskEvaluatorSpec, TaskMeasured, tasks_of
+from actors.evaluation.task_evaluator import TaskEvaluatorSpec, tasks_of
 from actors.evaluation.task_places import TaskPlace, choose_task_places, in_groups
 from actors.evaluation.task_results import TaskResults, TaskSampleFile
-from actors.evaluation.workers import measure_groups
-from actors.lexical_indexer import LexicalIndexer, LexicalIndexerSpec
 from actors.plan import CompactionPlan, check_encoding, plan_models
 from actors.tasks.sample import NumberedTask
 from cluster.config import TOKENS_PER_BLOCK as K
@@ -25,6 +22,7 @@ from cluster.run import JobRun
 from cluster.task_evaluation_config import EvaluateTasksJob
 from models.focus.history import History
 from models.focus.working_context import smallest_budget
+from pipelines.evaluation import depends_on, index_text, measure_missing
 from pipelines.task_report import overview_tables, plot_depths, task_tables
 from storage.contract import TreeReader
 from storage.store import Store
@@ -56,11 +54,23 @@ def run(job: EvaluateTasksJob) -> None:
             len(tasks),
             ", ".join(f"{length:,}" for length in sorted({place.history_tokens for place in places})),
         )
-        _index_text(job, plan, job_run)
+        index_text(job.store, plan, job_run)
         compactor = plan.compactor_spec(config.threads_per_worker, 1)
         spec = TaskEvaluatorSpec(plan.base_lm, compactor, job.store, reader.version.seq, config)
-        with TaskSampleFile(job_run.folder / sample_file_name(_depends_on(plan, spec))) as samples:
-            measure(job, plan, spec, places, samples, job_run)
+        depended = depends_on(plan, job.store, spec.seq, config, but="num_samples")
+        with TaskSampleFile(job_run.folder / sample_file_name(depended)) as samples:
+            measure_missing(
+                job_run,
+                samples,
+                places,
+                lambda missing: in_groups(missing, tasks),
+                spec,
+                [plan.gistnet],
+                job.ray,
+                config,
+                unit="questions",
+                label="asking",
+            )
             results = TaskResults.of(samples.of(places))
         report(results, job_run)
         print(f"samples   {samples.path}")
@@ -90,56 +100,6 @@ def _check_budgets(
             f"evaluation.budgets holds {min(config.budgets)}; a question of up to {longest} tokens, {smallest} gists "
             f"of the whole history, a raw tail of {config.tail_tokens} tokens and one block need {needed}. Raise the "
             "budget or shorten the tail."
-        )
-
-
-def _index_text(job: EvaluateTasksJob, plan: CompactionPlan, job_run: JobRun) -> None:
-    indexer = LexicalIndexer(LexicalIndexerSpec(job.store, plan.base_lm), plan.tokenizer)
-    try:
-        if num_indexed := indexer.advance():
-            job_run.log.info("indexed the text of %s blocks", f"{num_indexed:,}")
-    finally:
-        indexer.close()
-
-
-def _depends_on(plan: CompactionPlan, spec: TaskEvaluatorSpec) -> dict[str, Any]:
-    """Everything the numbers depend on, but not how the work is shared out."""
-    config = asdict(spec.evaluation)
-    for name in ("num_samples", "num_workers"):
-        del config[name]
-    return {
-        "evaluation": config,
-        "context": str(spec.store.context),
-        "seq": spec.seq,
-        "dtype": spec.base_lm.dtype,
-        **plan.digests(),
-    }
-
-
-def measure(
-    job: EvaluateTasksJob,
-    plan: CompactionPlan,
-    spec: TaskEvaluatorSpec,
-    places: list[TaskPlace],
-    samples: TaskSampleFile,
-    job_run: JobRun,
-) -> None:
-    """Measure the places that are not in the file yet; workers take whole groups, whose text they encode once."""
-    missing = samples.missing(places)
-    with job_run.progress(len(places), "questions", "asking", initial=len(places) - len(missing)) as progress:
-
-        def keep(place: TaskPlace, measured: list[TaskMeasured]) -> None:
-            samples.append(place, measured)
-            progress.advance()
-
-        measure_groups(
-            spec,
-            [plan.gistnet],
-            in_groups(missing, tasks_of(job.evaluation)),
-            job.ray,
-            num_workers=job.evaluation.num_workers,
-            threads_per_worker=job.evaluation.threads_per_worker,
-            keep=keep,
         )
 
 

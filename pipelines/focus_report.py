@@ -169,7 +169,11 @@ def plot_ages(results: FocusResults, budget: int, path: Path) -> None:
     with figure(path, f"Age of the chosen blocks, {budget} slots", size=(8.0, 4.0)) as axes:
         for condition in shown:
             ages = np.sort(np.fromiter(_ages(results, condition, budget), float))
-            axes.plot(ages, np.arange(1, len(ages) + 1) / len(ages), label=condition)
+            # More curves than the style has colours: the floor and the ceiling have looks of their own.
+            look = {rivals.RANDOM: ("grey", ":"), rivals.ORACLE: ("black", "-"), rivals.ORACLE_GREEDY: ("black", "--")}
+            color, line = look.get(condition.partition("/")[0], (None, "-"))
+            shares = np.arange(1, len(ages) + 1) / len(ages)
+            axes.plot(ages, shares, label=condition, color=color, linestyle=line)
         axes.set(xlabel="age in blocks of 32 tokens", ylabel="share of chosen blocks that are younger")
         axes.legend()
 

@@ -1,0 +1,82 @@
+"""What the evaluation jobs share: text that can be searched, a name for what was measured, and the measuring itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any, Protocol, TypeVar
+
+from actors.evaluation.samples import Numbered, SampleLog
+from actors.evaluation.workers import EvaluatorSpec, measure_groups
+from actors.lexical_indexer import LexicalIndexer, LexicalIndexerSpec
+from actors.plan import CompactionPlan
+from cluster.config import RayConfig, StoreConfig
+from cluster.run import JobRun
+from models.gistnet import GistNet
+
+PlaceT = TypeVar("PlaceT", bound=Numbered)
+MeasuredT = TypeVar("MeasuredT")
+
+
+class Sharing(Protocol):
+    """How the work of an evaluation is shared out."""
+
+    @property
+    def num_workers(self) -> int: ...
+    @property
+    def threads_per_worker(self) -> int: ...
+
+
+def index_text(store: StoreConfig, plan: CompactionPlan, job_run: JobRun) -> None:
+    """Bring the context's lexical index up to date."""
+    indexer = LexicalIndexer(LexicalIndexerSpec(store, plan.base_lm), plan.tokenizer)
+    try:
+        if num_indexed := indexer.advance():
+            job_run.log.info("indexed the text of %s blocks", f"{num_indexed:,}")
+    finally:
+        indexer.close()
+
+
+def depends_on(plan: CompactionPlan, store: StoreConfig, seq: int, evaluation: Any, *, but: str) -> dict[str, Any]:
+    """Everything the numbers depend on; not how the work is shared out, nor `but`, how many places there are."""
+    config = asdict(evaluation)
+    for name in (but, "num_workers"):
+        del config[name]
+    digests = plan.digests()
+    return {"evaluation": config, "context": str(store.context), "seq": seq, "dtype": plan.base_lm.dtype, **digests}
+
+
+def measure_missing(
+    job_run: JobRun,
+    samples: SampleLog[PlaceT, MeasuredT],
+    places: Sequence[PlaceT],
+    grouped: Callable[[list[PlaceT]], Sequence[Sequence[PlaceT]]],
+    spec: EvaluatorSpec,
+    gistnets: list[GistNet],
+    ray_config: RayConfig,
+    sharing: Sharing,
+    *,
+    unit: str = "places",
+    label: str = "measuring",
+) -> None:
+    """Measure the places that are not in the file yet, and keep each as it comes.
+
+    Args:
+        grouped: into groups that one worker measures in turn, because they share something it reads once.
+    """
+    missing = samples.missing(places)
+    with job_run.progress(len(places), unit, label, initial=len(places) - len(missing)) as progress:
+
+        def keep(place: PlaceT, measured: Sequence[MeasuredT]) -> None:
+            samples.append(place, measured)
+            progress.advance()
+
+        measure_groups(
+            spec,
+            gistnets,
+            grouped(missing),
+            ray_config,
+            num_workers=sharing.num_workers,
+            threads_per_worker=sharing.threads_per_worker,
+            keep=keep,
+        )
