@@ -195,6 +195,10 @@ class GistNetConfig:
     lm_layers: int = 8
     """Lower layers of the LM the `windowed` net reads. More see further and cost more."""
 
+    key_layer: int = 4
+    """The `windowed` net's routing keys are made of the LM's states after so many layers; of those after `lm_layers`
+    where that is no more. Of planted facts layer 4 found 96%, layer 8 71% (four of 1,536 blocks, pooled, whitened)."""
+
     num_heads: int = 4
     """Pooling heads (`windowed`) or attention heads (`block`)."""
 
@@ -207,6 +211,7 @@ class GistNetConfig:
     def validate(self) -> None:
         require(self.num_vectors in {1, 2, 4}, f"gistnet.num_vectors={self.num_vectors} must be 1, 2 or 4")
         require(self.lm_layers >= 0, "gistnet.lm_layers must be 0 or more")
+        require(self.key_layer >= 1, "gistnet.key_layer must be at least 1")
         require(self.num_heads >= 1, "gistnet.num_heads must be at least 1")
 
 

@@ -117,13 +117,17 @@ class WindowEncoder:
 
     def _forward(self, ids: Tensor, lengths: Tensor) -> GistOutput:
         embeddings = self.base_lm.embed(ids)  # (window_batch, 1024, D)
-        hidden = None
-        if self.gistnet.lm_layer is not None:
-            # Padding follows the text, where causality hides it; without a mask attention is fastest.
-            hidden = self.base_lm.hidden_states(embeddings, [self.gistnet.lm_layer])[self.gistnet.lm_layer]
-        blocks = (self.window_batch * BLOCKS_PER_WINDOW, TOKENS_PER_BLOCK, self.gistnet.dim)
-        return self.gistnet.forward_tokens(
-            embeddings.reshape(blocks), lengths, None if hidden is None else hidden.reshape(blocks)
+        net = self.gistnet
+        blocks = (self.window_batch * BLOCKS_PER_WINDOW, TOKENS_PER_BLOCK, net.dim)
+        if net.lm_layer is None:
+            return net.forward_tokens(embeddings.reshape(blocks), lengths)
+        # Padding follows the text, where causality hides it; without a mask attention is fastest.
+        states = self.base_lm.hidden_states(embeddings, net.lm_layers)
+        return net.forward_tokens(
+            embeddings.reshape(blocks),
+            lengths,
+            states[net.lm_layer].reshape(blocks),
+            None if net.key_layer is None else states[net.key_layer].reshape(blocks),
         )
 
     def _to_device(self, array: np.ndarray) -> Tensor:

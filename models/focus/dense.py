@@ -112,7 +112,7 @@ def query_states(
 ) -> Float32[Tensor, "q D"]:
     """States of a raw tail's tokens, made as the net makes a block's before it takes their mean for a key.
 
-    Nets that read the LM take the state after their layer, from one causal pass as over a document's window; the
+    Nets that read the LM take the state after their key layer, from one causal pass as over a document's window; the
     others take token embeddings. Either is rms-normalised, minus the net's mean.
 
     Args:
@@ -141,12 +141,10 @@ def query_states(
     ids = torch.from_numpy(np.asarray(tokens).astype(np.int64))[None].to(lm.device)
     with torch.no_grad():
         states = lm.embed(ids)
-        mean = gistnet.embedding_mean
-        if gistnet.lm_layer is not None:
-            states = lm.hidden_states(states, [gistnet.lm_layer])[gistnet.lm_layer]
-            mean = gistnet.hidden_mean
+        if gistnet.key_layer is not None:
+            states = lm.hidden_states(states, [gistnet.key_layer])[gistnet.key_layer]
         chosen = states[0, -num_query_tokens:].float().cpu()
-        return rms_normalised(chosen) - mean.cpu()
+        return rms_normalised(chosen) - gistnet.key_mean.cpu()
 
 
 def dense_scores(

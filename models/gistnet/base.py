@@ -44,6 +44,9 @@ class GistNetSpec:
     """m."""
     lm_layer: int | None = None
     """The net reads the LM's state after this many layers. None: token embeddings only."""
+    key_layer: int | None = None
+    """Routing keys are made of the LM's states after this many layers, fewer than `lm_layer`. None: of what the net
+    reads."""
     num_heads: int = 0
     """Pooling heads, and attention heads of `block`. 0 for controls."""
     hidden_dim: int = 0
@@ -55,6 +58,7 @@ class GistNetSpec:
         limits = {  # a forged config must not keep the program busy
             "dim": (self.dim, 1, 2**17),
             "lm_layer": (self.lm_layer or 0, 0, 2**10),
+            "key_layer": (self.key_layer or 0, 0, (self.lm_layer or 1) - 1),
             "num_heads": (self.num_heads, 0, 2**10),
             "hidden_dim": (self.hidden_dim, 0, 2**20),
             "num_encoder_layers": (self.num_encoder_layers, 0, 2**8),
@@ -83,6 +87,8 @@ class Entries:
     """Token embeddings, or the children's gists one after another."""
     hidden: Float32[Tensor, "G T D"] | None
     """The LM's states, for blocks of nets that read them."""
+    key_states: Float32[Tensor, "G T D"]
+    """What routing keys are made of: states of the net's key layer, or embeddings."""
     mask: Bool[Tensor, "G T"]
     """True for entries that are there."""
     last: Int64[Tensor, "G m"]
@@ -106,6 +112,7 @@ class GistNet(nn.Module, abc.ABC):
 
     embedding_mean: Tensor
     hidden_mean: Tensor
+    own_key_mean: Tensor
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -119,6 +126,8 @@ class GistNet(nn.Module, abc.ABC):
         # vectors of an LM share a large common direction, which would drown what tells blocks apart.
         self.register_buffer("embedding_mean", torch.zeros(spec.dim))
         self.register_buffer("hidden_mean", torch.zeros(spec.dim))
+        if spec.key_layer is not None:
+            self.register_buffer("own_key_mean", torch.zeros(spec.dim))
 
     @property
     def dim(self) -> int:
@@ -141,6 +150,23 @@ class GistNet(nn.Module, abc.ABC):
         return self.spec.lm_layer
 
     @property
+    def key_layer(self) -> int | None:
+        """Layers of the LM behind the states that routing keys are made of; None: embeddings."""
+        return self.lm_layer if self.spec.key_layer is None else self.spec.key_layer
+
+    @property
+    def key_mean(self) -> Tensor:
+        """Mean of the rms-normalised states that routing keys are made of, (D,)."""
+        if self.spec.key_layer is not None:
+            return self.own_key_mean
+        return self.embedding_mean if self.lm_layer is None else self.hidden_mean
+
+    @property
+    def lm_layers(self) -> list[int]:
+        """After which layers of the LM the net wants its states; the highest is `lm_layer`."""
+        return sorted({layer for layer in (self.key_layer, self.lm_layer) if layer is not None})
+
+    @property
     def net_id(self) -> str:
         """Readable name, for example `windowed-m1-l8`."""
         layer = "" if self.lm_layer is None else f"-l{self.lm_layer}"
@@ -148,7 +174,10 @@ class GistNet(nn.Module, abc.ABC):
 
     def digest(self) -> str:
         """sha256 hex over the specification and every weight: equal nets, equal digests, in any process."""
-        digest = hashlib.sha256(json.dumps(dataclasses.asdict(self.spec), sort_keys=True).encode())
+        spec = dataclasses.asdict(self.spec)
+        if self.spec.key_layer is None:  # as nets were named before they had one
+            del spec["key_layer"]
+        digest = hashlib.sha256(json.dumps(spec, sort_keys=True).encode())
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(f"{name} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
@@ -159,6 +188,7 @@ class GistNet(nn.Module, abc.ABC):
         embeddings: Float[Tensor, "G K D"],
         lengths: Int64[Tensor, " G"],
         hidden: Float[Tensor, "G K D"] | None = None,
+        key_states: Float[Tensor, "G K D"] | None = None,
     ) -> GistOutput:
         """Gists and keys of blocks (LOD1).
 
@@ -167,6 +197,7 @@ class GistNet(nn.Module, abc.ABC):
             lengths: real tokens of each block, 1 … K. 0 (a block that only fills up a batch) gives finite
                 values without meaning.
             hidden: the LM's states after `lm_layer` layers; needed unless that is None.
+            key_states: the LM's states after `key_layer` layers; needed where that is another layer.
 
         Raises:
             ModelError: shapes that do not fit the net, or missing states.
@@ -178,7 +209,13 @@ class GistNet(nn.Module, abc.ABC):
             raise ModelError(f"{self.net_id} needs the LM's states after {self.lm_layer} layers")
         else:
             self._check("hidden", hidden, (TOKENS_PER_BLOCK, self.dim))
-        entries = self._entries(embeddings, lengths, hidden)
+        if self.spec.key_layer is None:
+            key_states = None
+        elif key_states is None:
+            raise ModelError(f"{self.net_id} needs the LM's states after {self.key_layer} layers, for routing keys")
+        else:
+            self._check("key_states", key_states, (TOKENS_PER_BLOCK, self.dim))
+        entries = self._entries(embeddings, lengths, hidden, key_states)
         return GistOutput(self._block_gists(entries), self._block_keys(entries))
 
     def forward_nodes(
@@ -211,20 +248,26 @@ class GistNet(nn.Module, abc.ABC):
     def _block_keys(self, entries: Entries) -> Float32[Tensor, "G D_key"]:
         # Every token counts alike: unnormalised, a window's first token (an attention sink, 8x as long as
         # others in SmolLM2 after 8 layers) would be its block's key.
-        states, mean = entries.embeddings, self.embedding_mean
-        if entries.hidden is not None:
-            states, mean = entries.hidden, self.hidden_mean
-        centred = masked(rms_normalised(states) - mean, entries.mask)
+        centred = masked(rms_normalised(entries.key_states) - self.key_mean, entries.mask)
         return F.normalize(centred.sum(dim=1) / entries.mask.sum(dim=1, keepdim=True), dim=-1)
 
-    def _entries(self, embeddings: Tensor, lengths: Tensor, hidden: Tensor | None) -> Entries:
+    def _entries(
+        self, embeddings: Tensor, lengths: Tensor, hidden: Tensor | None, key_states: Tensor | None = None
+    ) -> Entries:
         if lengths.shape != embeddings.shape[:1]:
             raise ModelError(f"lengths {tuple(lengths.shape)} must be (G,) of {tuple(embeddings.shape)}")
         lengths = lengths.clamp(min=1)
         mask = torch.arange(embeddings.shape[1], device=embeddings.device) < lengths[:, None]
+        embeddings = masked(embeddings.float(), mask)
+        hidden = None if hidden is None else masked(hidden.float(), mask)
+        if key_states is None:
+            key_states = embeddings if hidden is None else hidden
+        else:
+            key_states = masked(key_states.float(), mask)
         return Entries(
-            embeddings=masked(embeddings.float(), mask),
-            hidden=None if hidden is None else masked(hidden.float(), mask),
+            embeddings=embeddings,
+            hidden=hidden,
+            key_states=key_states,
             mask=mask,
             last=last_of_sub_spans(lengths, self.num_vectors),
         )

@@ -56,12 +56,14 @@ def check_fits(net: GistNet, lm: LMShape) -> None:
 def _untrained(config: GistNetConfig, lm: LMShape) -> GistNet:
     dim = lm.hidden_size
     trainable = config.kind in {"windowed", "block"}
-    default_width = 2 * dim if config.kind == "windowed" else dim
+    windowed = config.kind == "windowed"
+    default_width = 2 * dim if windowed else dim
     spec = GistNetSpec(
         kind=config.kind,
         dim=dim,
         num_vectors=config.num_vectors,
-        lm_layer=config.lm_layers if config.kind == "windowed" else None,
+        lm_layer=config.lm_layers if windowed else None,
+        key_layer=config.key_layer if windowed and config.key_layer < config.lm_layers else None,
         num_heads=config.num_heads if trainable else 0,
         hidden_dim=(config.hidden_dim or default_width) if trainable else 0,
         num_encoder_layers=NUM_BLOCK_LAYERS if config.kind == "block" else 0,
