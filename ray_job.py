@@ -11,7 +11,9 @@ from cluster.cli import Job, main
 from cluster.config import CompactJob, DemoJob, InspectJob, TreeRebuildGistsJob, TreeVerifyJob
 from cluster.evaluation_config import EvaluateFocusJob
 from cluster.gist_evaluation_config import EvaluateGistJob
+from cluster.headroom_config import EvaluateHeadroomJob
 from cluster.task_evaluation_config import EvaluateTasksJob
+from cluster.tuning_config import EvaluateRetrievalJob
 
 JOBS = (
     Job("demo", DemoJob, "pipelines.demo:run"),
@@ -19,6 +21,8 @@ JOBS = (
     Job("inspect", InspectJob, "pipelines.inspect:run"),
     Job("evaluate gist", EvaluateGistJob, "pipelines.evaluate_gist:run"),
     Job("evaluate focus", EvaluateFocusJob, "pipelines.evaluate_focus:run"),
+    Job("evaluate headroom", EvaluateHeadroomJob, "pipelines.evaluate_headroom:run"),
+    Job("evaluate retrieval", EvaluateRetrievalJob, "pipelines.evaluate_retrieval:run"),
     Job("evaluate tasks", EvaluateTasksJob, "pipelines.evaluate_tasks:run"),
     Job("tree verify", TreeVerifyJob, "pipelines.tree:verify"),
     Job("tree rebuild-gists", TreeRebuildGistsJob, "pipelines.tree:rebuild_gists"),

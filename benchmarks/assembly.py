@@ -52,7 +52,7 @@ def assembly(setting: Setting) -> Result:
     rounds, warm_up = setting.size((200, 20), (10, 2))
     torch_rng = torch.Generator().manual_seed(0)
     table = torch.randn((VOCABULARY, DIM), generator=torch_rng).to(LM_DTYPE)
-    with setting.scratch() as root, _one_thread():
+    with setting.scratch() as root, one_thread():
         writer, _ = build_context(root, "assembly", encoding(keys=True), num_super_blocks)
         writer.close()
         with Store(root).open_reader("assembly") as reader:
@@ -69,7 +69,7 @@ def assembly(setting: Setting) -> Result:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

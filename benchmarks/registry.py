@@ -42,6 +42,7 @@ BENCHMARKS = (
     Benchmark("warm_read_group", "warm_reads:warm_read_group", "p50 of a copy out of a memmap", 3.0),
     Benchmark("warm_read_batch", "warm_reads:warm_read_batch", "p50 of a gather out of a memmap", 3.0),
     Benchmark("assembly", "assembly:assembly", "p50 of a plain gather of the same vectors", 1.5),
+    Benchmark("long_history", "long_history:long_history", "p50 of the same from a history of 64 k tokens", 1.5),
     Benchmark("sealed_size", "sealed_size:sealed_size", "bytes of tokens, gists and keys", 1.05),
     Benchmark("gistnet_vs_prefill", "gistnet_prefill:gistnet_vs_prefill", "one prefill of the window by the LM", 0.50),
 )

@@ -16,7 +16,46 @@ from cluster.config import (
     require,
 )
 
-Positional = Literal["global", "compact", "anchored"]
+Policy = Literal["global", "compact", "anchored"]
+Positional = Literal["auto", "global", "compact", "anchored"]
+Searcher = Literal["bm25", "dense", "minilm"]
+
+
+@dataclass(frozen=True)
+class RetrievalConfig:
+    """How the rivals that search are asked."""
+
+    bm25_k1: float = 1.2
+    """BM25: how much a term's second occurrence in a block adds."""
+
+    bm25_b: float = 0.75
+    """BM25: how much a long block's terms count less, 0 to 1."""
+
+    bm25_query_tokens: int = 64
+    """Newest tokens of the history whose words are looked up."""
+
+    dense_query_tokens: int = 32
+    """Newest tokens whose states are compared with the routing keys."""
+
+    minilm_query_tokens: int = 64
+    """Newest tokens whose sentence embedding is compared with the blocks'."""
+
+    fusion: list[Searcher] = field(default_factory=lambda: ["bm25", "dense", "minilm"])
+    """What is fused by reciprocal rank."""
+
+    fusion_constant: float = 10.0
+    """k of reciprocal rank fusion."""
+
+    rerank_query_tokens: int = 32
+    """Newest tokens whose likelihood, given a block, ranks the block."""
+
+    def validate(self) -> None:
+        require(self.bm25_k1 >= 0, "evaluation.retrieval.bm25_k1 must be 0 or more")
+        require(0 <= self.bm25_b <= 1, "evaluation.retrieval.bm25_b must be from 0 to 1")
+        for name in ("bm25_query_tokens", "dense_query_tokens", "minilm_query_tokens", "rerank_query_tokens"):
+            require(1 <= getattr(self, name) <= 512, f"evaluation.retrieval.{name} must be from 1 to 512")
+        require(bool(self.fusion), "evaluation.retrieval.fusion must name at least one searcher")
+        require(self.fusion_constant >= 0, "evaluation.retrieval.fusion_constant must be 0 or more")
 
 
 @dataclass(frozen=True)
@@ -25,6 +64,9 @@ class FocusEvaluationConfig:
 
     num_places: int = 400
     """Working Contexts: places of the corpus. At least 400 for a claim."""
+
+    first_place: int = 0
+    """Leave the places before this one to another run, on another machine or day; `evaluate headroom` reads both."""
 
     history_tokens: int = 4096
     """Slots of history before each place, a multiple of 32."""
@@ -50,29 +92,30 @@ class FocusEvaluationConfig:
 
     rivals: list[str] = field(
         default_factory=lambda: [
-            "none", "full", "recency", "uniform", "random", "bm25", "dense", "fusion", "rerank", "oracle_greedy",
-            "oracle",
+            "none", "full", "recency", "uniform", "random", "bm25", "dense", "minilm", "fusion", "rerank",
+            "oracle_greedy", "oracle",
         ]
     )  # fmt: skip
-    """Who is compared."""
+    """Who is compared: a chooser, in all of `forms`; or `chooser/form`, `chooser/form@policy`: just that."""
 
     forms: list[str] = field(default_factory=lambda: ["raw", "overlay"])
-    """In which forms a choice is shown: `raw` (no gists), `overlay`, `strict`."""
+    """In which forms a choice is shown: `raw` (no gists), `overlay`, `strict`, `constant` (an overlay whose gists all
+    say the same)."""
 
-    positional: Positional = "global"
-    """Position policy. `global` only where history and horizon fit the model's trained range."""
+    positional: Positional = "auto"
+    """Position policy. `auto`: `global` where history and horizon fit the model's trained range, else `compact`."""
 
-    tail_tokens: int = 256
-    """Newest tokens every rival shows raw, a multiple of 32. Tuned on the dev split."""
+    tail_tokens: int = 128
+    """Newest tokens every rival shows raw at least, a multiple of 32."""
 
     max_blocks: int = 8
     """Blocks a rival may choose; what the budget has left goes to more of the tail."""
 
-    query_tokens: int = 64
-    """Newest tokens that are the query of retrieval."""
+    retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
+    """How the rivals that search are asked."""
 
     shortlist_blocks: int = 32
-    """Blocks the oracle measures: the rivals' picks and what they rank next."""
+    """Blocks that `rerank` and the oracles measure: the rivals' picks and what they rank next."""
 
     oracle_pool: int = 12
     """Blocks of the shortlist the sequential oracle goes on with after measuring each alone."""
@@ -91,6 +134,10 @@ class FocusEvaluationConfig:
                 f"evaluation.{name}={value} must be a positive multiple of {TOKENS_PER_BLOCK}",
             )
         require(self.num_places >= 2, "evaluation.num_places must be at least 2 (for an error bar)")
+        require(
+            0 <= self.first_place <= self.num_places - 2,
+            f"evaluation.first_place={self.first_place} must leave at least 2 of num_places={self.num_places}",
+        )
         require(self.horizon_tokens >= 4, "evaluation.horizon_tokens must be at least 4 (two halves)")
         require(self.seed >= 0, f"evaluation.seed={self.seed} must be 0 or more")
         require(bool(self.budgets), "evaluation.budgets must hold at least one budget")
@@ -107,16 +154,18 @@ class FocusEvaluationConfig:
             "that share it no more than the tail; lower evaluation.places_per_history",
         )
         require(self.max_per_document >= 1, "evaluation.max_per_document must be at least 1")
-        measured = {"oracle", "oracle_greedy", "rerank"} & set(self.rivals)
+        choosers = {rival.partition("@")[0].partition("/")[0] for rival in self.rivals}
+        lists = {"bm25", "dense", "minilm"} & (choosers | set(self.retrieval.fusion)) | {"fusion"}
+        measured = {"oracle", "oracle_greedy", "rerank"} & choosers
         require(
-            not measured or 4 * self.max_blocks <= self.shortlist_blocks,
-            f"evaluation.shortlist_blocks={self.shortlist_blocks} cannot hold {self.max_blocks} picks of each of four "
-            "rivals; raise it or lower evaluation.max_blocks",
+            not measured or len(lists) * self.max_blocks <= self.shortlist_blocks,
+            f"evaluation.shortlist_blocks={self.shortlist_blocks} cannot hold {self.max_blocks} picks of each of "
+            f"{len(lists)} rivals; raise it or lower evaluation.max_blocks",
         )
         require(self.shortlist_blocks >= 1, "evaluation.shortlist_blocks must be at least 1")
         require(self.oracle_pool >= 1, "evaluation.oracle_pool must be at least 1")
         require(self.max_blocks >= 1, "evaluation.max_blocks must be at least 1")
-        require(1 <= self.query_tokens <= 512, "evaluation.query_tokens must be from 1 to 512")
+        self.retrieval.validate()
         require(self.num_workers >= 0, "evaluation.num_workers must be 0 (one a CPU) or more")
         require(self.threads_per_worker >= 1, "evaluation.threads_per_worker must be at least 1")
 

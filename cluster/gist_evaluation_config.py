@@ -14,7 +14,7 @@ from cluster.config import (
     TrackingConfig,
     require,
 )
-from cluster.evaluation_config import Positional
+from cluster.evaluation_config import Policy
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class GistEvaluationConfig:
     """Nets compared with the tree's own gists: folders of saved nets, or kinds (untrained ones and controls, of the
     sizes in section `gistnet`)."""
 
-    positional: Positional = "global"
+    positional: Policy = "global"
     """Position policy. `global` only where history and horizon fit the model's trained range."""
 
     num_workers: int = 0

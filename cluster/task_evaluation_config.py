@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 from cluster.config import (
     SLOTS_PER_SUPER_BLOCK,
@@ -16,8 +15,7 @@ from cluster.config import (
     TrackingConfig,
     require,
 )
-
-TaskPositional = Literal["auto", "global", "compact", "anchored"]
+from cluster.evaluation_config import Positional, RetrievalConfig
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,7 @@ class TaskEvaluationConfig:
 
     rivals: list[str] = field(
         default_factory=lambda: [
-            "none", "full", "needles", "recency", "uniform", "random", "bm25", "dense", "fusion", "oracle",
+            "none", "full", "needles", "recency", "uniform", "random", "bm25", "dense", "minilm", "fusion", "oracle",
         ]
     )  # fmt: skip
     """Who is compared. `needles`: only what the answer depends on and the tail, the model's own ceiling. `full`: where
@@ -60,7 +58,7 @@ class TaskEvaluationConfig:
     forms: list[str] = field(default_factory=lambda: ["raw", "overlay"])
     """In which forms a choice is shown: `raw` (no gists), `overlay`, `strict`."""
 
-    positional: TaskPositional = "auto"
+    positional: Positional = "auto"
     """Position policy. `auto`: `global` where history and question fit the model's trained range, else `compact`."""
 
     tail_tokens: int = 128
@@ -68,6 +66,9 @@ class TaskEvaluationConfig:
 
     max_blocks: int = 8
     """Blocks a rival may choose; what the budget has left goes to more of the tail."""
+
+    retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
+    """How the rivals that search are asked; the question is the whole query."""
 
     shortlist_blocks: int = 32
     """Blocks the oracle measures: those that are needed, then the rivals' picks."""
@@ -100,6 +101,7 @@ class TaskEvaluationConfig:
             f"evaluation.tail_tokens={self.tail_tokens} must be a positive multiple of {TOKENS_PER_BLOCK}",
         )
         require(bool(self.budgets), "evaluation.budgets must hold at least one budget")
+        self.retrieval.validate()
         for name in ("max_blocks", "shortlist_blocks", "oracle_pool", "threads_per_worker"):
             require(getattr(self, name) >= 1, f"evaluation.{name} must be at least 1")
         require(self.num_workers >= 0, "evaluation.num_workers must be 0 (one a CPU) or more")

@@ -77,13 +77,21 @@ def _job(job: Job) -> str:
 
 def _table(owner: type, prefix: str = "") -> str:
     """One row a key that is no section."""
+    return "\n".join(["| key | values | default | meaning |", "| :--- | :--- | :--- | :--- |", *_rows(owner, prefix)])
+
+
+def _rows(owner: type, prefix: str) -> list[str]:
     hints, texts = get_type_hints(owner), _field_docstrings(owner)
-    rows = ["| key | values | default | meaning |", "| :--- | :--- | :--- | :--- |"]
+    rows: list[str] = []
     for field in fields(owner):
-        if not is_dataclass(hints[field.name]):
+        hint = hints[field.name]
+        if not is_dataclass(hint):
             meaning = texts[field.name].replace("|", "\\|")
-            rows.append(f"| `{prefix}{field.name}` | {_values(hints[field.name])} | `{_default(field)}` | {meaning} |")
-    return "\n".join(rows)
+            rows.append(f"| `{prefix}{field.name}` | {_values(hint)} | `{_default(field)}` | {meaning} |")
+        elif prefix:  # sections of a job have tables of their own
+            assert isinstance(hint, type)
+            rows += _rows(hint, f"{prefix}{field.name}.")
+    return rows
 
 
 def _field_docstrings(owner: type) -> dict[str, str]:
@@ -104,8 +112,10 @@ def _field_docstrings(owner: type) -> dict[str, str]:
 def _values(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return ", ".join(f"`{choice}`" for choice in get_args(hint))
+    if get_origin(hint) is list and (get_origin(get_args(hint)[0]) is Literal or get_args(hint)[0] is bool):
+        return f"list of {_values(get_args(hint)[0])}"
     words = {bool: "true, false", int: "integer", float: "number", str: "text", Path: "path", list[str]: "texts"}
-    words[list[int]] = "integers"
+    words |= {list[int]: "integers", list[float]: "numbers"}
     return words[hint]
 
 

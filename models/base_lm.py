@@ -222,10 +222,12 @@ class BaseLM:
         def score(hidden_chunk: Tensor, target_chunk: Tensor) -> Tensor:
             # Not F.cross_entropy: its float32 sum over a large vocabulary is off by up to 1e-4 nats, all in
             # one direction; logsumexp's is good to 1e-6.
-            logits = head(hidden_chunk).float()  # (B, chunk, V)
-            ignored = target_chunk == IGNORED_TARGET
-            chosen = logits.gather(-1, target_chunk.masked_fill(ignored, 0)[..., None])[..., 0]
-            return (logits.logsumexp(-1) - chosen).masked_fill(ignored, 0.0)
+            scored = target_chunk != IGNORED_TARGET
+            logits = head(hidden_chunk[scored]).float()  # (scored, V): nothing is spent on the others
+            chosen = logits.gather(-1, target_chunk[scored][:, None])[:, 0]
+            nll = logits.new_zeros(target_chunk.shape)
+            nll[scored] = logits.logsumexp(-1) - chosen
+            return nll
 
         chunks = []
         for first in range(0, hidden.shape[1], HEAD_CHUNK_ENTRIES):

@@ -10,10 +10,11 @@ from typing import Any
 
 from actors.evaluation import rivals
 from actors.evaluation.focus_evaluator import FocusEvaluatorSpec
-from actors.evaluation.places import Place, choose_places
+from actors.evaluation.places import Place, blocks_of_highest_node, choose_places
 from actors.evaluation.results import FocusResults, SampleFile
 from actors.evaluation.samples import sample_file_name
 from actors.plan import CompactionPlan, check_encoding, plan_models
+from cluster.config import BLOCKS_PER_SUPER_BLOCK
 from cluster.errors import ConfigError
 from cluster.evaluation_config import EvaluateFocusJob, FocusEvaluationConfig
 from cluster.run import JobRun
@@ -35,7 +36,7 @@ def run(job: EvaluateFocusJob) -> None:
     rivals.conditions(config.rivals, config.forms)
     store = Store(job.store.root)
     with store.open_reader(job.store.context) as reader, JobRun.start("evaluate focus", job) as job_run:
-        places = choose_places(
+        found = choose_places(
             reader,
             config.num_places,
             config.history_tokens,
@@ -43,8 +44,16 @@ def run(job: EvaluateFocusJob) -> None:
             within_document=config.within_document,
             max_per_document=config.max_per_document,
             places_per_history=config.places_per_history,
+            align_blocks=1 if config.within_document else BLOCKS_PER_SUPER_BLOCK,
+            begin_blocks=1 if config.within_document else blocks_of_highest_node(config.history_tokens),
             seed=config.seed,
         )
+        places = found[config.first_place :]
+        if len(places) < 2:
+            raise ConfigError(
+                f"context {job.store.context!r} has {len(found)} such places, and evaluation.first_place="
+                f"{config.first_place} leaves fewer than two of them"
+            )
         _check_budgets(job, plan, reader, places)
         _warn_of_long_histories(config, plan, job_run)
         job_run.log_digests(plan.digests())
@@ -56,7 +65,7 @@ def run(job: EvaluateFocusJob) -> None:
         )
         index_text(job.store, plan, job_run)
         spec = FocusEvaluatorSpec(plan.base_lm, job.store, reader.version.seq, config)
-        depended = depends_on(plan, job.store, spec.seq, config, but="num_places")
+        depended = depends_on(plan, job.store, spec.seq, config, but=("num_places", "first_place"))
         with SampleFile(job_run.folder / sample_file_name(depended)) as samples:
             measure_missing(job_run, samples, places, _by_history, spec, [plan.gistnet], job.ray, config)
             results = FocusResults.of(samples.of(places))
@@ -67,8 +76,9 @@ def run(job: EvaluateFocusJob) -> None:
 def _check_budgets(job: EvaluateFocusJob, plan: CompactionPlan, reader: TreeReader, places: list[Place]) -> None:
     """Refuse a budget that cannot hold a Working Context somewhere, before any resource is asked for."""
     # Those that measure candidates read them after the gists, whatever the form.
-    measuring = set(job.evaluation.rivals) & {rivals.RERANK, *rivals.ORACLES}
-    if set(job.evaluation.forms) == {"raw"} and not measuring:
+    conditions = rivals.conditions(job.evaluation.rivals, job.evaluation.forms)
+    measuring = {c.chooser for c in conditions} & {rivals.RERANK, *rivals.ORACLES, rivals.EXHAUSTIVE}
+    if all(c.form in {"", "raw"} for c in conditions) and not measuring:
         return
     vectors = plan.gistnet.num_vectors
     histories = (History.of(reader, p.first_block, p.stop_block, vectors_per_node=vectors) for p in places)

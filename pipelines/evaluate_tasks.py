@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from actors.evaluation import rivals
 from actors.evaluation.samples import sample_file_name
-from actors.evaluation.task_evaluator import TaskEvaluatorSpec, tasks_of
+from actors.evaluation.task_evaluator import TaskEvaluatorSpec, task_conditions, tasks_of
 from actors.evaluation.task_places import TaskPlace, choose_task_places, in_groups
 from actors.evaluation.task_results import TaskResults, TaskSampleFile
 from actors.plan import CompactionPlan, check_encoding, plan_models
@@ -32,7 +31,7 @@ def run(job: EvaluateTasksJob) -> None:
     """Choose places, ask every question of every rival, report."""
     config = job.evaluation
     tasks = tasks_of(config)
-    rivals.conditions(config.rivals, config.forms, rivals.TASK_CHOOSERS)
+    task_conditions(config)
     plan = plan_models(job.base_lm, job.gistnet, job.store)
     check_encoding(plan, job.store)
     store = Store(job.store.root)
@@ -57,7 +56,7 @@ def run(job: EvaluateTasksJob) -> None:
         index_text(job.store, plan, job_run)
         compactor = plan.compactor_spec(config.threads_per_worker, 1)
         spec = TaskEvaluatorSpec(plan.base_lm, compactor, job.store, reader.version.seq, config)
-        depended = depends_on(plan, job.store, spec.seq, config, but="num_samples")
+        depended = depends_on(plan, job.store, spec.seq, config, but=("num_samples",))
         with TaskSampleFile(job_run.folder / sample_file_name(depended)) as samples:
             measure_missing(
                 job_run,
@@ -90,7 +89,7 @@ def _check_budgets(
     queries = [tasks[name].sample(config.seed, sample, num_needle_places=1).query for name, sample in sorted(asked)]
     longest = max(map(len, plan.tokenizer.encode_batch(queries)))
     smallest = 0
-    if config.forms != ["raw"]:
+    if any(condition.form not in {"", "raw"} for condition in task_conditions(config)):
         vectors = plan.gistnet.num_vectors
         parts = {(place.first_block, place.stop_block) for place in places}
         smallest = max(smallest_budget([History.of(reader, *part, vectors_per_node=vectors)]) for part in parts)

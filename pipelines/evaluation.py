@@ -37,10 +37,12 @@ def index_text(store: StoreConfig, plan: CompactionPlan, job_run: JobRun) -> Non
         indexer.close()
 
 
-def depends_on(plan: CompactionPlan, store: StoreConfig, seq: int, evaluation: Any, *, but: str) -> dict[str, Any]:
-    """Everything the numbers depend on; not how the work is shared out, nor `but`, how many places there are."""
+def depends_on(
+    plan: CompactionPlan, store: StoreConfig, seq: int, evaluation: Any, *, but: Sequence[str]
+) -> dict[str, Any]:
+    """Everything the numbers depend on; not how the work is shared out, nor `but`, which places there are."""
     config = asdict(evaluation)
-    for name in (but, "num_workers"):
+    for name in (*but, "num_workers"):
         del config[name]
     digests = plan.digests()
     return {"evaluation": config, "context": str(store.context), "seq": seq, "dtype": plan.base_lm.dtype, **digests}

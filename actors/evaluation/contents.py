@@ -57,8 +57,12 @@ class Contents:
 class Reading:
     """One history of one reader, for the language model that reads it."""
 
-    def __init__(self, lm: BaseLM, reader: TreeReader, history: History) -> None:
+    def __init__(
+        self, lm: BaseLM, reader: TreeReader, history: History, constant: Float[Tensor, " D"] | None = None
+    ) -> None:
+        """Args: `constant` is what stands in every gist's place where none may say anything; default 0."""
         self.lm = lm
+        self.constant = torch.zeros(lm.hidden_size, dtype=lm.dtype, device=lm.device) if constant is None else constant
         self.reader = reader
         self.history = history
         self._assembler = Assembler(self._embed, [reader], array=GISTS, dtype=lm.dtype, device=lm.device)
@@ -66,9 +70,14 @@ class Reading:
     def _embed(self, ids: Tensor) -> Tensor:
         return self.lm.embed(ids)
 
-    def context(self, wc: WorkingContext) -> Contents:
-        """Rows of a Working Context of this history."""
-        return Contents.of(self._assembler.assemble(wc))
+    def context(self, wc: WorkingContext, *, same_gists: bool = False) -> Contents:
+        """Rows of a Working Context of this history; with `same_gists` the constant stands in every gist's place."""
+        contents = Contents.of(self._assembler.assemble(wc))
+        if not same_gists:
+            return contents
+        is_gist = torch.from_numpy(np.repeat(wc.lod > 0, wc.cost)).to(contents.embeds.device)
+        embeds = torch.where(is_gist[:, None], self.constant, contents.embeds)
+        return Contents(embeds, contents.half_tokens)
 
     def raw(self, blocks: Sequence[int]) -> Contents:
         """Raw tokens of blocks in timeline order, each at its true place, and nothing else."""

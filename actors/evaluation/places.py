@@ -27,6 +27,14 @@ class Place:
     """The history is `[first_block, stop_block)`; the horizon begins there."""
 
 
+def blocks_of_highest_node(history_tokens: int) -> int:
+    """Blocks of the largest node that so many slots hold whole; 1 where they hold no LOD2 node."""
+    size = 1
+    while size * K * K <= history_tokens:
+        size *= K
+    return size
+
+
 def choose_places(
     reader: TreeReader,
     num_places: int,
@@ -37,6 +45,7 @@ def choose_places(
     max_per_document: int,
     places_per_history: int = 1,
     align_blocks: int = 1,
+    begin_blocks: int = 1,
     seed: int,
 ) -> list[Place]:
     """Random places, the same for a seed, horizons never overlapping.
@@ -52,6 +61,8 @@ def choose_places(
         places_per_history: places that share a history's beginning, 8 blocks apart, the last with all of it. A model
             reads the part they share once.
         align_blocks: histories begin at multiples of it on the timeline: 32 where whole super-blocks are needed.
+        begin_blocks: histories begin at multiples of it, too, and are longer by what that takes, if only by what they
+            begin with: as a context that was read from its start has whole nodes of the highest level.
         seed: of the choice.
 
     Raises:
@@ -90,6 +101,7 @@ def choose_places(
         document, stop = candidates[position]
         for back in range(places_per_history - 1, -1, -1):
             if len(places) < num_places:
-                place = Place(len(places), document.meta.uri, stop - num_history, stop - back * spacing)
+                begin = (stop - num_history) // begin_blocks * begin_blocks
+                place = Place(len(places), document.meta.uri, begin, stop - back * spacing)
                 places.append(place)
     return places

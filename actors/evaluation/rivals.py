@@ -1,15 +1,15 @@
 """The rivals of focus, at exactly equal slots: who chooses blocks, and in which form the choice is shown.
 
-A condition is `chooser/form`. Forms: `raw` shows chosen blocks and the raw tail alone, `overlay` and `strict` are
-Working Contexts whose gists stand in for everything else. `none`, `full`, `needles` and `recency/raw` have no gists
-either.
+A condition is `chooser/form`, with `@policy` behind it where its rows stand elsewhere than by the evaluation's position
+policy. Forms: `raw` shows chosen blocks and the raw tail alone, `overlay` and `strict` are Working Contexts whose gists
+stand in for everything else, `constant` is an overlay whose gists all say the same. `none`, `full`, `needles` and
+`recency/raw` have no gists either.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import numpy as np
 
@@ -17,22 +17,27 @@ from actors.evaluation.contents import Contents, Reading
 from cluster.errors import ConfigError
 from models.focus.allocators import FocusRequest, Ranked, RankedBlocks, Recency, Uniform
 from models.focus.filling import Filling, show_newest
+from models.focus.layout import POLICIES
 from models.focus.working_context import Mode, WorkingContext
 
 NONE, FULL, NEEDLES = "none", "full", "needles"
 RECENCY, UNIFORM, RANDOM = "recency", "uniform", "random"
-BM25, DENSE, FUSION, RERANK = "bm25", "dense", "fusion", "rerank"
-ORACLE_GREEDY, ORACLE = "oracle_greedy", "oracle"
+BM25, DENSE, MINILM, FUSION, RERANK = "bm25", "dense", "minilm", "fusion", "rerank"
+ORACLE_GREEDY, ORACLE, EXHAUSTIVE = "oracle_greedy", "oracle", "exhaustive"
 
-RETRIEVERS = (RANDOM, BM25, DENSE, FUSION, RERANK)
+SEARCHERS = (BM25, DENSE, MINILM)
+"""Choosers that search the history; what `fusion` can be made of."""
+RETRIEVERS = (RANDOM, *SEARCHERS, FUSION, RERANK)
 """Choosers that look at the history and the tail, but not at the horizon."""
 ORACLES = (ORACLE_GREEDY, ORACLE)
-CHOOSERS = (RECENCY, UNIFORM, *RETRIEVERS, *ORACLES)
-FORMS = ("raw", "overlay", "strict")
+"""They measure a shortlist."""
+CHOOSERS = (RECENCY, UNIFORM, *RETRIEVERS, *ORACLES, EXHAUSTIVE)
+FORMS = ("raw", "overlay", "strict", "constant")
 WITHOUT_FORM = (NONE, FULL, NEEDLES)
 """They have no budget. `needles`: what a task's answer depends on and the tail, nothing else."""
-TASK_CHOOSERS = (NONE, FULL, NEEDLES, RECENCY, UNIFORM, RANDOM, BM25, DENSE, FUSION, ORACLE)
+TASK_CHOOSERS = (NONE, FULL, NEEDLES, RECENCY, UNIFORM, RANDOM, *SEARCHERS, FUSION, ORACLE)
 """Rivals on tasks."""
+TASK_FORMS = ("raw", "overlay", "strict")
 
 
 @dataclass(frozen=True)
@@ -42,39 +47,61 @@ class Condition:
     chooser: str
     form: str = ""
     """Empty for those `WITHOUT_FORM`."""
+    policy: str = ""
+    """Position policy; empty: the evaluation's."""
 
     @property
     def name(self) -> str:
         """As it stands in reports."""
-        return f"{self.chooser}/{self.form}" if self.form else self.chooser
+        name = f"{self.chooser}/{self.form}" if self.form else self.chooser
+        return f"{name}@{self.policy}" if self.policy else name
+
+    @property
+    def mode(self) -> Mode:
+        """Mode of the Working Context of a form that is one."""
+        return "strict" if self.form == "strict" else "overlay"
 
 
 def conditions(
-    choosers: Sequence[str], forms: Sequence[str], known: Sequence[str] = (*CHOOSERS, NONE, FULL)
+    rivals: Sequence[str],
+    forms: Sequence[str],
+    known: Sequence[str] = (*CHOOSERS, NONE, FULL),
+    known_forms: Sequence[str] = FORMS,
 ) -> list[Condition]:
-    """Every chooser in every form it has, each once.
+    """What is compared, each once.
 
     Args:
-        choosers: who is compared.
-        forms: in which forms.
-        known: choosers there are.
+        rivals: choosers, each in all of `forms`; or `chooser/form`, `chooser/form@policy`: just that.
+        forms: in which choosers without a form of their own are shown.
+        known, known_forms: those there are.
 
     Raises:
-        ConfigError: an unknown chooser or form (the message lists the valid ones), or nothing to compare.
+        ConfigError: an unknown chooser, form or policy (the message lists the valid ones), or nothing to compare.
     """
-    for given, valid, what in ((choosers, known, "rival"), (forms, FORMS, "form")):
-        if unknown := [name for name in given if name not in valid]:
-            raise ConfigError(f"there is no {what} {unknown[0]!r}; there are: {', '.join(valid)}")
     found: list[Condition] = []
-    for chooser in choosers:
+    _require_known("form", forms, known_forms)
+    for rival in rivals:
+        name, at, policy = rival.partition("@")
+        chooser, slash, form = name.partition("/")
+        _require_known("rival", [chooser], known)
+        _require_known("form", [form] if slash else [], known_forms)
+        _require_known("position policy", [policy] if at else [], POLICIES)
         if chooser in WITHOUT_FORM:
+            if form or policy:
+                raise ConfigError(f"rival {chooser!r} has neither forms nor policies; write {chooser!r}")
             found.append(Condition(chooser))
-        else:
-            # Without gists nothing but raw tokens can be shown evenly.
-            found += [Condition(chooser, form) for form in forms if not (chooser == UNIFORM and form == "raw")]
+            continue
+        # Without gists nothing but raw tokens can be shown evenly.
+        shown = [f for f in ([form] if form else forms) if not (chooser == UNIFORM and f == "raw")]
+        found += [Condition(chooser, f, policy) for f in shown]
     if not found:
-        raise ConfigError(f"rivals {list(choosers)} in forms {list(forms)} leave nothing to compare")
+        raise ConfigError(f"rivals {list(rivals)} in forms {list(forms)} leave nothing to compare")
     return list(dict.fromkeys(found))
+
+
+def _require_known(what: str, given: Sequence[str], valid: Sequence[str]) -> None:
+    if unknown := [name for name in given if name not in valid]:
+        raise ConfigError(f"there is no {what} {unknown[0]!r}; there are: {', '.join(valid)}")
 
 
 def contents_of(
@@ -96,14 +123,15 @@ def contents_of(
     wc = working_context(condition, reading, chosen, budget, tail_tokens, max_blocks)
     # Found blocks may be raw for being recent, too: only as many as could be chosen were.
     raw = set(wc.raw_blocks().tolist())
-    return reading.context(wc), [block for block, _ in chosen if block in raw][:max_blocks]
+    shown = reading.context(wc, same_gists=condition.form == "constant")
+    return shown, [block for block, _ in chosen if block in raw][:max_blocks]
 
 
 def working_context(
     condition: Condition, reading: Reading, ranked: RankedBlocks, budget: int, tail_tokens: int, max_blocks: int
 ) -> WorkingContext:
     """The Working Context of a condition that has one."""
-    request = FocusRequest([reading.history], budget, cast(Mode, condition.form), ranked)
+    request = FocusRequest([reading.history], budget, condition.mode, ranked)
     if condition.chooser == RECENCY:
         return Recency().allocate(request)
     if condition.chooser == UNIFORM:

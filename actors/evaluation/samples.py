@@ -41,9 +41,7 @@ class SampleLog(Generic[PlaceT, MeasuredT]):
             content = path.read_bytes()
             whole = content[: content.rfind(b"\n") + 1]
             for line in whole.splitlines():
-                record = json.loads(line)
-                measured = [measured_type(**m) for m in record["measured"]]
-                self.samples.append((place_type(**record["place"]), measured))
+                self.samples.append(parse_sample(json.loads(line), place_type, measured_type))
             os.truncate(path, len(whole))
         self._file = path.open("a", encoding="utf-8")
 
@@ -84,6 +82,13 @@ class SampleLog(Generic[PlaceT, MeasuredT]):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def parse_sample(
+    record: Mapping[str, Any], place_type: type[PlaceT], measured_type: type[MeasuredT]
+) -> tuple[PlaceT, list[MeasuredT]]:
+    """One line of the file."""
+    return place_type(**record["place"]), [measured_type(**m) for m in record["measured"]]
 
 
 def _as_dict(record: Any) -> dict[str, Any]:

@@ -22,9 +22,6 @@ from models.positions import Positions
 from models.shared_past import SharedPast
 from storage.contract import TreeReader
 
-HORIZON_ROOM = 1024
-"""Tokens of the trained range kept free for what comes after the history."""
-
 PIECE_BLOCKS = 8
 """Of a full history that is read at a time: 256 tokens, as far apart as places that share a history's beginning."""
 
@@ -39,7 +36,9 @@ class Scorer:
         self.lm = lm
         self.policy: Policy = policy
 
-    def nll(self, contents: Contents, ids: Int64[np.ndarray, " n"], num_tokens: int) -> Float32[np.ndarray, " n-1"]:
+    def nll(
+        self, contents: Contents, ids: Int64[np.ndarray, " n"], num_tokens: int, policy: Policy | None = None
+    ) -> Float32[np.ndarray, " n-1"]:
         """NLL in nats of `ids[1:]`, each given the contents and the ids before it.
 
         The first id is not scored, so that contents without a last token compare with those that have one.
@@ -48,8 +47,9 @@ class Scorer:
             contents: what stands before.
             ids: horizon, or a question with its answer.
             num_tokens: real tokens of the history: the place of `ids[0]`.
+            policy: where rows are put, if not by the scorer's.
         """
-        layout = lay_out(self.policy, contents.half_tokens, num_tokens)
+        layout = lay_out(policy or self.policy, contents.half_tokens, num_tokens)
         device = self.lm.device
         tokens = torch.from_numpy(np.ascontiguousarray(ids))[None].to(device)
         places = np.concatenate([layout.half_tokens, layout.next_half_token + 2 * np.arange(len(ids) - 1)])
@@ -68,7 +68,14 @@ class Scorer:
 class BlockCaches:
     """Blocks of one history, each read once after the same stand-ins, for every question that is asked of them."""
 
-    def __init__(self, lm: BaseLM, stand_ins: Contents, blocks: Sequence[Contents], num_tokens: int) -> None:
+    def __init__(
+        self,
+        lm: BaseLM,
+        stand_ins: Contents,
+        blocks: Sequence[Contents],
+        num_tokens: int,
+        policy: Policy = "global",
+    ) -> None:
         """Read them; blocks of equal length go through the model as one batch.
 
         Args:
@@ -76,38 +83,53 @@ class BlockCaches:
             stand_ins: rows before every block: the gists of the whole history.
             blocks: raw tokens, 1 to 32 rows each.
             num_tokens: real tokens of the history.
+            policy: `global`: true places. Any other: stand-ins, blocks in their order and the tail stand one after the
+                other, as if all of them were shown, so that the model knows the distances at any length.
         """
         self.lm = lm
-        self.num_tokens = num_tokens
-        # True places only matter to the choice as far as the model knows such distances.
-        self._policy: Policy = "global" if num_tokens <= lm.trained_context - HORIZON_ROOM else "anchored"
+        self._true_end = 2 * num_tokens if policy == "global" else None
+        if self._true_end is None:
+            timeline = sorted(range(len(blocks)), key=lambda i: blocks[i].half_tokens[0])
+            parts = one_after_the_other([stand_ins, *(blocks[i] for i in timeline)])
+            stand_ins = parts[0]
+            blocks = [part for _, part in sorted(zip(timeline, parts[1:], strict=True), key=lambda pair: pair[0])]
+        self._num_rows = stand_ins.num_rows + sum(block.num_rows for block in blocks)
         self.stand_ins = lm.new_cache(origin_half_tokens=0)
-        self.read([stand_ins], self.stand_ins)
+        self._read([stand_ins], self.stand_ins)
         self.blocks: list[KVCache] = [self.stand_ins] * len(blocks)
         for members in _by_length([contents.num_rows for contents in blocks]):
             cache = KVCache.joined([self.stand_ins]).repeated(len(members))
-            self.read([blocks[i] for i in members], cache)
+            self._read([blocks[i] for i in members], cache)
             own = cache.since(stand_ins.num_rows)
             for row, member in enumerate(members):
                 self.blocks[member] = own.row(row)
 
-    def read(self, rows: Sequence[Contents], cache: KVCache) -> None:
+    def behind(self, tail: Contents) -> tuple[KVCache, int]:
+        """A cache of the stand-ins and a raw tail read after them, and the place of the token that comes next."""
+        cache = KVCache.joined([self.stand_ins])
+        end = self._true_end
+        if end is None:
+            end = 2 * (self._num_rows + tail.num_rows)
+            tail = Contents(tail.embeds, end - 2 * np.arange(tail.num_rows, 0, -1))
+        self._read([tail], cache)
+        return cache, end
+
+    def _read(self, rows: Sequence[Contents], cache: KVCache) -> None:
         """Extend a cache by contents of equal length, one a row of the batch."""
         if rows[0].num_rows == 0:
             return
-        places = torch.stack([self.places(contents.half_tokens) for contents in rows])
+        places = torch.from_numpy(np.stack([contents.half_tokens for contents in rows]))
         with torch.inference_mode():
             embeds = torch.stack([contents.embeds for contents in rows])
             self.lm.read(embeds, positions=Positions(places), cache=cache)
 
-    def places(self, half_tokens: np.ndarray) -> torch.Tensor:
-        """`(n,)` places the model is given."""
-        return torch.from_numpy(lay_out(self._policy, half_tokens, self.num_tokens).half_tokens)
 
-    @property
-    def next_half_token(self) -> int:
-        """Place of the first token after the history."""
-        return lay_out(self._policy, np.empty(0, np.int64), self.num_tokens).next_half_token
+def one_after_the_other(parts: Sequence[Contents]) -> list[Contents]:
+    """The same rows at consecutive places from 0 on."""
+    ends = np.cumsum([part.num_rows for part in parts])
+    return [
+        Contents(part.embeds, 2 * np.arange(end - part.num_rows, end)) for part, end in zip(parts, ends, strict=True)
+    ]
 
 
 class CandidateScorer:
@@ -117,8 +139,7 @@ class CandidateScorer:
         """Read the tail after the stand-ins of `caches`; the contents are both."""
         self._caches = caches
         self._lm = caches.lm
-        self._base = KVCache.joined([caches.stand_ins])
-        caches.read([tail], self._base)
+        self._base, self._next_half_token = caches.behind(tail)
 
     def nll(self, chosen: Sequence[int], ids: Int64[np.ndarray, " n"]) -> Float32[np.ndarray, " n-1"]:
         """NLL of `ids[1:]` after the base with the chosen blocks."""
@@ -131,7 +152,7 @@ class CandidateScorer:
         device = self._lm.device
         tokens = torch.from_numpy(np.ascontiguousarray(ids))[None].to(device)
         embeds = self._lm.embed(tokens[:, :-1])
-        places = torch.from_numpy(self._caches.next_half_token + 2 * np.arange(len(ids) - 1))[None]
+        places = torch.from_numpy(self._next_half_token + 2 * np.arange(len(ids) - 1))[None]
         blocks = self._caches.blocks
         with torch.inference_mode():
             shared = KVCache.joined([self._base, *(blocks[i] for i in chosen)])

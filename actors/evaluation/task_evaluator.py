@@ -7,8 +7,8 @@ same for every rival, so the history's part of it, budget minus question, is too
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import cast
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from actors.compactor import Compactor, CompactorSpec
 from actors.evaluation import rivals
 from actors.evaluation.contents import Contents, Reading
 from actors.evaluation.oracle import choose
-from actors.evaluation.retrieval import Retrieval, fused, shortlist
+from actors.evaluation.retrieval import RANDOM_SEED_STRIDE, Retrieval, shortlist
 from actors.evaluation.rivals import Condition
 from actors.evaluation.scorer import BlockCaches, CandidateScorer
 from actors.evaluation.task_places import TaskPlace
@@ -30,11 +30,13 @@ from cluster.errors import ConfigError
 from cluster.task_evaluation_config import TaskEvaluationConfig
 from models.base_lm import BaseLM
 from models.focus.allocators import RankedBlocks
+from models.focus.block_embeddings import BlockEmbeddings
 from models.focus.dense import KeyIndex, KeySpace
 from models.focus.history import History
-from models.focus.layout import Policy
+from models.focus.layout import Policy, policy_for
 from models.gistnet import GistNet
 from models.node_encoder import NodeEncoder
+from models.sentence_encoder import SentenceEncoder
 from models.tokenizer import Tokenizer
 from storage.contract import TreeReader
 from storage.lexical import LexicalSearcher
@@ -58,6 +60,15 @@ def tasks_of(config: TaskEvaluationConfig) -> dict[str, NumberedTask]:
             raise ConfigError(f"task {name!r} cannot make single samples")
         tasks[name] = task
     return tasks
+
+
+def task_conditions(config: TaskEvaluationConfig) -> list[Condition]:
+    """What is compared.
+
+    Raises:
+        ConfigError: a rival, form or policy there is not.
+    """
+    return rivals.conditions(config.rivals, config.forms, rivals.TASK_CHOOSERS, rivals.TASK_FORMS)
 
 
 @dataclass(frozen=True)
@@ -118,9 +129,9 @@ class TaskMeasured:
     picked: list[int] = field(default_factory=list)
     """Blocks shown because they were chosen, the best first."""
     decide_s: float = 0.0
-    """Seconds to find and choose."""
+    """CPU seconds to find and choose."""
     read_s: float = 0.0
-    """Seconds to assemble, read and answer; small where another condition had shown the same."""
+    """CPU seconds to assemble, read and answer; small where another condition had shown the same."""
 
 
 @dataclass(frozen=True)
@@ -161,10 +172,14 @@ class TaskEvaluator:
         )
         self._scorer = AnswerScorer(lm)
         self._end_ids = end_ids(tokenizer)
-        self._conditions = rivals.conditions(config.rivals, config.forms, rivals.TASK_CHOOSERS)
+        self._conditions = task_conditions(config)
         self._key_space = KeySpace.of_tree(reader, array=KEYS)
+        self._embeddings: BlockEmbeddings | None = None
+        choosers = {condition.chooser for condition in self._conditions}
+        if rivals.MINILM in choosers or rivals.MINILM in config.retrieval.fusion:
+            self._embeddings = BlockEmbeddings(SentenceEncoder.load(), tokenizer.decode_batch, reader)
         self._key_index: tuple[tuple[int, int], KeyIndex] | None = None
-        self._answers: dict[bytes, Answers] = {}
+        self._answers: dict[tuple[str, bytes], Answers] = {}
 
     def evaluate(self, place: TaskPlace) -> list[TaskMeasured]:
         """Every condition at one place, for every budget."""
@@ -175,7 +190,7 @@ class TaskEvaluator:
         reading = Reading(self._lm, question.reader, replace(history, tail_tokens=0))
         self._answers.clear()
         search = self._search(question, reading, place)
-        fits = self._fits(question, reading.history.num_tokens)
+        fits = self._longest(question, reading.history.num_tokens) <= self._lm.trained_context
         measured = [
             self._measure(condition, question, reading, search, 0, True)
             for condition in self._conditions
@@ -183,7 +198,8 @@ class TaskEvaluator:
         ]
         for budget in self._config.budgets:
             self._add_oracle(question, reading, search, budget)
-            feasible = {form: self._feasible(form, question, reading, budget) for form in self._config.forms}
+            forms = {condition.form for condition in self._conditions if condition.form}
+            feasible = {form: self._feasible(form, question, reading, budget) for form in forms}
             measured += [
                 self._measure(condition, question, reading, search, budget, feasible[condition.form])
                 for condition in self._conditions
@@ -191,15 +207,14 @@ class TaskEvaluator:
             ]
         return measured
 
-    def _fits(self, question: Question, num_tokens: int) -> bool:
-        """Whether so many tokens of history, the question and its answer are in the model's trained range."""
-        longest = max(map(len, question.candidates)) + EXTRA_TOKENS
-        return num_tokens + len(question.query) + longest <= self._lm.trained_context
+    def _longest(self, question: Question, num_tokens: int) -> int:
+        """Tokens of history, question and the longest answer."""
+        return num_tokens + len(question.query) + max(map(len, question.candidates)) + EXTRA_TOKENS
 
     def _policy(self, question: Question, num_tokens: int) -> Policy:
         if self._config.positional != "auto":
             return self._config.positional
-        return "global" if self._fits(question, num_tokens) else "compact"
+        return policy_for(self._longest(question, num_tokens), self._lm.trained_context)
 
     def _measure(
         self,
@@ -210,12 +225,12 @@ class TaskEvaluator:
         budget: int,
         feasible: bool,
     ) -> TaskMeasured:
-        started = time.perf_counter()
+        started = time.process_time()
         room = budget - len(question.query)
         ranked = search.ranked.get(condition.chooser, ())
         shown = self._shown(condition, question, reading, ranked, room)
-        answers = self._answer(question, reading, shown.contents)
-        took = time.perf_counter() - started
+        answers = self._answer(question, reading, shown.contents, condition)
+        took = time.process_time() - started
         history, needed = reading.history, question.needed
         candidates_nll = np.array([float(nll.sum(dtype=np.float64)) for nll in answers.nll])
         generated = self._tokenizer.decode(until_end(answers.generated, self._end_ids))
@@ -264,18 +279,19 @@ class TaskEvaluator:
         blocks = self._shown(best, question, reading, wanted, room).blocks
         return not infeasible(question.sample, len(wanted), int(np.isin(question.needed, blocks).sum()))
 
-    def _answer(self, question: Question, reading: Reading, contents: Contents) -> Answers:
+    def _answer(self, question: Question, reading: Reading, contents: Contents, condition: Condition) -> Answers:
         # Rivals often agree: what was read before is not read again.
-        digest = contents.digest()
+        num_tokens = reading.history.num_tokens
+        policy = condition.policy or self._policy(question, num_tokens)
+        digest = (policy, contents.digest())
         if digest not in self._answers:
-            num_tokens = reading.history.num_tokens
             right = len(question.candidates[question.right])
             self._answers[digest] = self._scorer.answer(
                 contents,
                 question.query,
                 question.candidates,
                 num_tokens,
-                self._policy(question, num_tokens),
+                cast(Policy, policy),
                 right + EXTRA_TOKENS if self._config.generate else 0,
             )
         return self._answers[digest]
@@ -286,7 +302,7 @@ class TaskEvaluator:
         wanted = {condition.chooser for condition in self._conditions}
         search = _Search()
         shown_from = max(history.first_block, history.stop_block - config.tail_tokens // K)
-        if wanted & {rivals.BM25, rivals.DENSE, rivals.FUSION, rivals.RANDOM, rivals.ORACLE}:
+        if wanted & {*rivals.RETRIEVERS, rivals.ORACLE}:
             retrieval = Retrieval(
                 reading,
                 self._lexical,
@@ -294,7 +310,8 @@ class TaskEvaluator:
                 self._gistnet,
                 self._key_space,
                 shown_from,
-                len(question.query),
+                config.retrieval,
+                self._embeddings and self._embeddings.over(question.reader, question.reader.planted_blocks),
                 question=question.query,
                 indexed=self._reader,
                 planted_blocks=question.reader.planted_blocks,
@@ -302,13 +319,14 @@ class TaskEvaluator:
                     question.reader, question.reader.planted_blocks
                 ),
             )
-            search.timed(rivals.BM25, retrieval.bm25)
-            search.timed(rivals.DENSE, retrieval.dense)
-            both = (rivals.BM25, rivals.DENSE)
-            search.timed(rivals.FUSION, lambda: fused([search.ranked[name] for name in both]), *both)
-            search.timed(rivals.RANDOM, lambda: retrieval.random(config.seed * 1_000_003 + place.number))
+            found = retrieval.find(wanted, config.seed * RANDOM_SEED_STRIDE + place.number)
+            search = _Search(found.ranked, found.seconds)
         if rivals.ORACLE in wanted:
-            search.timed("", lambda: self._read_shortlist(question, reading, search, shown_from), rivals.FUSION)
+            started = time.process_time()
+            self._read_shortlist(question, reading, search, shown_from)
+            # All rankings were needed to know the shortlist.
+            searched = sum(search.seconds[name] for name in config.retrieval.fusion)
+            search.shortlist_seconds = searched + time.process_time() - started
         return search
 
     def _keys(self, first_block: int, stop_block: int) -> KeyIndex:
@@ -318,76 +336,57 @@ class TaskEvaluator:
             self._key_index = ((first_block, stop_block), index)
         return self._key_index[1]
 
-    def _read_shortlist(self, question: Question, reading: Reading, search: _Search, shown_from: int) -> RankedBlocks:
+    def _read_shortlist(self, question: Question, reading: Reading, search: _Search, shown_from: int) -> None:
         """The needed blocks, so that the oracle is a ceiling, then what the rivals would pick."""
-        config, found = self._config, list(search.ranked.values())
+        config = self._config
+        found = [ranking for name, ranking in search.ranked.items() if name != rivals.RANDOM]
         needed = [int(block) for block in question.needed if block < shown_from]
         picks = min(config.max_blocks, config.shortlist_blocks // len(found))
         others = shortlist(found, picks, config.shortlist_blocks)
         search.shortlist = list(dict.fromkeys([*needed, *others]))[: config.shortlist_blocks]
-        stand_ins, tail = self._bare(question, reading, config.budgets[0])
+        stand_ins, _ = self._bare(question, reading, config.budgets[0])
         blocks = [reading.raw([block]) for block in search.shortlist]
         num_tokens = reading.history.num_tokens
-        if self._policy(question, num_tokens) != "global":
-            # Places the model knows: all of the shortlist in its order, as if it were shown whole.
-            timeline = np.argsort(search.shortlist).tolist()
-            parts = one_after_the_other([stand_ins, *(blocks[i] for i in timeline), tail])
-            stand_ins, search.tail = parts[0], parts[-1]
-            blocks = [part for _, part in sorted(zip(timeline, parts[1:-1], strict=True), key=lambda pair: pair[0])]
-            num_tokens = sum(part.num_rows for part in parts)
-        search.caches = BlockCaches(self._lm, stand_ins, blocks, num_tokens)
-        return [(block, 0) for block in search.shortlist]
+        policy = self._policy(question, num_tokens)
+        search.caches = BlockCaches(self._lm, stand_ins, blocks, num_tokens, policy)
 
     def _add_oracle(self, question: Question, reading: Reading, search: _Search, budget: int) -> None:
         """Chooses by the measured NLL of the answer itself: a ceiling, no rival."""
         if search.caches is None:
             return
-        config, started = self._config, time.perf_counter()
+        config, started = self._config, time.process_time()
         stand_ins, tail = self._bare(question, reading, budget)
         affordable = (budget - len(question.query) - stand_ins.num_rows - tail.num_rows) // K
         answer = question.candidates[question.right]
         chosen = choose(
-            CandidateScorer(search.caches, search.tail or tail),
-            len(search.shortlist),
+            CandidateScorer(search.caches, tail),
+            range(len(search.shortlist)),
             np.concatenate([question.query, answer]),
             min(config.max_blocks, affordable),
             config.oracle_pool,
             lambda nll: nll[..., -len(answer) :],
         )
         search.ranked[rivals.ORACLE] = [(search.shortlist[i], 0) for i in chosen.sequential]
-        search.seconds[rivals.ORACLE] = search.seconds[""] + time.perf_counter() - started
+        search.seconds[rivals.ORACLE] = search.shortlist_seconds + time.process_time() - started
 
     def _bare(self, question: Question, reading: Reading, budget: int) -> tuple[Contents, Contents]:
         """What stands for the history where nothing is chosen, and its raw tail."""
         tail_tokens = self._config.tail_tokens
-        if self._config.forms == ["raw"]:
+        if all(condition.form in {"", "raw"} for condition in self._conditions):
             return reading.nothing(), reading.raw(rivals.tail_blocks(reading, tail_tokens))
         return rivals.bare_rows(reading, budget - len(question.query), tail_tokens)
 
 
+@dataclass
 class _Search:
-    """What was found at one place, and how long it took, what it builds on included."""
+    """What was found at one place."""
 
-    def __init__(self) -> None:
-        self.ranked: dict[str, RankedBlocks] = {}
-        self.seconds: dict[str, float] = {}
-        self.shortlist: list[int] = []
-        self.caches: BlockCaches | None = None
-        self.tail: Contents | None = None
-        """The raw tail as the caches need it, where that is not at its true place."""
-
-    def timed(self, name: str, call: Callable[[], RankedBlocks], *builds_on: str) -> None:
-        started = time.perf_counter()
-        self.ranked[name] = call()
-        self.seconds[name] = time.perf_counter() - started + sum(self.seconds[other] for other in builds_on)
-
-
-def one_after_the_other(parts: Sequence[Contents]) -> list[Contents]:
-    """The same rows at consecutive places from 0 on."""
-    ends = np.cumsum([part.num_rows for part in parts])
-    return [
-        Contents(part.embeds, 2 * np.arange(end - part.num_rows, end)) for part, end in zip(parts, ends, strict=True)
-    ]
+    ranked: dict[str, RankedBlocks] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    """CPU seconds, what a ranking builds on included."""
+    shortlist: list[int] = field(default_factory=list)
+    shortlist_seconds: float = 0.0
+    caches: BlockCaches | None = None
 
 
 def shown_whole(history: History, contents: Contents) -> np.ndarray:

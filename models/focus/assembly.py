@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.errors import FocusError
-from models.focus.history import TreeReader
+from models.focus.history import EntryState, History, TreeReader
 from models.focus.working_context import WorkingContext
 
 Embed = Callable[[Int64[Tensor, "1 T"]], Float[Tensor, "1 T D"]]
@@ -71,7 +71,7 @@ class Assembler:
             # The tail grows in place; its entry keeps its name.
             changed = ~fresh
             changed[changed] = previous.wc.num_tokens[old[~fresh]] != wc.num_tokens[~fresh]
-            fresh |= changed
+            fresh |= changed | _may_read_otherwise(previous.wc, wc)
         embeds = self._empty(int(rows[-1]), previous)
         num_reused = 0
         if previous is not None and not fresh.all():
@@ -167,6 +167,40 @@ def _positions_in(old: WorkingContext, new: WorkingContext) -> np.ndarray:
 def _names(wc: WorkingContext) -> np.ndarray:
     """One number an entry: 16 bits of source, 6 of level, 42 of index."""
     return (wc.source.astype(np.int64) << 48) | (wc.lod.astype(np.int64) << 42) | wc.index
+
+
+def _may_read_otherwise(old: WorkingContext, new: WorkingContext) -> np.ndarray:
+    """Entries of `new` whose rows may differ from those of the same node in `old`: `(n,)` bool."""
+    otherwise = np.zeros(len(new), bool)
+    for number, (before, after) in enumerate(zip(old.histories, new.histories, strict=False)):
+        if before.seq == after.seq or (before.block_states is None and after.block_states is None):
+            continue
+        counts = np.append(0, np.cumsum(_unsettled(before, after)))
+        mine = np.flatnonzero(new.source == number)
+        start = (new.first_block[mine] - after.first_block).clip(max=len(counts) - 1)
+        stop = (new.stop_block[mine] - after.first_block).clip(max=len(counts) - 1)
+        otherwise[mine] = counts[stop] > counts[start]
+    return otherwise
+
+
+def _unsettled(before: History, after: History) -> np.ndarray:
+    """Blocks of an earlier version, and its tail, whose tokens or gists another one may have replaced, as bool.
+
+    Whole blocks stay as they are, and so do pruned ones. But a speculative block can be replaced at its place, and a
+    gist that stood for tokens not yet written gives way to that of what was written.
+    """
+    was, now = _states_and_tail(before), _states_and_tail(after)
+    both = min(len(was), len(now))
+    unsettled = was == EntryState.SPECULATIVE
+    unsettled[:both] |= was[:both] != now[:both]
+    return unsettled
+
+
+def _states_and_tail(history: History) -> np.ndarray:
+    states = np.zeros(history.num_blocks + 1, np.int8)
+    if history.block_states is not None:
+        states[:-1] = history.block_states
+    return states
 
 
 def _copy_kept(embeds: Tensor, rows: np.ndarray, previous: Assembled, old: np.ndarray, fresh: np.ndarray) -> int:

@@ -1,6 +1,7 @@
 """Spending a budget: which detail a Working Context can still afford, in either mode.
 
-Starts from the coarsest tiling and only ever adds detail, so that every state in between is legal.
+Starts from the coarsest tiling and only ever adds detail, so that everything in between is legal. What the states of a
+history do not let show (`EntryState`) is never shown: it is refused like what cannot be afforded.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import numpy as np
 
 from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.errors import BudgetError
-from models.focus.history import History, blocks_per_node
+from models.focus.history import SHOWN_RAW, History, blocks_per_node
 from models.focus.working_context import Mode, Node, WorkingContext, smallest_budget
 
 
@@ -54,7 +55,7 @@ class Filling:
         return node in self._tiling or node in self._shown
 
     def price(self, block: int, source: int = 0) -> int:
-        """What showing a block raw would add to the cost."""
+        """What showing a block raw would add to the cost, whether or not its state lets it show."""
         return self._price(block, source, self._ancestors(block, source))
 
     def _price(self, block: int, source: int, path: list[Node]) -> int:
@@ -67,9 +68,11 @@ class Filling:
         return (len(path) - 1) * (K - 1) * m + self._block_tokens(block, source) - m
 
     def show(self, block: int, source: int = 0) -> bool:
-        """Show a block raw if it can be afforded; False when not."""
+        """Show a block raw if its state lets it show and it can be afforded; False when not."""
         if self.is_shown(block, source):
             return True
+        if not self.histories[source].shows_raw(block):
+            return False
         path = self._ancestors(block, source)
         price = self._price(block, source, path)
         if price > self.room:
@@ -84,7 +87,9 @@ class Filling:
         return True
 
     def expand(self, node: Node) -> bool:
-        """Replace an entry of the tiling by its children if that can be afforded; False when not."""
+        """Replace an entry of the tiling by its children if `may_expand` and that can be afforded; False when not."""
+        if not self.may_expand(node):
+            return False
         history = self.histories[node.source]
         m = history.vectors_per_node
         price = (K - 1) * m if node.lod > 1 else self._block_tokens(node.index, node.source) - m
@@ -97,6 +102,11 @@ class Filling:
         self._split(node)
         self.spent += price
         return True
+
+    def may_expand(self, node: Node) -> bool:
+        """Whether states let detail of a gist show: a block's raw tokens, or gists below what is not tombstoned."""
+        history = self.histories[node.source]
+        return history.shows_raw(node.index) if node.lod == 1 else not history.is_tombstoned(node.lod, node.index)
 
     def entries(self, source: int = 0) -> list[Node]:
         """Gists of the tiling, newest last."""
@@ -141,12 +151,16 @@ class Filling:
 
 
 def show_newest(filling: Filling, num_tokens: int | None = None, source: int = -1) -> int:
-    """Show a history's newest blocks raw, up to so many tokens or as many as fit; returns the tokens shown."""
+    """Show a history's newest blocks raw, up to so many tokens or as many as fit; returns the tokens shown.
+
+    Blocks whose state does not let them show are passed over, and older ones behind them shown instead: a hole of
+    pruned blocks must not cost the reader what came just before it.
+    """
     source = source % len(filling.histories)
     history = filling.histories[source]
     shown = history.tail_tokens
     before = history.tokens_before
-    for block in range(history.stop_block - 1, history.first_block - 1, -1):
+    for block in _newest_first(history):
         size = int(before[block + 1 - history.first_block] - before[block - history.first_block])
         if num_tokens is not None and shown + size > num_tokens:
             break
@@ -159,7 +173,7 @@ def show_newest(filling: Filling, num_tokens: int | None = None, source: int = -
 def show_ranked(filling: Filling, blocks: Iterable[tuple[int, int]], limit: int | None = None) -> list[tuple[int, int]]:
     """Show blocks `(block, source)` raw in their order as far as they fit, at most `limit`; those now shown.
 
-    A block that is raw already counts as nothing and is passed over; one that does not fit is passed over too.
+    A block that is raw already counts as nothing and is passed over; so is one that does not fit or may not be shown.
     """
     shown: list[tuple[int, int]] = []
     for block, source in blocks:
@@ -171,9 +185,12 @@ def show_ranked(filling: Filling, blocks: Iterable[tuple[int, int]], limit: int 
 
 
 def expand_evenly(filling: Filling) -> None:
-    """Expand the coarsest entries first, the newest of a level first, as long as the next one fits."""
+    """Expand the coarsest entries first, the newest of a level first, as long as the next one fits.
+
+    Entries that may not be expanded stay as they are, and finer ones are expanded all the same.
+    """
     while True:
-        entries = [node for source in range(len(filling.histories)) for node in filling.entries(source)]
+        entries = [node for source in range(len(filling.histories)) for node in _expandable(filling, source)]
         if not entries:
             return
         coarsest = max(node.lod for node in entries)
@@ -183,6 +200,15 @@ def expand_evenly(filling: Filling) -> None:
                 return
 
 
-def newest_first(history: History) -> np.ndarray:
-    """Blocks of a history from the newest back."""
-    return np.arange(history.stop_block - 1, history.first_block - 1, -1)
+def _newest_first(history: History) -> Iterable[int]:
+    """Blocks of a history that may be shown raw, from the newest back."""
+    if history.block_states is None:
+        return range(history.stop_block - 1, history.first_block - 1, -1)
+    return (history.first_block + np.flatnonzero(SHOWN_RAW[history.block_states])[::-1]).tolist()
+
+
+def _expandable(filling: Filling, source: int) -> list[Node]:
+    entries = filling.entries(source)
+    if filling.histories[source].block_states is None:
+        return entries
+    return [node for node in entries if filling.may_expand(node)]

@@ -24,6 +24,11 @@ FAR_SCALE_TOKENS = 512
 """`anchored`: beyond, they grow by this much for every factor e; 10 M tokens come out as about 6,100."""
 
 
+def policy_for(num_tokens: int, trained_context: int) -> Policy:
+    """What reads best at a length: true places where they are in the model's trained range, else `compact`."""
+    return "global" if num_tokens <= trained_context else "compact"
+
+
 @dataclass(frozen=True)
 class Layout:
     """Where rows stand."""

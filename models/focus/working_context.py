@@ -3,6 +3,9 @@
 Two modes. `strict`: a tiling without gap or overlap. `overlay`: an ancestor stays as the stand-in for the rest while
 descendants of it are shown in more detail at their place. In both every slot is represented.
 
+What is there of a node is its state. Of blocks that are gist-only or tombstoned no raw tokens are shown, of a node that
+is tombstoned as a whole nothing below it: it stays represented, by its coarsest gist.
+
 Entries stand in timeline order, an ancestor before its descendants. Everything is a flat array over the n entries.
 """
 
@@ -18,7 +21,7 @@ from jaxtyping import Float32, Int8, Int16, Int64
 
 from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.errors import BudgetError, FocusError
-from models.focus.history import History, blocks_per_node
+from models.focus.history import SHOWN_RAW, EntryState, History, blocks_per_node
 
 Mode = Literal["strict", "overlay"]
 
@@ -40,7 +43,7 @@ class WorkingContext:
 
     Raises:
         FocusError: a node that is not there or is outside the history, an entry given twice, a slot that nothing
-            represents, or, in `strict`, two entries over one slot.
+            represents, in `strict` two entries over one slot, or detail of what the states do not let show.
         BudgetError: the entries cost more than the budget.
     """
 
@@ -102,6 +105,9 @@ class WorkingContext:
             raise FocusError(f"there is no mode {self.mode!r}; use strict or overlay")
         for number, history in enumerate(self.histories):
             self._check(number, history)
+        for number, history in enumerate(self.histories):
+            if history.block_states is not None:
+                self._check_states(number, history)
         if self.total_cost > self.budget:
             smallest = smallest_budget(self.histories)
             raise BudgetError(
@@ -144,6 +150,28 @@ class WorkingContext:
         if same.any() or (self.mode == "strict" and overlap.any()):
             position = int(np.argmax(same)) if same.any() else int(np.argmax(overlap))
             raise FocusError(f"block {start[1:][position]} of {where} is shown twice")
+
+    def _check_states(self, number: int, history: History) -> None:
+        mine = self.source == number
+        wrong = np.flatnonzero(mine & (self.lod == 0) & ~SHOWN_RAW[self.state])
+        if len(wrong) == 0:
+            wrong = self._below_tombstones(mine, history)
+        if len(wrong):
+            lod, index, state = (int(column[wrong[0]]) for column in (self.lod, self.index, self.state))
+            raise FocusError(
+                f"node ({lod}, {index}) of version {history.seq} of context {history.context!r} shows detail of what "
+                f"is {EntryState(state).label}; show node {_stand_in(history, lod, index)} in its place"
+            )
+
+    def _below_tombstones(self, mine: np.ndarray, history: History) -> np.ndarray:
+        """Positions of gists whose parent could stand for them and is tombstoned; one of siblings.
+
+        Parents are enough: below a tombstoned node all are.
+        """
+        gists = np.flatnonzero(mine & (self.state == EntryState.TOMBSTONED))
+        parents = np.stack([self.lod[gists] + 1, self.index[gists] // K], axis=1)
+        parents, one_child = np.unique(parents, axis=0, return_index=True)
+        return gists[one_child[[history.is_tombstoned(lod, index) for lod, index in parents.tolist()]]]
 
     # -- what the entries are ------------------------------------------------------------------------------------
 
@@ -213,6 +241,16 @@ class WorkingContext:
         vectors = np.array([history.vectors_per_node for history in self.histories], np.int64)[self.source]
         return np.where(self.lod == 0, self.num_tokens, vectors)
 
+    @cached_property
+    def state(self) -> Int8[np.ndarray, " n"]:
+        """`EntryState` of each entry's node, as `History.states_between` says; the tail is whole."""
+        state = np.zeros(len(self), np.int8)
+        for number, history in enumerate(self.histories):
+            if history.block_states is not None:
+                mine = np.flatnonzero((self.source == number) & (self.first_block < history.stop_block))
+                state[mine] = history.states_between(self.first_block[mine], self.stop_block[mine])
+        return state
+
     @property
     def total_cost(self) -> int:
         """Never more than the budget."""
@@ -234,7 +272,7 @@ class WorkingContext:
         """Show a node's children in its place: 32 nodes, or a block's raw tokens.
 
         Raises:
-            FocusError: the node is no entry, or is raw already.
+            FocusError: the node is no entry, is raw already, or its state lets no detail of it show.
             BudgetError: the result would cost too much.
         """
         if node.lod == 0:
@@ -268,7 +306,7 @@ class WorkingContext:
         """Overlay only: add nodes below what stands there.
 
         Raises:
-            FocusError: in `strict` mode, or a node is shown already or does not exist.
+            FocusError: in `strict` mode, a node is shown already or does not exist, or its state does not let it show.
             BudgetError: the result would cost too much.
         """
         self._require_overlay("show")
@@ -318,6 +356,14 @@ class WorkingContext:
 def smallest_budget(histories: Sequence[History]) -> int:
     """The least that a legal Working Context of these histories costs."""
     return sum(len(h.roots()[0]) * h.vectors_per_node + h.tail_tokens for h in histories)
+
+
+def _stand_in(history: History, lod: int, index: int) -> tuple[int, int]:
+    """What shows no more of a node than its state allows: its gist, or the coarsest tombstoned node over it."""
+    lod = max(lod, 1)
+    while history.is_tombstoned(lod + 1, index // K):
+        lod, index = lod + 1, index // K
+    return lod, index
 
 
 def _sizes(lod: np.ndarray) -> np.ndarray:

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from cluster.config import BaseLMConfig
 from models.base_lm import BaseLM
+from models.sentence_encoder import SentenceEncoder
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -53,3 +54,8 @@ def real_lm(real_config: BaseLMConfig) -> BaseLM:
 @pytest.fixture(scope="session")
 def tiny_bf16_config(tiny_config: BaseLMConfig) -> BaseLMConfig:
     return dataclasses.replace(tiny_config, dtype="bfloat16")
+
+
+@pytest.fixture(scope="session")
+def sentence_encoder() -> SentenceEncoder:
+    return SentenceEncoder.load()

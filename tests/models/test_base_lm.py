@@ -133,6 +133,33 @@ def test_nll_is_per_target_in_chunks_and_skips_what_is_ignored(
     assert tiny_lm.nll(embeds, targets, start=48).shape == (2, 0)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.9])
+@pytest.mark.parametrize("chunk", [5, 4096])
+def test_nll_spends_the_head_on_scored_targets_alone(
+    tiny_lm: BaseLM, share: float, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few targets among many that are ignored, rows without any, whole chunks without any."""
+    monkeypatch.setattr(base_lm, "HEAD_CHUNK_ENTRIES", chunk)
+    embeds = tiny_lm.embed(IDS)
+    scored = torch.rand(IDS.shape, generator=torch.Generator().manual_seed(1)) < share
+    scored[1, 10:] = False
+    targets = IDS.roll(-1, 1).masked_fill(~scored, -100)
+    with torch.inference_mode():
+        dense = F.cross_entropy(tiny_lm.logits(embeds).double().transpose(1, 2), IDS.roll(-1, 1), reduction="none")
+        nll = tiny_lm.nll(embeds, targets)
+    assert torch.allclose(nll, (dense * scored).float(), atol=1e-5)
+    assert torch.equal(nll[~scored], torch.zeros(int((~scored).sum())))
+
+    went_through: list[int] = []
+    head = tiny_lm._require_head()
+    handle = head.register_forward_pre_hook(lambda _, args: went_through.append(args[0][..., 0].numel()))
+    try:
+        tiny_lm.nll(embeds, targets)
+    finally:
+        handle.remove()
+    assert sum(went_through) == int(scored.sum())
+
+
 def test_gradients_reach_the_embeddings_only(tiny_lm: BaseLM, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(base_lm, "HEAD_CHUNK_ENTRIES", 16)
     embeds = tiny_lm.embed(IDS[:, :-1]).requires_grad_()
@@ -143,6 +170,14 @@ def test_gradients_reach_the_embeddings_only(tiny_lm: BaseLM, monkeypatch: pytes
     assert reference.grad is not None
     assert torch.allclose(embeds.grad, reference.grad, atol=1e-4)
     assert all(p.grad is None for p in tiny_lm._model.parameters())
+    # Of few targets as of all; before the first there is nothing to learn but the past.
+    few = torch.full_like(IDS[:, 1:], -100)
+    few[:, 20], few[0, 31] = IDS[:, 21], IDS[0, 32]
+    embeds.grad, reference.grad = None, None
+    tiny_lm.nll(embeds, few).sum().backward()
+    F.cross_entropy(tiny_lm.logits(reference).transpose(1, 2), few, reduction="sum").backward()
+    assert torch.allclose(embeds.grad, reference.grad, atol=1e-4)
+    assert not embeds.grad[1, 21:].any()
 
 
 def test_hidden_states_are_the_stock_models(tiny_lm: BaseLM, tiny_stock: PreTrainedModel) -> None:

@@ -27,7 +27,7 @@ VARIANTS: list[tuple[GistNetKind, int, int]] = [
     ("windowed", 2, 3),
     ("block", 4, 2),
 ]
-"""kind, m, window_batch"""
+"""kind, m, window_batch; nets of two vectors have keys of a layer of their own"""
 
 
 def encoder_for(config: BaseLMConfig, net_config: GistNetConfig, window_batch: int) -> WindowEncoder:
@@ -42,7 +42,8 @@ def encoders(tiny_config: BaseLMConfig) -> dict[KEY, WindowEncoder]:
     for dtype in DTYPES:
         lm_config = dataclasses.replace(tiny_config, dtype=dtype)
         for kind, num_vectors, batch in VARIANTS:
-            net_config = GistNetConfig(kind=kind, num_vectors=num_vectors, lm_layers=3)
+            key_layer = 2 if num_vectors == 2 else 3
+            net_config = GistNetConfig(kind=kind, num_vectors=num_vectors, lm_layers=3, key_layer=key_layer)
             made[kind, num_vectors, batch, dtype] = encoder_for(lm_config, net_config, batch)
     return made
 
@@ -108,20 +109,26 @@ def test_the_real_model_is_bit_for_bit_reproducible(
         torch.set_num_threads(1)
 
 
-def test_gists_are_the_nets_on_the_lms_states(tiny_config: BaseLMConfig, tiny_lm: BaseLM) -> None:
-    encoder = encoder_for(tiny_config, GistNetConfig(lm_layers=3, num_vectors=2), 1)
+@pytest.mark.parametrize("key_layer", [1, 2, 3])
+def test_gists_are_the_nets_on_the_lms_states(tiny_config: BaseLMConfig, tiny_lm: BaseLM, key_layer: int) -> None:
+    encoder = encoder_for(tiny_config, GistNetConfig(lm_layers=3, key_layer=key_layer, num_vectors=2), 1)
     window = text(100)
     [encoded] = encoder.encode_windows([window])
     ids = torch.from_numpy(np.pad(window, (0, 28)).astype(np.int64))[None]
     with torch.inference_mode():
         embeddings = tiny_lm.embed(ids)
-        hidden = tiny_lm.hidden_states(embeddings, [3])[3]
+        states = tiny_lm.hidden_states(embeddings, [key_layer, 3])
+        hidden, key_states = states[3].reshape(4, 32, -1), states[key_layer].reshape(4, 32, -1)
         direct = encoder.gistnet.forward_tokens(
-            embeddings.reshape(4, 32, -1), torch.tensor([32, 32, 32, 4]), hidden.reshape(4, 32, -1)
+            embeddings.reshape(4, 32, -1), torch.tensor([32, 32, 32, 4]), hidden, key_states
         )
+        mean = encoder.gistnet.own_key_mean if key_layer < 3 else encoder.gistnet.hidden_mean
+        last = key_states[3, :4]
+        by_hand = (last / last.square().mean(-1, keepdim=True).sqrt() - mean).mean(0)
     assert encoded.num_tokens.tolist() == [32, 32, 32, 4]
     assert np.allclose(encoded.gists, direct.gists.flatten(0, 1).numpy(), atol=1e-4)
     assert np.allclose(encoded.keys, direct.keys.numpy(), atol=1e-4)
+    assert np.allclose(encoded.keys[3], (by_hand / by_hand.norm()).numpy(), atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", [k for k in KINDS if k != "windowed"])

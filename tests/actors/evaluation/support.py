@@ -87,6 +87,20 @@ def plain_nll(
         return -log_p[torch.arange(len(ids) - 1), tokens[1:]].numpy()
 
 
+def masked_nll(
+    lm: BaseLM, stand_ins: Contents, tail: Contents, blocks: Sequence[Contents], ids: np.ndarray, first_place: int
+) -> np.ndarray:
+    """One pass in which tail and blocks see the stand-ins and themselves only, and the horizon sees all."""
+    rows = Contents.joined([stand_ins, tail, *blocks])
+    size = rows.num_rows + len(ids) - 1
+    mask = torch.ones(size, size, dtype=torch.bool).tril()
+    start = stand_ins.num_rows
+    for part in (tail, *blocks):
+        mask[start : start + part.num_rows, stand_ins.num_rows : start] = False
+        start += part.num_rows
+    return plain_nll(lm, rows, ids, first_place, mask)
+
+
 @dataclass(frozen=True)
 class StoredText:
     """Texts in a context on disk, as `compact` makes it, for the tiny model."""

@@ -58,6 +58,22 @@ def test_a_context_of_raw_entries_equals_raw_blocks(lm: BaseLM, tree: MemoryTree
     assert reading.context(wc).digest() == reading.raw(everything).digest()
 
 
+def test_the_same_for_every_gist_leaves_tokens_and_places_alone(lm: BaseLM, tree: MemoryTree) -> None:
+    reading = reading_of(lm, tree)
+    constant = torch.arange(lm.hidden_size, dtype=lm.dtype)
+    reading = Reading(lm, reading.reader, reading.history, constant)
+    entries = [*(Node(1, block) for block in range(6)), *(Node(0, block) for block in (1, 6, 7, 8, 9))]
+    wc = WorkingContext.of("overlay", 1000, [reading.history], entries)
+    plain, same = reading.context(wc), reading.context(wc, same_gists=True)
+    assert same.half_tokens.tolist() == plain.half_tokens.tolist()
+    is_gist = torch.tensor([True] * 2 + [False] * 32 + [True] * 4 + [False] * 100)
+    assert torch.equal(same.embeds[is_gist], constant.expand(6, -1))
+    assert torch.equal(same.embeds[~is_gist], reading.raw([1, 6, 7, 8, 9]).embeds)
+    assert not (plain.embeds[is_gist] == constant).all(dim=1).any()
+    # What the assembler keeps is not what was changed.
+    assert torch.equal(reading.context(wc).embeds, plain.embeds)
+
+
 def test_digests_are_equal_for_equal_contents_only(lm: BaseLM, tree: MemoryTree) -> None:
     reading = reading_of(lm, tree)
     rows = reading.raw([0, 1, 5])

@@ -5,36 +5,44 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pytest
+import torch
 
 from actors.evaluation.contents import Contents, Reading
 from actors.evaluation.focus_evaluator import FocusEvaluator, FocusEvaluatorSpec, Measured
+from actors.evaluation.focus_search import Room
+from actors.evaluation.names import SharedNames
 from actors.evaluation.places import Place
-from actors.evaluation.rivals import CHOOSERS, FORMS, RETRIEVERS, bare_rows
+from actors.evaluation.rivals import CHOOSERS, FORMS, MINILM, RETRIEVERS, bare_rows
 from actors.evaluation.scorer import Scorer
 from actors.packing import windows_of
 from actors.plan import plan_models
 from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.config import BaseLMConfig, GistNetConfig, StoreConfig
-from cluster.evaluation_config import FocusEvaluationConfig
+from cluster.evaluation_config import FocusEvaluationConfig, RetrievalConfig
 from models.base_lm import BaseLM
 from models.focus.history import History
+from models.focus.layout import Policy
+from models.sentence_encoder import SentenceEncoder
 from storage.contract import DocumentMeta
 from storage.lexical import LexicalSearcher
 from tests.actors.evaluation.support import NEEDLE, StoredText, plain_nll, stored, text_with_needle
 from tests.actors.helpers import make_compactor, make_text, open_context
 
+RIVALS = [chooser for chooser in CHOOSERS if chooser != MINILM]
+"""All that need no packaged model."""
 CONFIG = FocusEvaluationConfig(
     history_tokens=30 * K,
     horizon_tokens=31,
     budgets=[8 * K, 12 * K],
-    rivals=["none", "full", *CHOOSERS],
+    rivals=["none", "full", *RIVALS],
     forms=list(FORMS),
     tail_tokens=2 * K,
     max_blocks=3,
-    query_tokens=40,
+    retrieval=RetrievalConfig(bm25_query_tokens=40),
     shortlist_blocks=16,
     oracle_pool=6,
 )
@@ -57,6 +65,10 @@ def evaluator(lm: BaseLM, tree: StoredText, config: FocusEvaluationConfig = CONF
     return FocusEvaluator(spec, lm, tree.gistnet, tree.reader, tree.lexical)
 
 
+def reading_at(lm: BaseLM, tree: StoredText, place: Place = PLACE) -> Reading:
+    return Reading(lm, tree.reader, History.of(tree.reader, place.first_block, place.stop_block))
+
+
 @pytest.fixture(scope="module")
 def found(lm: BaseLM, tree: StoredText) -> dict[tuple[str, int], Measured]:
     return {(m.condition, m.budget): m for m in evaluator(lm, tree).evaluate(PLACE)}
@@ -73,12 +85,15 @@ def halves(nll: np.ndarray) -> tuple[float, float]:
 def test_every_condition_is_measured_once_a_budget(found: dict[tuple[str, int], Measured]) -> None:
     expected = {("none", 0), ("full", 0)}
     for budget in CONFIG.budgets:
-        expected |= {(f"{chooser}/{form}", budget) for chooser in CHOOSERS for form in FORMS}
+        expected |= {(f"{chooser}/{form}", budget) for chooser in RIVALS for form in FORMS}
         expected.remove(("uniform/raw", budget))
     assert set(found) == expected
 
 
-def test_slots_are_equal_and_picks_few(found: dict[tuple[str, int], Measured]) -> None:
+def test_slots_are_equal_and_picks_few(lm: BaseLM, tree: StoredText, found: dict[tuple[str, int], Measured]) -> None:
+    shown_from = {budget: Room.of(budget, reading_at(lm, tree), CONFIG).shown_from for budget in CONFIG.budgets}
+    # 32 gists stand for 32 blocks; three blocks, and what is left is tail.
+    assert shown_from == {8 * K: 35 - (8 - 3 - 1), 12 * K: 35 - (12 - 3 - 1)}
     for (condition, budget), m in found.items():
         assert np.isfinite([m.nll_choosing, m.nll_scoring]).all()
         if condition in {"none", "full"}:
@@ -87,7 +102,7 @@ def test_slots_are_equal_and_picks_few(found: dict[tuple[str, int], Measured]) -
         chooser, form = condition.split("/")
         assert m.slots == budget if form == "raw" else m.slots <= budget
         assert len(m.picked) <= CONFIG.max_blocks
-        assert all(PLACE.first_block <= block < PLACE.stop_block - 2 for block in m.picked)
+        assert all(PLACE.first_block <= block < shown_from[budget] for block in m.picked)
         if chooser in {"recency", "uniform"}:
             assert m.picked == []
         elif chooser in {"random", "dense", "fusion", "rerank"} and form != "strict":
@@ -95,7 +110,7 @@ def test_slots_are_equal_and_picks_few(found: dict[tuple[str, int], Measured]) -
 
 
 def test_full_and_none_are_plain_passes(lm: BaseLM, tree: StoredText, found: dict[tuple[str, int], Measured]) -> None:
-    reading = Reading(lm, tree.reader, History.of(tree.reader, PLACE.first_block, PLACE.stop_block))
+    reading = reading_at(lm, tree)
     ids = reading.ids(PLACE.stop_block, 1)[:31]
     for name, rows in (("full", reading.raw(range(3, 35))), ("none", reading.nothing())):
         measured = found[name, 0]
@@ -114,15 +129,121 @@ def test_bm25_shows_the_needle_and_recency_does_not(found: dict[tuple[str, int],
 def test_the_oracle_gains_on_the_half_it_chooses_on(
     lm: BaseLM, tree: StoredText, found: dict[tuple[str, int], Measured]
 ) -> None:
-    reading = Reading(lm, tree.reader, History.of(tree.reader, PLACE.first_block, PLACE.stop_block))
+    reading = reading_at(lm, tree)
     ids = reading.ids(PLACE.stop_block, 1)[:31]
-    bare = Contents.joined(bare_rows(reading, 8 * K, CONFIG.tail_tokens))
+    room = Room.of(8 * K, reading, CONFIG)
+    bare = Contents.joined(bare_rows(reading, 8 * K, room.tail_tokens))
     without, _ = halves(Scorer(lm).nll(bare, ids, 32 * K))
     oracle = found["oracle/overlay", 8 * K]
     assert oracle.picked
     assert oracle.nll_choosing < without
     # In order of choice, the first is the best alone.
     assert oracle.picked[0] == found["oracle_greedy/overlay", 8 * K].picked[0]
+
+
+def test_exhaustive_says_what_every_block_is_worth_and_nobody_else_does(
+    found: dict[tuple[str, int], Measured],
+) -> None:
+    for (condition, budget), m in found.items():
+        if not condition.startswith("exhaustive"):
+            assert m.single_gains == []
+            continue
+        assert [block for block, _, _ in m.single_gains] == list(range(3, 31 if budget == 8 * K else 27))
+        on_choosing = {block: gain for block, gain, _ in m.single_gains}
+        assert m.picked[0] == max(on_choosing, key=lambda block: on_choosing[block])
+        # The oracle chooses of fewer, and so no better, from the first.
+        best = found["oracle" + condition.removeprefix("exhaustive"), budget].picked[0]
+        assert on_choosing[best] <= on_choosing[m.picked[0]]
+
+
+def test_what_was_picked_is_counted_by_document_and_by_name(
+    lm: BaseLM, tree: StoredText, found: dict[tuple[str, int], Measured]
+) -> None:
+    reading = reading_at(lm, tree)
+    ids = reading.ids(PLACE.stop_block, 1)[:31]
+    names = SharedNames(tree.reader, tree.plan.tokenizer, reading.history, ids)
+    assert names.names == {"whistles"}, "the others are asked for, too, in blocks of their own"
+    shown_from = {0: 35, **{budget: Room.of(budget, reading, CONFIG).shown_from for budget in CONFIG.budgets}}
+    for (_, budget), m in found.items():
+        # The history is of one document, and one of its blocks holds the name.
+        assert (m.share_same_document, m.num_same_document) == (1, len(m.picked))
+        assert m.share_shared_names == pytest.approx(1 / (shown_from[budget] - 3), abs=1e-5)
+        assert m.num_shared_names == (NEEDLE_BLOCK in m.picked)
+    assert found["bm25/raw", 8 * K].num_shared_names == 1
+
+
+def test_constant_gists_are_line_breaks(lm: BaseLM, tree: StoredText, found: dict[tuple[str, int], Measured]) -> None:
+    """What stands in the gists' places is what the tokenizer makes of a line break, and raw rows are the overlay's."""
+    reading = reading_at(lm, tree)
+    gists, tail = bare_rows(reading, 8 * K, 7 * K)
+    # A gist of a block that is raw itself would say nothing.
+    assert (gists.num_rows, tail.num_rows) == (32 - 7, 7 * K)
+    same = lm.embed(torch.tensor([[10]]))[0].expand(gists.num_rows, -1)
+    ids = reading.ids(PLACE.stop_block, 1)[:31]
+    for form, rows in (("constant", Contents(same, gists.half_tokens)), ("overlay", gists)):
+        nll = plain_nll(lm, Contents.joined([rows, tail]), ids, 32 * K)
+        measured = found[f"recency/{form}", 8 * K]
+        assert (measured.nll_choosing, measured.nll_scoring) == pytest.approx(halves(nll), abs=1e-4)
+    constant, overlay = (found[f"recency/{form}", 8 * K] for form in ("constant", "overlay"))
+    assert constant.nll != overlay.nll
+
+
+def measured_by_name(lm: BaseLM, tree: StoredText, **config: Any) -> dict[str, Measured]:
+    fields = {"budgets": [8 * K], "forms": ["raw"], **config}
+    measured = numbers(evaluator(lm, tree, replace(CONFIG, **fields)).evaluate(PLACE))
+    return {m.condition: m for m in measured}
+
+
+def test_policies_of_the_evaluation_of_a_rival_and_by_length(
+    lm: BaseLM, tree: StoredText, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def at(policy: Policy | Literal["auto"]) -> dict[str, Measured]:
+        return measured_by_name(lm, tree, positional=policy, rivals=["recency/overlay", "bm25/raw", "oracle/overlay"])
+
+    everywhere = {policy: at(policy) for policy in ("global", "compact")}
+    assert everywhere["global"]["recency/overlay"].nll != everywhere["compact"]["recency/overlay"].nll
+    named = ["recency/overlay", "recency/overlay@global", "recency/overlay@compact", "bm25/raw@compact"]
+    for policy in ("global", "compact"):
+        for name, m in measured_by_name(lm, tree, positional=policy, rivals=named).items():
+            rival, _, own = name.partition("@")
+            assert replace(m, condition=rival) == everywhere[own or policy][rival]
+    # 1,024 tokens and 31 of the horizon.
+    for trained, policy in ((1055, "global"), (1054, "compact")):
+        monkeypatch.setattr(lm, "trained_context", trained)
+        assert at("auto") == everywhere[policy]
+
+
+def test_how_the_rivals_are_asked_is_configured(lm: BaseLM, tree: StoredText) -> None:
+    """A query too short for the needle's name; fusion of one is that one."""
+    rivals = ["bm25", "dense", "fusion", "rerank"]
+    usual = measured_by_name(lm, tree, rivals=rivals)
+    assert usual["bm25/raw"].picked == [NEEDLE_BLOCK]
+    retrieval = RetrievalConfig(
+        bm25_query_tokens=2, dense_query_tokens=200, rerank_query_tokens=2, fusion=["dense"], fusion_constant=0
+    )
+    other = measured_by_name(lm, tree, rivals=rivals, retrieval=retrieval)
+    assert other["bm25/raw"].picked == []
+    assert other["fusion/raw"].picked == other["dense/raw"].picked != usual["dense/raw"].picked
+    assert other["rerank/raw"].picked != usual["rerank/raw"].picked
+
+
+@pytest.mark.real_model
+def test_sentence_embeddings_find_the_needle_too(lm: BaseLM, tree: StoredText) -> None:
+    """Alone, in a fusion, and in the shortlist of those that measure."""
+    retrieval = RetrievalConfig(minilm_query_tokens=33, fusion=["minilm"])
+    found = measured_by_name(lm, tree, rivals=["minilm", "minilm/overlay", "fusion", "oracle"], retrieval=retrieval)
+    for name in ("minilm/raw", "minilm/overlay", "fusion/raw"):
+        assert found[name].picked[0] == NEEDLE_BLOCK
+    reading = reading_at(lm, tree)
+    texts = [tree.plan.tokenizer.decode(reading.ids(block, 1)) for block in range(3, 31)]
+    encoder = SentenceEncoder.load()
+    query = encoder.encode([tree.plan.tokenizer.decode(reading.ids(33, 2)[-33:])])[0]
+    expected = 3 + np.argsort(-(encoder.encode(texts) @ query))[:3]
+    assert found["minilm/raw"].picked == found["fusion/raw"].picked == expected.tolist()
+    assert found["oracle/raw"].picked
+    # Without such a rival nothing is encoded, and a fusion of it alone is enough to need it.
+    assert evaluator(lm, tree)._embeddings is None
+    assert evaluator(lm, tree, replace(CONFIG, retrieval=retrieval))._embeddings is not None
 
 
 def test_the_same_place_gives_the_same_numbers(lm: BaseLM, tree: StoredText) -> None:
@@ -175,7 +296,7 @@ def test_short_blocks_at_the_end_belong_to_the_tail(
     ]
     with stored(tiny_lm_config, tmp_path_factory.mktemp("short"), texts) as tree:
         place = Place(0, "doc4.txt", 0, 24)
-        config = replace(CONFIG, history_tokens=24 * K, rivals=[*RETRIEVERS, "oracle"])
+        config = replace(CONFIG, history_tokens=24 * K, rivals=[r for r in (*RETRIEVERS, "oracle") if r != MINILM])
         for m in evaluator(lm, tree, config).evaluate(place):
             # The tail's 64 tokens are a block of 32, blocks of 8, 8 and 6 tokens, and none of block 19.
             assert all(block < 20 for block in m.picked), m
@@ -210,7 +331,7 @@ def test_the_real_model_needs_the_needle_and_oracle_and_bm25_find_it(tmp_path: P
             budgets=[6 * K],
             rivals=["full", "recency", "bm25", "oracle_greedy", "oracle"],
             forms=["raw"],
-            query_tokens=16,
+            retrieval=RetrievalConfig(bm25_query_tokens=16, rerank_query_tokens=16),
         )
         spec = FocusEvaluatorSpec(plan.base_lm, StoreConfig(root=tmp_path, context="c"), reader.version.seq, config)
         lexical = LexicalSearcher(writer.folder, plan.tokenizer.decode_batch)

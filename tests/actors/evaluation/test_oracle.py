@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actors.evaluation.contents import Contents, Reading
-from actors.evaluation.oracle import choose, choosing_half, scoring_half
+from actors.evaluation.oracle import MEASURED_AT_A_TIME, choose, choosing_half, scoring_half
 from actors.evaluation.scorer import BlockCaches, CandidateScorer, Scorer
 from models.base_lm import BaseLM
 from models.focus.working_context import WorkingContext
@@ -28,7 +28,8 @@ class Table(CandidateScorer):
         self._single = np.random.default_rng(seed).normal(0, 1, (num_blocks, 7))
         self._pairs = np.random.default_rng(seed + 1).normal(0, 0.7, (num_blocks, num_blocks, 7))
         self._single[:, 1::2] += np.random.default_rng(odd_seed).normal(0, 5, (num_blocks, 3))
-        self.asked: list[int] = []
+        self.asked: list[tuple[list[int], list[int]]] = []
+        """What was chosen, and the blocks that were measured beside it."""
 
     def of(self, blocks: Sequence[int]) -> np.ndarray:
         chosen = sorted(blocks)
@@ -39,15 +40,33 @@ class Table(CandidateScorer):
         return self.of(chosen)
 
     def nll_with_each(self, chosen: Sequence[int], added: Sequence[Sequence[int]], ids: np.ndarray) -> np.ndarray:
-        self.asked.append(len(added))
+        assert all(len(more) == 1 for more in added)
+        self.asked.append((list(chosen), [block for (block,) in added]))
         return np.stack([self.of([*chosen, *more]) for more in added])
 
 
-def written_out(table: Table, num_blocks: int, max_chosen: int, pool_size: int) -> tuple[list[int], list[int]]:
-    def loss(blocks: list[int]) -> float:
-        return float(np.mean([table.of(blocks)[i] for i in (0, 2, 4, 6)]))
+class Covering(Table):
+    """The more is shown, the less another block adds: of every token the block that says most of it counts.
 
-    greedy = sorted(range(num_blocks), key=lambda block: loss([block]))
+    And every block costs something, so that some are worth nothing.
+    """
+
+    def of(self, blocks: Sequence[int]) -> np.ndarray:
+        best = np.max([np.zeros(7), *(self._single[c] for c in blocks)], axis=0)
+        return 9.0 - best + sum(0.3 + 0.01 * c for c in blocks)
+
+
+def loss_of(table: Table, blocks: Sequence[int]) -> float:
+    return float(np.mean([table.of(blocks)[i] for i in (0, 2, 4, 6)]))
+
+
+def written_out(table: Table, pool: list[int], max_chosen: int, pool_size: int) -> tuple[list[int], list[int]]:
+    """Every block that is left is measured again at every step."""
+
+    def loss(blocks: list[int]) -> float:
+        return loss_of(table, blocks)
+
+    greedy = sorted(pool, key=lambda block: loss([block]))
     chosen: list[int] = []
     while len(chosen) < max_chosen:
         rest = [block for block in greedy[:pool_size] if block not in chosen]
@@ -58,27 +77,100 @@ def written_out(table: Table, num_blocks: int, max_chosen: int, pool_size: int) 
     return greedy, chosen
 
 
-@given(
-    num_blocks=st.integers(0, 12),
-    max_chosen=st.integers(0, 6),
-    pool_size=st.integers(1, 12),
-    seed=st.integers(0, 10_000),
-)
+@st.composite
+def searches(draw: st.DrawFn) -> tuple[int, list[int], int, int, int]:
+    """Blocks, those that may be chosen in any order, how many, how many go on, seed."""
+    num_blocks = draw(st.integers(0, 12))
+    pool = draw(st.permutations(range(num_blocks)))[: draw(st.integers(0, 12))]
+    return num_blocks, pool, draw(st.integers(0, 6)), draw(st.integers(1, 12)), draw(st.integers(0, 10_000))
+
+
+@given(search=searches())
 @settings(deadline=None, max_examples=200)
-def test_the_search_is_the_one_written_out(num_blocks: int, max_chosen: int, pool_size: int, seed: int) -> None:
-    table = Table(num_blocks, seed)
-    choice = choose(table, num_blocks, IDS, max_chosen, pool_size)
-    greedy, sequential = written_out(table, num_blocks, max_chosen, pool_size)
+def test_where_blocks_are_worth_less_the_more_are_shown_the_search_is_the_one_written_out(
+    search: tuple[int, list[int], int, int, int],
+) -> None:
+    num_blocks, pool, max_chosen, pool_size, seed = search
+    table = Covering(num_blocks, seed)
+    choice = choose(table, pool, IDS, max_chosen, pool_size)
+    greedy, sequential = written_out(table, pool, max_chosen, pool_size)
     assert choice.greedy == greedy
     assert choice.sequential == sequential
-    gains = [float(np.mean((table.of([]) - table.of([block]))[::2])) for block in range(num_blocks)]
-    np.testing.assert_allclose(choice.single_gains, gains, atol=1e-5)
-    # Each step measures what is left of the pool, once.
-    steps = [min(pool_size, num_blocks) - taken for taken in range(1, len(sequential) + 1)]
-    assert table.asked[1:] == [size for size in steps if size > 0][: max(0, max_chosen - 1)]
+    # Lazily: no more than all that are left, each once a step, a few at a time, the best first.
+    worthless = {block for block in pool if loss_of(table, [block]) >= loss_of(table, [])}
+    steps: dict[int, list[int]] = {}
+    for chosen, asked in table.asked[1:]:
+        assert chosen == sequential[: len(chosen)]
+        assert len(asked) <= MEASURED_AT_A_TIME
+        assert worthless.isdisjoint(asked)
+        steps.setdefault(len(chosen), []).extend(asked)
+    for taken, asked in steps.items():
+        assert 1 <= taken < max_chosen
+        assert len(set(asked)) == len(asked)
+        assert set(asked) <= set(greedy[:pool_size]) - set(sequential[:taken])
+    if 2 in steps:
+        # What was learned at one step is kept for the next: it begins with the best of what was known then.
+        known = {block: loss_of(table, []) - loss_of(table, [block]) for block in greedy[:pool_size]}
+        known |= {b: loss_of(table, sequential[:1]) - loss_of(table, [sequential[0], b]) for b in steps.get(1, ())}
+        left = [block for block in known if block not in sequential[:2]]
+        assert steps[2][0] == max(left, key=lambda block: known[block])
+
+
+@given(search=searches())
+@settings(deadline=None, max_examples=200)
+def test_whatever_blocks_do_together_those_that_are_chosen_helped(
+    search: tuple[int, list[int], int, int, int],
+) -> None:
+    num_blocks, pool, max_chosen, pool_size, seed = search
+    table = Table(num_blocks, seed)
+    choice = choose(table, pool, IDS, max_chosen, pool_size)
+    assert choice.greedy == written_out(table, pool, max_chosen, pool_size)[0]
+    assert choice.pool == pool
+    gains = {block: float(np.mean((table.of([]) - table.of([block]))[::2])) for block in pool}
+    np.testing.assert_allclose(choice.single_gains, [gains[block] for block in pool], atol=1e-5)
+    for block in pool:
+        assert choice.gain(block) == pytest.approx(gains[block], abs=1e-5)
+    if pool:
+        np.testing.assert_allclose(choice.base, table.of([]))
+        np.testing.assert_allclose(choice.alone, [table.of([block]) for block in pool])
+    assert len(choice.sequential) <= max_chosen
+    assert set(choice.sequential) <= {block for block in choice.greedy[:pool_size] if gains[block] > 0}
+    losses = [loss_of(table, choice.sequential[:taken]) for taken in range(len(choice.sequential) + 1)]
+    assert losses == sorted(losses, reverse=True)
     # What it is scored on plays no part.
-    other = choose(Table(num_blocks, seed, odd_seed=7), num_blocks, IDS, max_chosen, pool_size)
-    assert (other.greedy, other.sequential) == (greedy, sequential)
+    other = choose(Table(num_blocks, seed, odd_seed=7), pool, IDS, max_chosen, pool_size)
+    assert (other.greedy, other.sequential) == (choice.greedy, choice.sequential)
+
+
+def test_of_many_blocks_few_are_measured_again() -> None:
+    table = Covering(100, 1)
+    choice = choose(table, range(100), IDS, 6, 50)
+    assert choice.sequential == written_out(table, list(range(100)), 6, 50)[1]
+    num_steps = min(5, len(choice.sequential))
+    assert num_steps >= 2
+    assert sum(len(asked) for _, asked in table.asked[1:]) < num_steps * 50 / 2
+
+
+def test_what_is_chosen_on_may_be_other_tokens() -> None:
+    table = Covering(9, 3)
+    choice = choose(table, range(9), IDS, 4, 9, lambda nll: nll[..., -2:])
+    gains = [float((table.of([]) - table.of([block]))[-2:].mean()) for block in range(9)]
+    assert choice.greedy == np.argsort(-np.array(gains)).tolist() != choose(table, range(9), IDS, 4, 9).greedy
+    np.testing.assert_allclose(choice.single_gains, gains, atol=1e-5)
+    assert choice.sequential[0] == choice.greedy[0]
+
+
+def test_two_blocks_that_help_only_together_may_be_overlooked() -> None:
+    """The price of not measuring what alone is worth nothing."""
+
+    class Pair(Table):
+        def of(self, blocks: Sequence[int]) -> np.ndarray:
+            return np.full(7, 9.0 - 1.0 * (0 in blocks) + 0.5 * (1 in blocks) - 4.0 * ({0, 1} <= set(blocks)))
+
+    table = Pair(3, 0)
+    assert choose(table, range(3), IDS, 3, 3).sequential == [0]
+    assert table.asked == [([], [0, 1, 2])]
+    assert written_out(table, [0, 1, 2], 3, 3)[1] == [0, 1]
 
 
 @given(num_tokens=st.integers(2, 70))
@@ -118,7 +210,7 @@ def test_the_block_that_brought_the_horizon_about_is_found(lm: BaseLM, needle: i
     seen = Contents.joined([stand_ins, blocks[needle], tail])
     ids = continued(lm, seen, num_tokens, 33)
     candidates = CandidateScorer(BlockCaches(lm, stand_ins, blocks, num_tokens), tail)
-    choice = choose(candidates, len(blocks), ids, 4, 8)
+    choice = choose(candidates, range(len(blocks)), ids, 4, 8)
     assert choice.greedy[0] == needle
     assert choice.sequential[0] == needle
     # Measured exactly, on the half that was not chosen on.
@@ -131,5 +223,5 @@ def test_the_block_that_brought_the_horizon_about_is_found(lm: BaseLM, needle: i
 def test_of_no_blocks_none_is_chosen(lm: BaseLM) -> None:
     reading, stand_ins, _, tail = parts(lm)
     candidates = CandidateScorer(BlockCaches(lm, stand_ins, [], reading.history.num_tokens), tail)
-    choice = choose(candidates, 0, byte_tokens(20, 1), 4, 8)
-    assert (choice.greedy, choice.sequential, len(choice.single_gains)) == ([], [], 0)
+    choice = choose(candidates, [], byte_tokens(20, 1), 4, 8)
+    assert (choice.greedy, choice.sequential, choice.pool, len(choice.single_gains)) == ([], [], [], 0)

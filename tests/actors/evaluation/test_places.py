@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from actors.evaluation.places import Place, choose_places
+from actors.evaluation.places import Place, blocks_of_highest_node, choose_places
 from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.errors import ConfigError
 from storage.contract import TreeReader
@@ -82,6 +82,46 @@ def test_places_are_what_they_promise(
     for first, stops in list(histories.items())[:-1]:
         # The last may be cut short by num_places.
         assert stops == [first + history_blocks - spacing * back for back in range(per_history - 1, -1, -1)]
+
+
+@pytest.mark.parametrize(
+    ("history_tokens", "expected"),
+    [(32, 1), (992, 1), (1024, 32), (4096, 32), (32736, 32), (32768, 1024), (131072, 1024), (1 << 20, 32768)],
+)
+def test_the_highest_node_that_so_many_slots_hold(history_tokens: int, expected: int) -> None:
+    assert blocks_of_highest_node(history_tokens) == expected
+
+
+@given(
+    history_blocks=st.integers(1, 60),
+    begin_blocks=st.sampled_from([1, 4, 8, 32]),
+    align_blocks=st.sampled_from([1, 8, 32]),
+    per_history=st.integers(1, 3),
+    seed=st.integers(0, 5),
+)
+@settings(deadline=None, max_examples=200)
+def test_histories_begin_at_multiples_and_are_longer_by_what_that_takes(
+    history_blocks: int, begin_blocks: int, align_blocks: int, per_history: int, seed: int
+) -> None:
+    options = {
+        "history_tokens": history_blocks * K,
+        "places_per_history": per_history,
+        "align_blocks": align_blocks,
+        "seed": seed,
+    }
+    try:
+        plain = chosen(**options)
+    except ConfigError:
+        assume(False)
+        raise
+    places = chosen(**options, begin_blocks=begin_blocks)
+    # The same horizons of the same documents: only the beginning differs.
+    assert [(p.number, p.uri, p.stop_block) for p in places] == [(p.number, p.uri, p.stop_block) for p in plain]
+    for place, before in zip(places, plain, strict=True):
+        assert before.first_block % align_blocks == 0
+        assert place.first_block % begin_blocks == 0
+        assert 0 <= before.first_block - place.first_block < begin_blocks
+    assert places == chosen(**options, begin_blocks=begin_blocks)
 
 
 def test_another_seed_chooses_other_places() -> None:

@@ -16,16 +16,19 @@ from actors.evaluation.rivals import (
     FULL,
     NONE,
     RECENCY,
+    TASK_CHOOSERS,
+    TASK_FORMS,
     UNIFORM,
     Condition,
     bare_context,
     conditions,
     contents_of,
+    working_context,
 )
 from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.errors import BudgetError, ConfigError
 from models.base_lm import BaseLM
-from models.focus.working_context import Mode, smallest_budget
+from models.focus.working_context import smallest_budget
 from tests.actors.evaluation.support import random_tree, reading_of
 
 
@@ -103,8 +106,8 @@ def test_the_raw_form_is_the_picks_and_the_newest_tokens(lm: BaseLM) -> None:
     assert torch.equal(rows.embeds, lm.embed(torch.from_numpy(ids)[None])[0])
 
 
-@pytest.mark.parametrize("form", ["overlay", "strict"])
-def test_what_was_picked_is_shown_beside_gists_of_the_rest(lm: BaseLM, form: Mode) -> None:
+@pytest.mark.parametrize("form", ["overlay", "strict", "constant"])
+def test_what_was_picked_is_shown_beside_gists_of_the_rest(lm: BaseLM, form: str) -> None:
     reading = reading_of(lm, random_tree([70 * K]))
     rows, picked = contents_of(Condition(BM25, form), reading, [(40, 0), (3, 0), (67, 0)], 232, 64, 2)
     # Block 67 is shown for being recent, if at all.
@@ -113,6 +116,27 @@ def test_what_was_picked_is_shown_beside_gists_of_the_rest(lm: BaseLM, form: Mod
     for block in (40, 3, 68, 69):
         assert raw >= set(range(block * K, (block + 1) * K))
     assert 232 - K < rows.num_rows <= 232
+
+
+@pytest.mark.parametrize("chooser", [BM25, RECENCY, UNIFORM])
+def test_the_constant_form_is_the_overlay_with_gists_that_say_nothing(lm: BaseLM, chooser: str) -> None:
+    reading = reading_of(lm, random_tree([40 * K, 35 * K + 5]))
+    constant = lm.embed(torch.tensor([[10]]))[0, 0]
+    reading = Reading(lm, reading.reader, reading.history, constant)
+    ranked = [(40, 0), (3, 0)]
+    overlay, picked = contents_of(Condition(chooser, "overlay"), reading, ranked, 300, 64, 2)
+    found, same = contents_of(Condition(chooser, "constant"), reading, ranked, 300, 64, 2)
+    assert same == picked == ([40, 3] if chooser == BM25 else [])
+    assert found.half_tokens.tolist() == overlay.half_tokens.tolist()
+    wc = working_context(Condition(chooser, "overlay"), reading, ranked, 300, 64, 2)
+    is_gist = torch.tensor([lod > 0 for lod, cost in zip(wc.lod, wc.cost, strict=True) for _ in range(cost)])
+    assert 0 < int(is_gist.sum()) < len(is_gist)
+    assert torch.equal(found.embeds[~is_gist], overlay.embeds[~is_gist])
+    assert torch.equal(found.embeds[is_gist], constant.expand(int(is_gist.sum()), -1))
+    assert not torch.equal(found.embeds[is_gist], overlay.embeds[is_gist])
+    # Whoever gives no constant gets vectors of zeros.
+    bare, _ = contents_of(Condition(chooser, "constant"), reading_of(lm, random_tree([70 * K])), ranked, 300, 64, 2)
+    assert not bare.embeds[bare.half_tokens % 2 == 1].any()
 
 
 def test_a_budget_that_holds_the_history_shows_all_of_it(lm: BaseLM) -> None:
@@ -148,14 +172,69 @@ def test_conditions_are_every_chooser_in_every_form_once() -> None:
     found = [condition.name for condition in conditions(("none", "full", "recency", "uniform"), ("raw", "overlay"))]
     assert found == ["none", "full", "recency/raw", "recency/overlay", "uniform/overlay"]
     assert conditions(("bm25", "bm25", "none"), ("raw", "raw")) == conditions(("bm25", "none"), ("raw",))
-    assert len(conditions(CHOOSERS, FORMS)) == 3 * len(CHOOSERS) - 1
+    assert len(conditions(CHOOSERS, FORMS)) == 4 * len(CHOOSERS) - 1
+
+
+def test_a_rival_may_name_its_form_and_its_policy() -> None:
+    found = conditions(
+        [
+            "none",
+            "bm25",
+            "recency/constant",
+            "oracle/overlay@global",
+            "oracle/overlay@compact",
+            "bm25/raw",
+            "dense@anchored",
+        ],
+        ["raw", "strict"],
+    )
+    assert found == [
+        Condition("none"),
+        Condition("bm25", "raw"),
+        Condition("bm25", "strict"),
+        Condition("recency", "constant"),
+        Condition("oracle", "overlay", "global"),
+        Condition("oracle", "overlay", "compact"),
+        Condition("dense", "raw", "anchored"),
+        Condition("dense", "strict", "anchored"),
+    ]
+    assert [condition.name for condition in found] == [
+        *("none", "bm25/raw", "bm25/strict", "recency/constant", "oracle/overlay@global", "oracle/overlay@compact"),
+        *("dense/raw@anchored", "dense/strict@anchored"),
+    ]
+    assert {c.form for c in found if c.mode == "strict"} == {"strict"}
+    # Names are what reports and recipes say: each reads as the condition it came from.
+    for condition in conditions((*CHOOSERS, "none", "full"), FORMS):
+        assert conditions([condition.name], ["strict"]) == [condition]
+    # Forms are for those without one of their own.
+    assert [c.name for c in conditions(["uniform/overlay"], ["raw"])] == ["uniform/overlay"]
+    assert [c.name for c in conditions(["uniform/overlay"], [])] == ["uniform/overlay"]
 
 
 @pytest.mark.parametrize(
     ("choosers", "forms", "message"),
     [
-        (["recency", "oracel"], ["raw"], "there is no rival 'oracel'; there are: .*oracle_greedy, oracle, none, full"),
-        (["recency"], ["raw", "stric"], "there is no form 'stric'; there are: raw, overlay, strict"),
+        (
+            ["recency", "oracel"],
+            ["raw"],
+            "there is no rival 'oracel'; there are: recency, .*oracle_greedy, oracle, exhaustive, none, full",
+        ),
+        (["oracel/raw"], ["raw"], "there is no rival 'oracel'"),
+        (["needles"], ["raw"], "there is no rival 'needles'"),
+        (["recency"], ["raw", "stric"], "there is no form 'stric'; there are: raw, overlay, strict, constant"),
+        (["recency/stric"], ["raw"], "there is no form 'stric'; there are: raw, overlay, strict, constant"),
+        (
+            ["recency/raw@gaussian"],
+            ["raw"],
+            "there is no position policy 'gaussian'; there are: global, compact, anchored",
+        ),
+        (["recency/raw@auto"], ["raw"], "there is no position policy 'auto'"),
+        (["recency@raw"], ["raw"], "there is no position policy 'raw'"),
+        (["recency/"], ["raw"], "there is no form ''"),
+        (["recency/raw@"], ["raw"], "there is no position policy ''"),
+        (["full/raw"], ["raw"], "rival 'full' has neither forms nor policies; write 'full'"),
+        (["none@compact"], ["raw"], "rival 'none' has neither forms nor policies; write 'none'"),
+        (["uniform/raw"], ["overlay"], "nothing to compare"),
         (["uniform"], ["raw"], "nothing to compare"),
         ([], ["raw"], "nothing to compare"),
     ],
@@ -163,3 +242,17 @@ def test_conditions_are_every_chooser_in_every_form_once() -> None:
 def test_mistaken_conditions_are_refused(choosers: list[str], forms: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         conditions(choosers, forms)
+
+
+def test_tasks_have_rivals_and_forms_of_their_own() -> None:
+    assert [c.name for c in conditions(["needles", "bm25/strict"], ["raw"], TASK_CHOOSERS, TASK_FORMS)] == [
+        "needles",
+        "bm25/strict",
+    ]
+    for rival, message in (
+        ("rerank", "there is no rival 'rerank'; there are: none, full, needles, .*oracle$"),
+        ("bm25/constant", "there is no form 'constant'; there are: raw, overlay, strict$"),
+        ("needles/raw", "rival 'needles' has neither forms nor policies"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            conditions([rival], ["raw"], TASK_CHOOSERS, TASK_FORMS)

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import pytest
 import torch
 
 from actors.evaluation.contents import Contents, Reading
 from actors.evaluation.rivals import Condition, contents_of
-from actors.evaluation.scorer import BlockCaches, CandidateScorer, FullHistory, Scorer
+from actors.evaluation.scorer import BlockCaches, CandidateScorer, FullHistory, Scorer, one_after_the_other
 from cluster.config import TOKENS_PER_BLOCK as K
 from models.base_lm import BaseLM
 from models.focus.layout import Policy, lay_out
 from models.focus.working_context import WorkingContext
 from storage.memory_tree import MemoryTree
-from tests.actors.evaluation.support import byte_tokens, plain_nll, random_tree, reading_of
+from tests.actors.evaluation.support import byte_tokens, masked_nll, plain_nll, random_tree, reading_of
 
 IDS = byte_tokens(40, 99)
 CLOSE = {"rtol": 0, "atol": 1e-4}
@@ -64,7 +62,12 @@ def test_policies_place_rows_and_horizon(lm: BaseLM, reading: Reading, policy: P
     layout = lay_out(policy, rows.half_tokens, 3000)
     placed = Contents(rows.embeds, layout.half_tokens)
     expected = plain_nll(lm, placed, IDS, layout.next_half_token / 2)
-    np.testing.assert_allclose(Scorer(lm, policy).nll(rows, IDS, 3000), expected, **CLOSE)
+    found = Scorer(lm, policy).nll(rows, IDS, 3000)
+    np.testing.assert_allclose(found, expected, **CLOSE)
+    # One scorer serves every policy.
+    np.testing.assert_array_equal(Scorer(lm).nll(rows, IDS, 3000, policy), found)
+    np.testing.assert_array_equal(Scorer(lm, policy).nll(rows, IDS, 3000, "global"), Scorer(lm).nll(rows, IDS, 3000))
+    assert np.abs(Scorer(lm).nll(rows, IDS, 3000) - found).max() > 0.01
 
 
 def test_on_raw_history_global_and_compact_agree(lm: BaseLM, reading: Reading) -> None:
@@ -104,30 +107,12 @@ def parts_of(reading: Reading) -> tuple[Contents, list[Contents], Contents]:
     return stand_ins, blocks, reading.raw(range(16, 18))
 
 
-def masked_nll(
-    lm: BaseLM, stand_ins: Contents, tail: Contents, blocks: Sequence[Contents], ids: np.ndarray, num_tokens: int
-) -> np.ndarray:
-    """One pass in which tail and blocks see the stand-ins and themselves only, and the horizon sees all."""
-    rows = Contents.joined([stand_ins, tail, *blocks])
-    policy: Policy = "global" if num_tokens <= lm.trained_context - 1024 else "anchored"
-    layout = lay_out(policy, rows.half_tokens, num_tokens)
-    size = rows.num_rows + len(ids) - 1
-    mask = torch.ones(size, size, dtype=torch.bool).tril()
-    start = stand_ins.num_rows
-    for part in (tail, *blocks):
-        mask[start : start + part.num_rows, stand_ins.num_rows : start] = False
-        start += part.num_rows
-    placed = Contents(rows.embeds, layout.half_tokens)
-    return plain_nll(lm, placed, ids, layout.next_half_token / 2, mask)
-
-
 @pytest.mark.parametrize("num_tokens", [529, 5000])
 def test_nothing_chosen_is_exact_and_chosen_blocks_are_as_masked(lm: BaseLM, reading: Reading, num_tokens: int) -> None:
+    """At true places, however far the model was trained."""
     stand_ins, blocks, tail = parts_of(reading)
     scorer = CandidateScorer(BlockCaches(lm, stand_ins, blocks, num_tokens), tail)
-    exact = Scorer(lm, "global" if num_tokens == 529 else "anchored").nll(
-        Contents.joined([stand_ins, tail]), IDS, num_tokens
-    )
+    exact = Scorer(lm).nll(Contents.joined([stand_ins, tail]), IDS, num_tokens)
     np.testing.assert_allclose(scorer.nll([], IDS), exact, **CLOSE)
     for chosen in ([0], [1], [3, 0], [2, 4, 1, 5]):
         expected = masked_nll(lm, stand_ins, tail, [blocks[i] for i in chosen], IDS, num_tokens)
@@ -156,6 +141,49 @@ def test_one_set_of_blocks_serves_many_questions(lm: BaseLM, reading: Reading) -
         found = CandidateScorer(caches, question_tail).nll([1, 2], IDS)
         expected = masked_nll(lm, stand_ins, question_tail, [blocks[1], blocks[2]], IDS, 529)
         np.testing.assert_allclose(found, expected, **CLOSE)
+
+
+def placed(rows: Contents, first: int) -> Contents:
+    """The same rows at places `first`, `first + 1` and so on."""
+    return Contents(rows.embeds, 2 * np.arange(first, first + rows.num_rows))
+
+
+@pytest.mark.parametrize("policy", ["compact", "anchored"])
+def test_other_policies_put_stand_ins_all_blocks_and_the_tail_one_after_the_other(
+    lm: BaseLM, reading: Reading, policy: Policy
+) -> None:
+    """Blocks in timeline order, whatever order they are given in, as if all were shown, whichever are."""
+    stand_ins, blocks, tail = parts_of(reading)
+    caches = BlockCaches(lm, stand_ins, blocks, 10**6, policy)
+    timeline = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 11]
+    first = dict(zip(timeline, np.cumsum([stand_ins.num_rows, *([32] * 8), 14, 3]).tolist(), strict=True))
+    at = [placed(rows, first[block]) for rows, block in zip(blocks, (2, 8, 5, 9, 11, 0, 1, 3, 4, 6, 7), strict=True)]
+    end = stand_ins.num_rows + 9 * 32 + 14 + 3
+    assert first[11] + 32 == end
+    for shown, behind in ((tail, end + tail.num_rows), (reading.nothing(), end)):
+        assert caches.behind(shown)[1] == 2 * behind
+        scorer = CandidateScorer(caches, shown)
+        for chosen in ([], [0], [3, 0], [2, 4, 1, 5]):
+            expected = masked_nll(lm, placed(stand_ins, 0), placed(shown, end), [at[i] for i in chosen], IDS, behind)
+            np.testing.assert_allclose(scorer.nll(chosen, IDS), expected, **CLOSE)
+    # What was given is as it was.
+    assert stand_ins.half_tokens.tolist() != list(range(0, 2 * stand_ins.num_rows, 2))
+    assert blocks[0].half_tokens[0] == 2 * 2 * K
+
+
+def test_rows_that_are_put_one_after_the_other_keep_their_vectors(reading: Reading) -> None:
+    parts = one_after_the_other([reading.raw([11]), reading.nothing(), reading.raw([3, 9])])
+    assert [part.half_tokens.tolist() for part in parts] == [list(range(0, 64, 2)), [], list(range(64, 134, 2))]
+    assert torch.equal(parts[0].embeds, reading.raw([11]).embeds)
+    assert torch.equal(parts[2].embeds, reading.raw([3, 9]).embeds)
+
+
+@pytest.mark.parametrize("policy", ["global", "compact"])
+def test_no_blocks_are_stand_ins_and_tail(lm: BaseLM, reading: Reading, policy: Policy) -> None:
+    stand_ins, _, tail = parts_of(reading)
+    found = CandidateScorer(BlockCaches(lm, stand_ins, [], 529, policy), tail).nll([], IDS)
+    expected = Scorer(lm, policy).nll(Contents.joined([stand_ins, tail]), IDS, 529)
+    np.testing.assert_allclose(found, expected, **CLOSE)
 
 
 def test_without_stand_ins_blocks_stand_alone(lm: BaseLM, reading: Reading) -> None:

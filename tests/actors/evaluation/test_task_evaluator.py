@@ -14,7 +14,7 @@ import torch
 from actors.evaluation import rivals
 from actors.evaluation.contents import Reading
 from actors.evaluation.rivals import Condition
-from actors.evaluation.task_evaluator import TaskEvaluator, TaskMeasured, one_after_the_other, shown_whole, tasks_of
+from actors.evaluation.task_evaluator import TaskEvaluator, TaskMeasured, shown_whole, tasks_of
 from actors.evaluation.task_places import TaskPlace, choose_task_places
 from actors.plan import CompactionPlan
 from cluster.config import TOKENS_PER_BLOCK as K
@@ -23,6 +23,7 @@ from cluster.errors import ConfigError
 from cluster.task_evaluation_config import TaskEvaluationConfig
 from models.base_lm import BaseLM
 from models.focus.history import History
+from models.sentence_encoder import SentenceEncoder
 from storage.contract import TreeReader
 from storage.lexical import LexicalSearcher
 from storage.lexical_index import LexicalWriter
@@ -76,6 +77,7 @@ def config_of(**fields: Any) -> TaskEvaluationConfig:
         "num_samples": 2,
         "history_tokens": [LENGTH],
         "budgets": [BUDGET],
+        "rivals": [chooser for chooser in rivals.TASK_CHOOSERS if chooser != rivals.MINILM],
         "forms": ["raw", "overlay"],
         "tail_tokens": 64,
         "max_blocks": 8,
@@ -198,6 +200,58 @@ def test_a_seed_gives_the_same_numbers_in_any_order(setting: Setting) -> None:
     assert len({place.stop_block for place in places}) == 1
 
 
+def test_rivals_may_have_a_form_and_a_policy_of_their_own(setting: Setting) -> None:
+    named = ["bm25", "bm25/raw@global", "bm25/raw@compact", "recency/overlay", "recency/overlay@compact"]
+    config = config_of(history_tokens=[1024], forms=["raw"], rivals=named)
+    by_policy = {
+        policy: by_name(setting.measured(replace(config, positional=policy, rivals=named[:1] + named[3:4]))[0])
+        for policy in ("auto", "global", "compact")
+    }
+    measured = setting.measured(config)[0]
+    assert [m.condition for m in measured] == ["bm25/raw", *named[1:]]
+    for m in measured:
+        rival, _, policy = m.condition.partition("@")
+        expected = by_policy[policy or "auto"][rival]
+        assert replace(m, condition=rival, decide_s=0, read_s=0) == replace(expected, decide_s=0, read_s=0)
+    # 1,024 tokens and a question are within the model's range.
+    assert by_policy["auto"]["bm25/raw"].answer_nll == by_policy["global"]["bm25/raw"].answer_nll
+    assert by_policy["compact"]["bm25/raw"].answer_nll != by_policy["global"]["bm25/raw"].answer_nll
+
+
+def test_the_oracle_chooses_beside_gists_where_any_rival_shows_them(setting: Setting) -> None:
+    """By the forms of the rivals themselves, whatever `forms` says of the others."""
+    usual = {"history_tokens": [1024]}
+    alike = [
+        setting.measured(config_of(**usual, forms=forms, rivals=named))[0]
+        for forms, named in (
+            (["raw", "overlay"], ["oracle"]),
+            (["raw"], ["oracle", "oracle/overlay"]),
+            (["strict"], ["oracle/raw", "oracle/overlay"]),
+        )
+    ]
+    picked = [[(m.condition, m.picked, m.answer_nll) for m in measured] for measured in alike]
+    assert picked[0] == picked[1] == picked[2]
+    # A budget that holds no Working Context is enough where nobody shows one.
+    tight = config_of(**usual, forms=["overlay"], rivals=["oracle/raw"], budgets=[225], tail_tokens=32)
+    (m,) = setting.measured(tight)[0]
+    assert m.slots == 225
+
+
+@pytest.mark.real_model
+def test_sentence_embeddings_are_asked_with_the_question_alone(setting: Setting) -> None:
+    """Of the planted text, at every place anew."""
+    config = config_of(history_tokens=[1024], rivals=["minilm/raw"], max_blocks=3)
+    evaluator, encoder, tokenizer = setting.evaluator(config), SentenceEncoder.load(), setting.plan.tokenizer
+    for place in setting.places(config):
+        question = evaluator._planter.question(place)
+        blocks = np.arange(place.first_block, place.stop_block - config.tail_tokens // K)
+        texts = tokenizer.decode_batch([question.reader.tokens(int(block), 1)[0][0] for block in blocks])
+        cosines = encoder.encode(texts) @ encoder.encode([tokenizer.decode(question.query)])[0]
+        (m,) = evaluator.evaluate(place)
+        assert m.picked == blocks[np.argsort(-cosines)[:3]].tolist()
+        assert m.recall == np.isin(question.needed, m.picked).mean() > 0
+
+
 def test_shown_whole_leaves_out_blocks_that_are_cut(setting: Setting) -> None:
     reader = setting.reader
     history = History.of(reader, 32, 96)
@@ -213,16 +267,12 @@ def test_shown_whole_leaves_out_blocks_that_are_cut(setting: Setting) -> None:
 def test_an_unknown_task_or_rival_is_refused(setting: Setting) -> None:
     with pytest.raises(ConfigError, match=r"no task 'nothing'.*single_words"):
         tasks_of(config_of(tasks=["nothing"]))
-    with pytest.raises(ConfigError, match=r"no rival 'rerank'.*needles"):
-        setting.evaluator(config_of(rivals=["rerank"]))
-
-
-def test_rows_that_are_put_one_after_the_other_keep_their_vectors(setting: Setting) -> None:
-    reading = Reading(setting.lm, setting.reader, History.of(setting.reader, 0, 64))
-    parts = one_after_the_other([reading.raw([60]), reading.nothing(), reading.raw([3, 9])])
-    assert [part.half_tokens.tolist() for part in parts] == [
-        list(range(0, 64, 2)),
-        [],
-        list(range(64, 192, 2)),
-    ]
-    assert torch.equal(parts[2].embeds, reading.raw([3, 9]).embeds)
+    for rival, message in (
+        ("rerank", r"no rival 'rerank'.*needles"),
+        ("exhaustive", r"no rival 'exhaustive'"),
+        ("bm25/constant", r"no form 'constant'; there are: raw, overlay, strict$"),
+        ("bm25/raw@auto", r"no position policy 'auto'"),
+        ("needles/raw", r"rival 'needles' has neither forms nor policies"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            setting.evaluator(config_of(rivals=[rival]))

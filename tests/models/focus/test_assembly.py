@@ -13,12 +13,12 @@ from cluster.errors import FocusError
 from models.focus import assembly
 from models.focus.assembly import Assembled, Assembler
 from models.focus.filling import Filling
-from models.focus.history import History, TreeReader
+from models.focus.history import EntryState, History, TreeReader
 from models.focus.working_context import WorkingContext, smallest_budget
 from storage.contract import DocumentMeta
 from storage.schema import GISTS
 from tests.models.focus.test_working_context import MODES
-from tests.models.focus.trees import DIM, histories, make_tree
+from tests.models.focus.trees import DIM, histories, make_tree, with_states
 
 TABLE = torch.arange(256 * DIM, dtype=torch.float32).reshape(256, DIM)
 
@@ -137,6 +137,30 @@ def test_a_grown_tail_is_read_again() -> None:
     assert_same(after, reader)
     assert after.num_rows == before.num_rows + 2
     assert after.num_reused == 4
+
+
+def test_what_another_version_may_have_replaced_is_read_again() -> None:
+    tree = make_tree([4 * K * K])
+    gist_only, speculative = EntryState.GIST_ONLY, EntryState.SPECULATIVE
+
+    def assemble(states: dict[EntryState, list[int]], previous: Assembled | None = None) -> tuple[Assembled, list[int]]:
+        reader = CountingReader(with_states(tree.reader(), states))
+        filling = Filling("strict", 10**4, [History.of(reader)])  # type: ignore[arg-type]
+        assert filling.show(2)
+        assert filling.show(70)
+        assembled = assembler(reader).assemble(filling.finish(), previous)  # type: ignore[arg-type]
+        assert_same(assembled, tree.reader())
+        return assembled, [reader.blocks, reader.nodes]
+
+    before, read = assemble({speculative: [70, 127], gist_only: [0, 1, 40]})
+    assert read == [2, 31 + 1 + 31 + 1]
+    # The same version: nothing can have changed.
+    assert assemble({speculative: [70, 127], gist_only: [0, 1, 40]}, before)[1] == [0, 0]
+    tree.append_tail(DocumentMeta("open", "file:///open"), 0, np.arange(3, dtype=np.uint32))
+    # The tail; speculative block 70; the gists over block 127, which is speculative no more, and of block 1, written.
+    after, read = assemble({speculative: [70], gist_only: [0, 40]}, before)
+    assert read == [1, 2]
+    assert after.num_reused == before.num_rows - K - 2
 
 
 def test_a_reader_of_another_version_is_refused() -> None:

@@ -193,9 +193,10 @@ def test_a_space_of_a_long_history_is_sampled(monkeypatch: pytest.MonkeyPatch) -
     np.testing.assert_allclose(part.centre, keys[100:300].mean(axis=0), atol=1e-6)
 
 
-def net_of(kind: str, lm: BaseLMConfig) -> GistNet:
+def net_of(kind: str, lm: BaseLMConfig, key_layer: int = 2) -> GistNet:
     """An untrained net with its means moved, so that leaving them out would show."""
-    return perturb(build_gistnet(GistNetConfig(kind=kind, lm_layers=2), resolve_model(lm)), 0.05)  # type: ignore[arg-type]
+    config = GistNetConfig(kind=kind, lm_layers=2, key_layer=key_layer)  # type: ignore[arg-type]
+    return perturb(build_gistnet(config, resolve_model(lm)), 0.05)
 
 
 @pytest.fixture(scope="module")
@@ -207,9 +208,10 @@ def words(num_tokens: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, num_tokens).astype(np.uint32)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_states_are_what_keys_are_means_of(kind: str, tiny_lm_config: BaseLMConfig, lm: BaseLM) -> None:
-    net = net_of(kind, tiny_lm_config)
+@pytest.mark.parametrize(("kind", "key_layer"), [*((kind, 2) for kind in KINDS), ("windowed", 1)])
+def test_states_are_what_keys_are_means_of(kind: str, key_layer: int, tiny_lm_config: BaseLMConfig, lm: BaseLM) -> None:
+    net = net_of(kind, tiny_lm_config, key_layer)
+    assert net.key_layer == (key_layer if kind == "windowed" else None)
     text = words(150, 0)
     keys = WindowEncoder(lm, net).encode_windows([text])[0].keys
     states = query_states(lm, net, text)

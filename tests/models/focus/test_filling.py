@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.errors import BudgetError
 from models.focus.allocators import FocusRequest, Ranked, Recency, Uniform, ranked_by_score, reciprocal_rank_fusion
-from models.focus.filling import Filling
-from models.focus.history import History
+from models.focus.filling import Filling, show_newest
+from models.focus.history import EntryState, History
 from models.focus.working_context import Mode, Node, smallest_budget
-from tests.models.focus.test_working_context import MODES, assert_legal
-from tests.models.focus.trees import histories, make_tree
+from tests.models.focus.test_working_context import MODES, assert_legal, refused
+from tests.models.focus.trees import histories, make_tree, with_states
 
 
 @given(histories(), st.sampled_from(MODES), st.data())
@@ -46,9 +46,12 @@ def test_a_fillings_count_of_what_is_spent_is_the_contexts_cost(tree, mode: Mode
         if data.draw(st.booleans()) and history.num_blocks:
             block = data.draw(st.integers(history.first_block, history.stop_block - 1))
             price, room = filling.price(block), filling.room
-            assert filling.show(block) == (price <= room)
+            shows = not refused(history, Node(0, block))
+            assert filling.show(block) == (shows and price <= room)
         elif entries := filling.entries():
-            filling.expand(data.draw(st.sampled_from(entries)))
+            lod = data.draw(st.sampled_from(sorted({node.lod for node in entries})))
+            node = data.draw(st.sampled_from([node for node in entries if node.lod == lod]))
+            assert not (filling.expand(node) and refused(history, node))
         wc = filling.finish()
         assert wc.total_cost == filling.spent
         assert_legal(wc)
@@ -61,6 +64,33 @@ def test_recency_shows_the_newest_tokens() -> None:
         raw = wc.raw_blocks().tolist()
         assert raw == list(range(history.stop_block - len(raw), history.stop_block))
         assert wc.total_cost > 400 - 32
+
+
+def test_recency_passes_over_what_may_not_be_shown_and_goes_on_behind_it() -> None:
+    states = {EntryState.GIST_ONLY: [124, 125], EntryState.TOMBSTONED: [120], EntryState.SPECULATIVE: [127]}
+    history = History.of(with_states(make_tree([4 * K * K]).reader(), states))
+    for mode in MODES:
+        filling = Filling(mode, 4 + 31 + 4 * K, [history])
+        assert show_newest(filling, 4 * K) == 4 * K
+        wc = filling.finish()
+        assert wc.raw_blocks().tolist() == [122, 123, 126, 127]
+        assert_legal(wc)
+
+
+def test_found_blocks_that_may_not_be_shown_take_no_place() -> None:
+    states = {EntryState.GIST_ONLY: [3], EntryState.TOMBSTONED: range(2 * K, 3 * K)}
+    history = History.of(with_states(make_tree([4 * K * K]).reader(), states))
+    ranked = [(3, 0), (70, 0), (40, 0), (9, 0), (10, 0)]
+    wc = Ranked(tail_tokens=0, max_blocks=2).allocate(FocusRequest([history], 4 + 2 * K, "overlay", ranked))
+    assert wc.raw_blocks().tolist() == [9, 40]
+
+
+def test_uniform_leaves_tombstones_coarse_and_refines_the_rest() -> None:
+    states = {EntryState.TOMBSTONED: range(3 * K, 4 * K), EntryState.GIST_ONLY: range(2 * K, 3 * K)}
+    history = History.of(with_states(make_tree([4 * K * K]).reader(), states))
+    wc = Uniform().allocate(FocusRequest([history], 10**6, "strict"))
+    assert wc.raw_blocks().tolist() == list(range(2 * K))
+    assert wc.nodes()[2 * K :] == [*(Node(1, block) for block in range(2 * K, 3 * K)), Node(2, 3)]
 
 
 def test_one_distant_block_costs_a_strict_tiling_31_slots_a_level_and_an_overlay_none() -> None:

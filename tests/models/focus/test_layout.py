@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.errors import FocusError
-from models.focus.layout import NEAR_TOKENS, POLICIES, compressed_distance, lay_out
+from models.focus.layout import NEAR_TOKENS, POLICIES, compressed_distance, lay_out, policy_for
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -59,6 +59,11 @@ def test_an_anchor_stays_while_tokens_come() -> None:
 def test_compression_is_smooth_where_it_begins() -> None:
     distance = compressed_distance(np.array([NEAR_TOKENS - 1.0, NEAR_TOKENS, NEAR_TOKENS + 1.0]))
     np.testing.assert_allclose(np.diff(distance), 1.0, rtol=2e-3)
+
+
+@pytest.mark.parametrize(("num_tokens", "expected"), [(1, "global"), (2048, "global"), (2049, "compact")])
+def test_the_policy_of_a_length_is_global_as_far_as_the_model_was_trained(num_tokens: int, expected: str) -> None:
+    assert policy_for(num_tokens, 2048) == expected
 
 
 def test_an_unknown_policy_is_refused() -> None:

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.errors import BudgetError, FocusError
-from models.focus.history import History, blocks_per_node
+from models.focus.history import EntryState, History, blocks_per_node
 from models.focus.working_context import Mode, Node, WorkingContext, smallest_budget
-from tests.models.focus.trees import histories, make_tree
+from tests.models.focus.trees import histories, make_tree, with_states
 
 MODES: tuple[Mode, ...] = ("strict", "overlay")
 PLENTY = 10**9
@@ -37,6 +37,53 @@ def assert_legal(wc: WorkingContext) -> None:
         assert covered.min(initial=1) >= 1
         if wc.mode == "strict":
             assert covered.max(initial=1) == 1
+    assert_states_are_kept(wc)
+
+
+def assert_states_are_kept(wc: WorkingContext) -> None:
+    """States are those of the blocks, and nothing is shown that they do not let show."""
+    assert wc.state.shape == (len(wc),)
+    for (lod, index, source), state in zip(wc.nodes(), wc.state.tolist(), strict=True):
+        history = wc.histories[source]
+        if lod == 0 and index == history.stop_block:
+            assert state == EntryState.WHOLE
+            continue
+        found = states_below(history, lod, index)
+        if len(found) == 1:
+            assert {state} == found
+        else:
+            detail = [EntryState.WHOLE, EntryState.SPECULATIVE, EntryState.GIST_ONLY]
+            assert state == next(kind for kind in detail if kind in found)
+        if lod == 0:
+            assert state in {EntryState.WHOLE, EntryState.SPECULATIVE}
+        first_block = index * blocks_per_node(lod)
+        for level in range(lod + 1, history.max_lod + 1):
+            if inside(history, level, first_block):
+                assert states_below(history, level, first_block // blocks_per_node(level)) != {EntryState.TOMBSTONED}
+
+
+def assert_detail_is_refused(wc: WorkingContext) -> None:
+    """Expanding fails for the newest gist of each level whose state lets no detail show."""
+    closed = {node.lod: node for node in wc.nodes() if node.lod > 0 and refused(wc.histories[node.source], node)}
+    for node in closed.values():
+        with pytest.raises(FocusError, match=r"node .* is (gist-only|tombstoned); show node .* in its place"):
+            wc.expand(node)
+
+
+def states_below(history: History, lod: int, index: int) -> set[int]:
+    """States of a node's blocks."""
+    if history.block_states is None:
+        return {EntryState.WHOLE}
+    start = index * blocks_per_node(lod) - history.first_block
+    return set(history.block_states[start : start + blocks_per_node(lod)].tolist())
+
+
+def refused(history: History, node: Node) -> bool:
+    """Whether no detail of a gist may be shown; of a block, whether its tokens may not."""
+    found = states_below(history, node.lod, node.index)
+    if node.lod <= 1:
+        return bool(found & {EntryState.GIST_ONLY, EntryState.TOMBSTONED})
+    return found == {EntryState.TOMBSTONED}
 
 
 @given(histories(), st.sampled_from(MODES))
@@ -60,11 +107,15 @@ def test_any_sequence_of_edits_leaves_it_legal(tree, mode: Mode, data: st.DataOb
     wc = WorkingContext.coarsest(mode, PLENTY, [history])
     for _ in range(data.draw(st.integers(1, 12))):
         gists = [node for node in wc.nodes() if node.lod > 0]
+        open_gists = [node for node in gists if not refused(history, node)]
         blocks = [node for node in wc.nodes() if node.lod == 0 and node.index < history.stop_block]
         choice = data.draw(st.sampled_from(["expand", "collapse", "show", "hide"]))
         before = wc.nodes()
-        if choice == "expand" and gists:
-            wc = wc.expand(data.draw(st.sampled_from(gists)))
+        if choice == "expand" and open_gists:
+            # Coarse ones are few among the fine.
+            lod = data.draw(st.sampled_from(sorted({node.lod for node in open_gists})))
+            node = data.draw(st.sampled_from([node for node in open_gists if node.lod == lod]))
+            wc = wc.expand(node)
         elif choice == "collapse" and (blocks or gists):
             below = data.draw(st.sampled_from(blocks + gists))
             block = below.index * blocks_per_node(below.lod)
@@ -77,6 +128,10 @@ def test_any_sequence_of_edits_leaves_it_legal(tree, mode: Mode, data: st.DataOb
             block = data.draw(st.integers(history.first_block, history.stop_block - 1))
             if Node(0, block) in before:
                 continue
+            if refused(history, Node(0, block)):
+                with pytest.raises(FocusError, match=rf"node \(0, {block}\) .* in its place"):
+                    wc.show([Node(0, block)])
+                continue
             wc = wc.show([Node(0, block)])
         elif choice == "hide" and mode == "overlay" and blocks:
             node = data.draw(st.sampled_from(blocks))
@@ -87,6 +142,7 @@ def test_any_sequence_of_edits_leaves_it_legal(tree, mode: Mode, data: st.DataOb
                 with pytest.raises(FocusError, match="nothing represents"):
                     wc.hide([node])
         assert_legal(wc)
+        assert_detail_is_refused(wc)
 
 
 def inside(history: History, lod: int, block: int) -> bool:
@@ -156,6 +212,81 @@ def test_what_is_not_legal_is_refused(nodes, message: str) -> None:
     history = History.of(make_tree([96]).reader())
     with pytest.raises(FocusError, match=message):
         WorkingContext.of("strict", PLENTY, [history], nodes)
+
+
+def stated_history(*, first_block: int = 0, max_lod: int = 9) -> History:
+    """Four super-blocks, of which the third is tombstoned; a block of each other state in the first."""
+    states = {
+        EntryState.GIST_ONLY: [5],
+        EntryState.TOMBSTONED: [6, *range(2 * K, 3 * K)],
+        EntryState.SPECULATIVE: [7, *range(3 * K, 4 * K)],
+    }
+    return History.of(with_states(make_tree([4 * K * K], max_lod=max_lod).reader(), states), first_block)
+
+
+def test_states_are_those_of_the_blocks_and_survive_edits() -> None:
+    whole, gist_only, tombstoned, speculative = EntryState
+    wc = WorkingContext.coarsest("strict", PLENTY, [stated_history()])
+    # The first one is mixed: whole, because something of it can be shown in full.
+    assert wc.state.tolist() == [whole, whole, tombstoned, speculative]
+    opened = wc.expand(Node(2, 0)).expand(Node(1, 4)).expand(Node(1, 7))
+    assert opened.nodes()[4:8] == [Node(0, 4), Node(1, 5), Node(1, 6), Node(0, 7)]
+    assert opened.state[4:8].tolist() == [whole, gist_only, tombstoned, speculative]
+    assert opened.collapse(Node(2, 0)).state.tolist() == wc.state.tolist()
+    assert WorkingContext.coarsest("strict", 2, [History.of(make_tree([40]).reader())]).state.tolist() == [whole, whole]
+
+
+def test_a_node_of_mixed_blocks_has_the_state_that_shows_most() -> None:
+    whole, gist_only, tombstoned, speculative = EntryState
+    mixed = {gist_only: [0, K], tombstoned: range(1, K), speculative: range(K + 1, 2 * K)}
+    wc = WorkingContext.coarsest("strict", 3, [History.of(with_states(make_tree([3 * K * K]).reader(), mixed))])
+    assert wc.state.tolist() == [gist_only, speculative, whole]
+
+
+@pytest.mark.parametrize(
+    ("expanded", "message"),
+    [
+        ([(2, 0), (1, 5)], r"node \(0, 5\) of version \d+ .* is gist-only; show node \(1, 5\) in its place"),
+        ([(2, 0), (1, 6)], r"node \(0, 6\) of version \d+ .* is tombstoned; show node \(1, 6\) in its place"),
+        ([(2, 2)], r"node \(1, 64\) of version \d+ .* is tombstoned; show node \(2, 2\) in its place"),
+    ],
+)
+@pytest.mark.parametrize("mode", MODES)
+def test_detail_that_its_state_does_not_let_show_is_refused(mode: Mode, expanded, message: str) -> None:
+    wc = WorkingContext.coarsest(mode, PLENTY, [stated_history()])
+    for node in expanded[:-1]:
+        wc = wc.expand(Node(*node))
+    with pytest.raises(FocusError, match=message):
+        wc.expand(Node(*expanded[-1]))
+
+
+def test_raw_tokens_of_a_tombstone_are_refused_in_favour_of_the_coarsest_node() -> None:
+    overlay = WorkingContext.coarsest("overlay", PLENTY, [stated_history()])
+    with pytest.raises(FocusError, match=r"node \(0, 70\) .* is tombstoned; show node \(2, 2\) in its place"):
+        overlay.show([Node(0, 70)])
+    with pytest.raises(FocusError, match=r"node \(1, 70\) .* is tombstoned; show node \(2, 2\) in its place"):
+        overlay.show([Node(1, 70)])
+    # In a second history as in the first.
+    wc = WorkingContext.coarsest("strict", PLENTY, [History.of(make_tree([40]).reader()), stated_history()])
+    with pytest.raises(FocusError, match="is tombstoned"):
+        wc.expand(Node(2, 2, 1))
+
+
+def test_a_tombstone_is_shown_in_parts_where_no_node_holds_all_of_it() -> None:
+    for history in (stated_history(max_lod=1), stated_history(first_block=2 * K + 1)):
+        wc = WorkingContext.coarsest("strict", PLENTY, [history])
+        tombstones = [node for node, state in zip(wc.nodes(), wc.state, strict=True) if state == EntryState.TOMBSTONED]
+        assert {node.lod for node in tombstones} == {1}
+        assert_legal(wc)
+
+
+def test_states_are_checked() -> None:
+    part = (1, (2,), 0, 2, np.array([0, 32, 64]))
+    with pytest.raises(FocusError, match="2 blocks need as many states"):
+        History("x", *part, block_states=np.zeros(3, np.int8))
+    with pytest.raises(FocusError, match="no block state 4"):
+        History("x", *part, block_states=np.array([0, 4], np.int8))
+    assert History.of(with_states(make_tree([40]).reader(), {})).block_states is None
 
 
 def test_a_part_of_a_timeline_is_tiled_by_what_lies_inside_it() -> None:

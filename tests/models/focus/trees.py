@@ -1,14 +1,15 @@
-"""Trees in memory of any shape, for tests of focus: short blocks, lagging levels, a tail."""
+"""Trees in memory of any shape, for tests of focus: short blocks, lagging levels, a tail, blocks of every state."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import cast
 
 import numpy as np
 from hypothesis import strategies as st
 
 from cluster.config import TOKENS_PER_BLOCK as K
-from models.focus.history import History
+from models.focus.history import EntryState, History
 from storage.contract import DocumentMeta, SpanWrite, TreeReader
 from storage.geometry import NO_TOKEN
 from storage.memory_tree import MemoryTree
@@ -49,6 +50,28 @@ def node_values(lod: int, indices: np.ndarray, vectors: int) -> np.ndarray:
     return values.reshape(-1, DIM)
 
 
+class StatedReader:
+    """A reader whose tree says what there is of its blocks."""
+
+    def __init__(self, reader: TreeReader, states: np.ndarray) -> None:
+        self._reader = reader
+        self._states = states
+
+    def __getattr__(self, name: str):
+        return getattr(self._reader, name)
+
+    def block_states(self, first_block: int, num_blocks: int) -> np.ndarray:
+        return self._states[first_block : first_block + num_blocks]
+
+
+def with_states(reader: TreeReader, runs: Mapping[EntryState, Sequence[int]]) -> TreeReader:
+    """A reader some of whose blocks are not whole."""
+    states = np.zeros(reader.version.num_blocks, np.int8)
+    for state, blocks in runs.items():
+        states[np.asarray(blocks, np.int64)] = state
+    return cast(TreeReader, StatedReader(reader, states))
+
+
 @st.composite
 def readers(draw: st.DrawFn, max_blocks: int = 3000) -> tuple[TreeReader, int]:
     """A pinned tree of random documents and depth, and its vectors a node."""
@@ -63,10 +86,24 @@ def readers(draw: st.DrawFn, max_blocks: int = 3000) -> tuple[TreeReader, int]:
 
 
 @st.composite
+def block_states(draw: st.DrawFn, num_blocks: int) -> np.ndarray:
+    """Runs of every state, single blocks and whole nodes of LOD2 and above among them."""
+    states = np.zeros(num_blocks, np.int8)
+    block = st.integers(0, max(0, num_blocks - 1))
+    run = st.tuples(block, st.one_of(st.integers(1, 3), block))
+    nodes = st.tuples(block.map(lambda first: first // K * K), st.sampled_from([K, 2 * K, K * K]))
+    for first, length in draw(st.lists(st.one_of(run, nodes), max_size=6)):
+        states[first : first + length] = draw(st.sampled_from(EntryState))
+    return states
+
+
+@st.composite
 def histories(draw: st.DrawFn, max_blocks: int = 3000) -> tuple[TreeReader, History]:
-    """A part of a random tree."""
+    """A part of a random tree, all whole or with blocks of every state."""
     reader, vectors = draw(readers(max_blocks))
     num_blocks = reader.version.num_blocks
+    if draw(st.booleans()):
+        reader = cast(TreeReader, StatedReader(reader, draw(block_states(num_blocks))))
     if draw(st.booleans()):
         return reader, History.of(reader, vectors_per_node=vectors)
     first = draw(st.integers(0, num_blocks))

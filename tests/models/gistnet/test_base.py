@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 import subprocess
@@ -97,6 +98,45 @@ def test_keys_are_the_mean_of_centred_states_with_every_token_alike() -> None:
         assert torch.allclose(keys, torch.stack(expected), atol=1e-4)
 
 
+@every_net
+def test_keys_of_a_layer_of_their_own_are_made_of_its_states_alone(num_vectors: int) -> None:
+    net, lengths = make("windowed", num_vectors, key_layer=2, perturbed=True), torch.tensor([32, 7, 1])
+    assert (net.key_layer, net.lm_layer, net.lm_layers) == (2, 3, [2, 3])
+    embeddings, hidden = blocks(3)
+    _, key_states = blocks(3, seed=1)
+    found = net.forward_tokens(embeddings, lengths, hidden, key_states)
+    with torch.no_grad():
+        for g, length in enumerate(lengths.tolist()):
+            real = key_states[g, :length]
+            unit = real / real.square().mean(-1, keepdim=True).sqrt()
+            expected = F.normalize((unit - net.own_key_mean).mean(0), dim=0)
+            assert torch.allclose(found.keys[g], expected, atol=1e-4)
+    # Neither what the net reads nor padding is in a key, nor the key's states in a gist.
+    other_text = net.forward_tokens(-embeddings, lengths, 2 * hidden.roll(1, 1), key_states)
+    assert torch.equal(other_text.keys, found.keys)
+    assert not torch.equal(other_text.gists, found.gists)
+    key_states[torch.arange(32) >= lengths[:, None]] = float("nan")
+    assert torch.equal(net.forward_tokens(embeddings, lengths, hidden, key_states).keys, found.keys)
+    other_keys = net.forward_tokens(embeddings, lengths, hidden, hidden)
+    assert torch.equal(other_keys.gists, found.gists)
+    assert not torch.equal(other_keys.keys, found.keys)
+
+
+def test_without_a_key_layer_keys_are_of_what_the_net_reads() -> None:
+    embeddings, hidden = blocks(2)
+    _, ignored = blocks(2, seed=1)
+    lengths = torch.tensor([32, 5])
+    windowed, block = make("windowed"), make("block")
+    assert (windowed.spec.key_layer, windowed.key_layer, windowed.lm_layers) == (None, 3, [3])
+    assert windowed.key_mean is windowed.hidden_mean
+    assert (block.spec.key_layer, block.key_layer, block.lm_layers) == (None, None, [])
+    assert block.key_mean is block.embedding_mean
+    for net in (windowed, block):
+        assert "own_key_mean" not in net.state_dict()
+        plain = net.forward_tokens(embeddings, lengths, hidden)
+        assert torch.equal(net.forward_tokens(embeddings, lengths, hidden, ignored).keys, plain.keys)
+
+
 @every_kind
 def test_a_parents_key_is_the_mean_of_its_childrens(kind: GistNetKind) -> None:
     gists, keys = children(1)
@@ -143,8 +183,44 @@ def test_digests_tell_nets_apart() -> None:
     nets += [make("windowed", seed=1), make("windowed", perturbed=True)]
     centred = make("windowed")
     centred.hidden_mean += 1e-3
+    nets += [make("windowed", key_layer=1), make("windowed", key_layer=2), make("windowed", key_layer=2)]
+    with torch.no_grad():
+        nets[-1].own_key_mean += 1e-3
     digests = [net.digest() for net in [*nets, centred]]
     assert len(set(digests)) == len(digests)
+
+
+def test_digests_outlive_the_key_layer() -> None:
+    """Trees name the net that made them: of those made before nets had a key layer, the names must not change."""
+    assert make("mean").digest() == "273fbd24b13f7f8869c81f5544bb5c018cac33db8819984ee2dded7d9458ec70"
+    assert make("block", perturbed=True).digest() == digest_without_key_layer(make("block", perturbed=True))
+    assert make("windowed").digest() == digest_without_key_layer(make("windowed"))
+    keyed = make("windowed", key_layer=2)
+    assert keyed.digest() != digest_without_key_layer(keyed)
+
+
+def digest_without_key_layer(net: GistNet) -> str:
+    """As it was defined before there was one."""
+    spec = {name: value for name, value in vars(net.spec).items() if name != "key_layer"}
+    digest = hashlib.sha256(json.dumps(spec, sort_keys=True).encode())
+    for name, tensor in sorted(net.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def test_a_net_with_a_key_layer_comes_back_the_same(tmp_path: Path) -> None:
+    net = make("windowed", 2, key_layer=1, perturbed=True)
+    net.save(tmp_path / "net")
+    again = GistNet.load(tmp_path / "net")
+    assert (again.spec, again.digest(), again.key_layer) == (net.spec, net.digest(), 1)
+    assert torch.equal(again.key_mean, net.own_key_mean)
+    # Files that know no key layer are still read.
+    make("windowed", perturbed=True).save(tmp_path / "old")
+    config = json.loads((tmp_path / "old" / "config.json").read_text())
+    del config["key_layer"]
+    (tmp_path / "old" / "config.json").write_text(json.dumps(config))
+    assert GistNet.load(tmp_path / "old").digest() == make("windowed", perturbed=True).digest()
 
 
 def test_digests_are_the_same_in_another_process(tmp_path: Path) -> None:
@@ -183,6 +259,9 @@ def rewrite(folder: Path, **changes: object) -> None:
         ({"hidden_dim": 10**12}, "hidden_dim=1000000000000"),
         ({"num_heads": 0}, "needs pooling heads"),
         ({"lm_layer": None}, "names no lm_layer"),
+        ({"key_layer": 3}, "key_layer=3; it is an integer from 0 to 2"),
+        ({"key_layer": -1}, "key_layer=-1"),
+        ({"key_layer": 2}, "does not fit.*own_key_mean"),
     ],
 )
 def test_configs_that_do_not_fit_are_refused(changes: dict[str, object], message: str, tmp_path: Path) -> None:
@@ -229,6 +308,11 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
         net.forward_tokens(embeddings, lengths, hidden[..., :12])
     with pytest.raises(ModelError, match="lengths"):
         net.forward_tokens(embeddings, lengths[:1], hidden)
+    keyed = make("windowed", 2, key_layer=2)
+    with pytest.raises(ModelError, match="needs the LM's states after 2 layers, for routing keys"):
+        keyed.forward_tokens(embeddings, lengths, hidden)
+    with pytest.raises(ModelError, match="key_states of shape"):
+        keyed.forward_tokens(embeddings, lengths, hidden, hidden[:, :16])
     with pytest.raises(ModelError, match="LOD 2 and above"):
         net.forward_nodes(gists, keys, 1)
     with pytest.raises(ModelError, match="child_gists of shape"):

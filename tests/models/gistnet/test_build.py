@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cluster.config import BaseLMConfig, GistNetConfig, GistNetKind
-from cluster.errors import ModelError
+from cluster.errors import ConfigError, ModelError
 from models.base_lm import BaseLM
 from models.gistnet import build_gistnet
 from models.model_files import resolve_model
@@ -37,6 +37,34 @@ def test_sizes_follow_the_config() -> None:
     assert (spec.hidden_dim, spec.num_heads, spec.lm_layer) == (40, 2, 1)
     assert build_gistnet(GistNetConfig(kind="block"), Shape()).spec.hidden_dim == 24
     assert build_gistnet(GistNetConfig(kind="mean"), Shape()).spec.hidden_dim == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "lm_layers", "key_layer", "expected"),
+    [
+        ("windowed", 6, 4, (4, 4)),
+        ("windowed", 5, 1, (1, 1)),
+        ("windowed", 4, 4, (None, 4)),
+        ("windowed", 3, 4, (None, 3)),
+        ("windowed", 0, 4, (None, 0)),
+        ("block", 6, 4, (None, None)),
+        ("mean", 6, 4, (None, None)),
+    ],
+)
+def test_the_key_layer_is_no_more_than_the_net_reads(
+    kind: GistNetKind, lm_layers: int, key_layer: int, expected: tuple[int | None, int | None]
+) -> None:
+    net = build_gistnet(GistNetConfig(kind=kind, lm_layers=lm_layers, key_layer=key_layer), Shape())
+    assert (net.spec.key_layer, net.key_layer) == expected
+    # It draws no random number: gists are those of the net without one.
+    plain = build_gistnet(GistNetConfig(kind=kind, lm_layers=lm_layers, key_layer=max(lm_layers, 1)), Shape())
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(net.state_dict()[name], tensor)
+
+
+def test_a_key_layer_of_none_is_refused() -> None:
+    with pytest.raises(ConfigError, match="gistnet.key_layer must be at least 1"):
+        GistNetConfig(key_layer=0).validate()
 
 
 def test_a_path_wins_over_the_kind(tmp_path: Path) -> None:

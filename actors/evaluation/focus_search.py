@@ -1,0 +1,166 @@
+"""What the rivals choose at one place, for every budget: searched once, shortlisted and measured a budget at a time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from actors.evaluation import rivals
+from actors.evaluation.contents import Reading
+from actors.evaluation.oracle import choose, choosing_half, scoring_half
+from actors.evaluation.retrieval import RANDOM_SEED_STRIDE, Found, Retrieval, shortlist
+from actors.evaluation.scorer import BlockCaches, CandidateScorer
+from cluster.config import TOKENS_PER_BLOCK as K
+from cluster.evaluation_config import FocusEvaluationConfig
+from models.focus.allocators import RankedBlocks
+from models.focus.layout import Policy
+from models.focus.working_context import smallest_budget
+
+SingleGains = list[tuple[int, float, float]]
+"""`(block, gain on the choosing half, on the scoring half)`: what each block is worth alone, nats a token."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a budget leaves to be chosen."""
+
+    budget: int
+    max_blocks: int
+    """Blocks that may be chosen."""
+    tail_tokens: int
+    """Newest tokens that are raw when so many are, beside the gists."""
+    shown_from: int
+    """First block of that tail: what is chosen lies before it."""
+
+    @classmethod
+    def of(cls, budget: int, reading: Reading, config: FocusEvaluationConfig) -> Room:
+        """At one place."""
+        max_blocks = min(config.max_blocks, max(0, budget - config.tail_tokens) // K)
+        tail_tokens = max(config.tail_tokens, budget - max_blocks * K - smallest_budget([reading.history]))
+        shown_from = reading.history.stop_block - len(rivals.tail_blocks(reading, tail_tokens))
+        return cls(budget, max_blocks, tail_tokens, shown_from)
+
+
+@dataclass
+class Choices:
+    """What every chooser shows within one budget, the best first."""
+
+    ranked: dict[str, RankedBlocks] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    """CPU seconds to find and choose, what a choice builds on included."""
+    single_gains: SingleGains = field(default_factory=list)
+    """Of every block of the history, where it was measured."""
+
+
+class FocusSearch:
+    """The search of one place."""
+
+    def __init__(self, retrieval: Retrieval, config: FocusEvaluationConfig, policy: Policy, wanted: Collection[str]):
+        self._retrieval = retrieval
+        self._reading = retrieval.reading
+        self._config = config
+        self._policy: Policy = policy
+        self._wanted = set(wanted)
+
+    def run(self, rooms: Sequence[Room], ids: np.ndarray, number: int) -> list[Choices]:
+        """Choices for every room; `ids` is the horizon, which oracles look at, `number` the place's."""
+        if not self._wanted & {*rivals.RETRIEVERS, *rivals.ORACLES, rivals.EXHAUSTIVE}:
+            return [Choices() for _ in rooms]
+        found = self._retrieval.find(self._wanted, self._config.seed * RANDOM_SEED_STRIDE + number)
+        choices = [
+            Choices({name: _before(room.shown_from, pairs) for name, pairs in found.ranked.items()}, {**found.seconds})
+            for room in rooms
+        ]
+        if self._wanted & {rivals.RERANK, *rivals.ORACLES}:
+            self._measure_shortlists(rooms, choices, found, ids)
+        if rivals.EXHAUSTIVE in self._wanted:
+            self._measure_all(rooms, choices, ids)
+        return choices
+
+    def _measure_shortlists(
+        self, rooms: Sequence[Room], choices: Sequence[Choices], found: Found, ids: np.ndarray
+    ) -> None:
+        # Chance is in no shortlist: it would take the place of what a rival found. What recency would show instead is:
+        # a choice must be worth more than as much more of the tail.
+        lists = [name for name in found.ranked if name != rivals.RANDOM]
+        shortlists = [
+            shortlist(
+                [choice.ranked[name] for name in lists],
+                room.max_blocks,
+                self._config.shortlist_blocks,
+                self._older_tail(room),
+            )
+            for room, choice in zip(rooms, choices, strict=True)
+        ]
+        started = time.process_time()
+        blocks = sorted({block for chosen in shortlists for block in chosen})
+        caches = self._read(rooms, blocks)
+        # All rankings were needed to know the shortlist.
+        took = sum(found.seconds[name] for name in self._retrieval.config.fusion) + time.process_time() - started
+        started = time.process_time()
+        ranking = self._retrieval.reranked(blocks, caches) if rivals.RERANK in self._wanted else ()
+        rerank_took = time.process_time() - started
+        for room, choice, chosen in zip(rooms, choices, shortlists, strict=True):
+            choice.ranked[rivals.RERANK] = [pair for pair in ranking if pair[0] in chosen]
+            choice.seconds[rivals.RERANK] = took + rerank_took
+            if self._wanted & set(rivals.ORACLES):
+                self._add_oracles(room, choice, caches, [blocks.index(block) for block in chosen], blocks, ids, took)
+
+    def _older_tail(self, room: Room) -> RankedBlocks:
+        """Blocks before the tail, the newest first."""
+        oldest = max(self._reading.history.first_block, room.shown_from - room.max_blocks)
+        return [(block, 0) for block in range(room.shown_from - 1, oldest - 1, -1)]
+
+    def _add_oracles(
+        self,
+        room: Room,
+        choice: Choices,
+        caches: BlockCaches,
+        pool: Sequence[int],
+        blocks: Sequence[int],
+        ids: np.ndarray,
+        took: float,
+    ) -> None:
+        started = time.process_time()
+        chosen = choose(self._candidates(room, caches), pool, ids, room.max_blocks, self._config.oracle_pool)
+        choice.ranked[rivals.ORACLE_GREEDY] = [(blocks[i], 0) for i in chosen.greedy if chosen.gain(i) > 0]
+        choice.ranked[rivals.ORACLE] = [(blocks[i], 0) for i in chosen.sequential]
+        choice.seconds.update(dict.fromkeys(rivals.ORACLES, took + time.process_time() - started))
+
+    def _measure_all(self, rooms: Sequence[Room], choices: Sequence[Choices], ids: np.ndarray) -> None:
+        """The oracle without a shortlist, and what every block is worth alone."""
+        started = time.process_time()
+        blocks = list(range(self._reading.history.first_block, max(room.shown_from for room in rooms)))
+        caches = self._read(rooms, blocks)
+        took = time.process_time() - started
+        for room, choice in zip(rooms, choices, strict=True):
+            started = time.process_time()
+            pool = [i for i, block in enumerate(blocks) if block < room.shown_from]
+            candidates = self._candidates(room, caches)
+            chosen = choose(candidates, pool, ids, room.max_blocks, max(self._config.oracle_pool, len(pool) // 4))
+            choice.ranked[rivals.EXHAUSTIVE] = [(blocks[i], 0) for i in chosen.sequential]
+            choice.seconds[rivals.EXHAUSTIVE] = took + time.process_time() - started
+            gains = chosen.base - chosen.alone
+            choice.single_gains = [
+                (blocks[i], round(float(choosing_half(gain).mean()), 5), round(float(scoring_half(gain).mean()), 5))
+                for i, gain in zip(pool, gains, strict=True)
+            ]
+
+    def _read(self, rooms: Sequence[Room], blocks: Sequence[int]) -> BlockCaches:
+        """Blocks after the stand-ins of the smallest budget, which has gists where others have a raw tail."""
+        reading = self._reading
+        smallest = min(rooms, key=lambda room: room.budget)
+        stand_ins, _ = rivals.bare_rows(reading, smallest.budget, smallest.tail_tokens)
+        rows = [reading.raw([block]) for block in blocks]
+        return BlockCaches(reading.lm, stand_ins, rows, reading.history.num_tokens, self._policy)
+
+    def _candidates(self, room: Room, caches: BlockCaches) -> CandidateScorer:
+        _, tail = rivals.bare_rows(self._reading, room.budget, room.tail_tokens)
+        return CandidateScorer(caches, tail)
+
+
+def _before(shown_from: int, ranked: RankedBlocks) -> RankedBlocks:
+    return [pair for pair in ranked if pair[0] < shown_from]

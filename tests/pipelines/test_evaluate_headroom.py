@@ -1,0 +1,53 @@
+"""The job that reads runs of `evaluate focus` together, from the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import ray_job
+from cluster.cli import main
+from tests.actors.evaluation.test_headroom import write_run
+
+
+def headroom(tmp_path: Path, *runs: str) -> int:
+    return main(
+        ray_job.JOBS,
+        [
+            *("evaluate", "headroom"),
+            *("--headroom.runs", f"[{', '.join(runs)}]"),
+            *("--run.dir", str(tmp_path / "runs"), "--run.name", "answer"),
+            *("--tracking.enabled", "false"),
+        ],
+    )
+
+
+def test_tables_plots_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, prose = write_run(tmp_path / "code", 1), write_run(tmp_path / "prose", 2, num_places=10)
+    assert headroom(tmp_path, f"code={code}", f"prose={prose}") == 0
+    folder = tmp_path / "runs/answer"
+    cells = json.loads((folder / "report.json").read_text())["cells"]
+    assert [(cell["kind"], cell["num_places"], cell["is_claim"]) for cell in cells] == [
+        ("code", 6, False),
+        ("prose", 10, False),
+        ("all", 16, False),
+    ]
+    conditions = cells[0]["conditions"]
+    assert conditions["recency/raw"]["gain"] == 0
+    assert conditions["oracle/raw"]["to_oracle"] == 0
+    gain, rest = conditions["bm25/raw"]["gain"], conditions["bm25/raw"]["to_oracle"]
+    assert gain + rest == pytest.approx(conditions["oracle/raw"]["gain"])
+    printed = capsys.readouterr().out
+    assert f"{conditions['oracle/raw']['gain']:+.3f}" in printed
+    assert {path.name for path in folder.glob("*.png")} == {"gaps.png", "chosen.png", "long-context.png"}
+
+
+def test_what_is_wrong_is_said_before_anything_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for given, message in ((str(tmp_path), "write kind=folder"), (f"code={tmp_path}", "no config.yaml")):
+        assert headroom(tmp_path, given) != 0
+        assert message in capsys.readouterr().err
+    assert headroom(tmp_path) != 0
+    assert "must name at least one run" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
