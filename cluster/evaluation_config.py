@@ -108,8 +108,11 @@ class FocusEvaluationConfig:
     tail_tokens: int = 128
     """Newest tokens every rival shows raw at least, a multiple of 32."""
 
-    max_blocks: int = 8
+    max_blocks: int = 4
     """Blocks a rival may choose; what the budget has left goes to more of the tail."""
+
+    oracle_blocks: int = 8
+    """Blocks an oracle may choose; it stops where none helps. Also the blocks of every rival that it measures."""
 
     retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
     """How the rivals that search are asked."""
@@ -117,8 +120,8 @@ class FocusEvaluationConfig:
     shortlist_blocks: int = 32
     """Blocks that `rerank` and the oracles measure: the rivals' picks and what they rank next."""
 
-    oracle_pool: int = 12
-    """Blocks of the shortlist the sequential oracle goes on with after measuring each alone."""
+    oracle_readings: int = 8
+    """Whole Working Contexts an oracle reads to choose, besides those of the rivals it starts from. More find more."""
 
     num_workers: int = 0
     """Processes that measure, each with a model of its own. 0: one a CPU."""
@@ -158,13 +161,17 @@ class FocusEvaluationConfig:
         lists = {"bm25", "dense", "minilm"} & (choosers | set(self.retrieval.fusion)) | {"fusion"}
         measured = {"oracle", "oracle_greedy", "rerank"} & choosers
         require(
-            not measured or len(lists) * self.max_blocks <= self.shortlist_blocks,
-            f"evaluation.shortlist_blocks={self.shortlist_blocks} cannot hold {self.max_blocks} picks of each of "
-            f"{len(lists)} rivals; raise it or lower evaluation.max_blocks",
+            not measured or len(lists) * self.oracle_blocks <= self.shortlist_blocks,
+            f"evaluation.shortlist_blocks={self.shortlist_blocks} cannot hold {self.oracle_blocks} picks of each of "
+            f"{len(lists)} rivals; raise it or lower evaluation.oracle_blocks",
         )
         require(self.shortlist_blocks >= 1, "evaluation.shortlist_blocks must be at least 1")
-        require(self.oracle_pool >= 1, "evaluation.oracle_pool must be at least 1")
+        require(self.oracle_readings >= 1, "evaluation.oracle_readings must be at least 1")
         require(self.max_blocks >= 1, "evaluation.max_blocks must be at least 1")
+        require(
+            self.oracle_blocks >= self.max_blocks,
+            f"evaluation.oracle_blocks={self.oracle_blocks} must be at least max_blocks={self.max_blocks}",
+        )
         self.retrieval.validate()
         require(self.num_workers >= 0, "evaluation.num_workers must be 0 (one a CPU) or more")
         require(self.threads_per_worker >= 1, "evaluation.threads_per_worker must be at least 1")

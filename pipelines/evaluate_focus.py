@@ -94,6 +94,7 @@ def _warn_of_long_histories(config: FocusEvaluationConfig, plan: CompactionPlan,
     """Say when the model is asked for more than it was trained for: what it then predicts is no reference."""
     reach, trained = config.history_tokens + config.horizon_tokens, plan.files.trained_context
     beyond = [f"rival {name}" for name in config.rivals if name == rivals.FULL]
+    beyond += [f"rival {name}" for name in config.rivals if name.endswith("@global")]
     beyond += [f"evaluation.positional={config.positional}"] if config.positional == "global" else []
     if reach > trained and beyond:
         job_run.log.warning(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 
 from actors.evaluation import rivals
-from actors.evaluation.contents import Reading
+from actors.evaluation.contents import Contents, Reading
 from actors.evaluation.focus_search import Choices, FocusSearch, Room, SingleGains
 from actors.evaluation.names import SharedNames
 from actors.evaluation.oracle import choosing_half, scoring_half
@@ -76,7 +77,7 @@ class Measured:
     decide_s: float = 0.0
     """CPU seconds to find and choose."""
     read_s: float = 0.0
-    """CPU seconds to assemble and to read the horizon; small where another condition showed the same."""
+    """CPU seconds to read what is shown and the horizon; of `full`, what places before it had not read yet."""
     num_same_document: int = 0
     """Picked blocks that are of the horizon's document."""
     num_shared_names: int = 0
@@ -117,7 +118,7 @@ class FocusEvaluator:
             self._embeddings = BlockEmbeddings(SentenceEncoder.load(), self._tokenizer.decode_batch, reader)
         line_break = torch.tensor([[int(self._tokenizer.encode("\n")[-1])]], device=lm.device)
         self._constant = lm.embed(line_break)[0, 0]
-        self._known: dict[tuple[str, bytes], np.ndarray] = {}
+        self._known: dict[tuple[str, bytes], tuple[np.ndarray, float]] = {}
 
     def evaluate(self, place: Place) -> list[Measured]:
         """Every condition at one place, for every budget."""
@@ -129,15 +130,20 @@ class FocusEvaluator:
         num_blocks = -(-config.horizon_tokens // K)
         ids = reading.ids(place.stop_block, num_blocks)[: config.horizon_tokens]
         self._known.clear()
-        rooms = [Room.of(budget, reading, config) for budget in dict.fromkeys(config.budgets)]
-        choices = self._search(reading, rooms).run(rooms, ids, place.number)
+        budgets = list(dict.fromkeys(config.budgets))
+        rooms = [Room.of(budget, reading, config) for budget in budgets]
+        oracle_rooms = [Room.of(budget, reading, config, measuring=True) for budget in budgets]
+        choices = self._search(reading, rooms, ids).run(rooms, oracle_rooms, ids, place.number)
         names = SharedNames(self._reader, self._tokenizer, history, ids)
         measured = [self._measure(c, reading, ids, Choices(), None, names) for c in self._conditions if not c.form]
-        for room, choice in zip(rooms, choices, strict=True):
-            measured += [self._measure(c, reading, ids, choice, room, names) for c in self._conditions if c.form]
+        for room, oracle_room, choice in zip(rooms, oracle_rooms, choices, strict=True):
+            for condition in self._conditions:
+                if condition.form:
+                    own = oracle_room if condition.chooser in rivals.MEASURING else room
+                    measured.append(self._measure(condition, reading, ids, choice, own, names))
         return measured
 
-    def _search(self, reading: Reading, rooms: list[Room]) -> FocusSearch:
+    def _search(self, reading: Reading, rooms: list[Room], ids: np.ndarray) -> FocusSearch:
         retrieval = Retrieval(
             reading,
             self._lexical,
@@ -148,7 +154,24 @@ class FocusEvaluator:
             self._config.retrieval,
             self._embeddings,
         )
-        return FocusSearch(retrieval, self._config, self._policy(reading.history), self._choosers)
+
+        def read(blocks: Sequence[int], budget: int) -> np.ndarray:
+            ranked = [(block, 0) for block in blocks]
+            shown = Condition(rivals.ORACLE, "raw")
+            contents, _ = rivals.contents_of(shown, reading, ranked, budget, self._config.tail_tokens, len(blocks))
+            return self._nll(contents, reading, ids, self._policy(reading.history))[0]
+
+        return FocusSearch(retrieval, self._config, self._policy(reading.history), self._choosers, read)
+
+    def _nll(self, contents: Contents, reading: Reading, ids: np.ndarray, policy: Policy) -> tuple[np.ndarray, float]:
+        """NLL of the horizon, and the CPU seconds it took."""
+        # Rivals often agree, and oracles read what rivals show: what was read before is not read again.
+        digest = (policy, contents.digest())
+        if digest not in self._known:
+            started = time.process_time()
+            nll = self._scorer.nll(contents, ids, reading.history.num_tokens, policy)
+            self._known[digest] = nll, time.process_time() - started
+        return self._known[digest]
 
     def _policy(self, history: History) -> Policy:
         if self._config.positional != "auto":
@@ -169,6 +192,7 @@ class FocusEvaluator:
         budget, max_blocks = (0, 0) if room is None else (room.budget, room.max_blocks)
         if condition.chooser == rivals.FULL:
             nll, slots, picked = self._full.nll(reading, ids), history.num_tokens, []
+            took = time.process_time() - started
         else:
             ranked = choices.ranked.get(condition.chooser, ())
             contents, picked = rivals.contents_of(
@@ -176,11 +200,7 @@ class FocusEvaluator:
             )
             slots = contents.num_rows
             policy = cast(Policy, condition.policy) or self._policy(history)
-            # Rivals often agree: what was read before is not read again.
-            digest = (policy, contents.digest())
-            if digest not in self._known:
-                self._known[digest] = self._scorer.nll(contents, ids, history.num_tokens, policy)
-            nll = self._known[digest]
+            nll, took = self._nll(contents, reading, ids, policy)
         exhaustive = condition.chooser == rivals.EXHAUSTIVE
         pool = range(history.first_block, history.stop_block if room is None else room.shown_from)
         return Measured(
@@ -191,7 +211,7 @@ class FocusEvaluator:
             float(scoring_half(nll).mean()),
             picked,
             round(choices.seconds.get(condition.chooser, 0.0), 4),
-            round(time.process_time() - started, 4),
+            round(took, 4),
             names.num_same_document(picked),
             names.num_sharing(picked),
             round(names.num_same_document(pool) / max(len(pool), 1), 5),

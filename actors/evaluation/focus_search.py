@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from actors.evaluation import rivals
 from actors.evaluation.contents import Reading
-from actors.evaluation.oracle import choose, choosing_half, scoring_half
+from actors.evaluation.oracle import choose, choosing_half, climb, scoring_half
 from actors.evaluation.retrieval import RANDOM_SEED_STRIDE, Found, Retrieval, shortlist
 from actors.evaluation.scorer import BlockCaches, CandidateScorer
 from cluster.config import TOKENS_PER_BLOCK as K
@@ -36,12 +36,17 @@ class Room:
     """First block of that tail: what is chosen lies before it."""
 
     @classmethod
-    def of(cls, budget: int, reading: Reading, config: FocusEvaluationConfig) -> Room:
-        """At one place."""
-        max_blocks = min(config.max_blocks, max(0, budget - config.tail_tokens) // K)
+    def of(cls, budget: int, reading: Reading, config: FocusEvaluationConfig, *, measuring: bool = False) -> Room:
+        """At one place, for those that search, or for those that measure."""
+        most = config.oracle_blocks if measuring else config.max_blocks
+        max_blocks = min(most, max(0, budget - config.tail_tokens) // K)
         tail_tokens = max(config.tail_tokens, budget - max_blocks * K - smallest_budget([reading.history]))
         shown_from = reading.history.stop_block - len(rivals.tail_blocks(reading, tail_tokens))
         return cls(budget, max_blocks, tail_tokens, shown_from)
+
+
+ExactReading = Callable[[Sequence[int], int], np.ndarray]
+"""`(blocks, budget)` to the NLL of every token of the horizon, the rest of the budget being raw tail."""
 
 
 @dataclass
@@ -58,15 +63,31 @@ class Choices:
 class FocusSearch:
     """The search of one place."""
 
-    def __init__(self, retrieval: Retrieval, config: FocusEvaluationConfig, policy: Policy, wanted: Collection[str]):
+    def __init__(
+        self,
+        retrieval: Retrieval,
+        config: FocusEvaluationConfig,
+        policy: Policy,
+        wanted: Collection[str],
+        read: ExactReading,
+    ) -> None:
+        """Args: `read` measures a choice of blocks in raw tokens; `wanted` are the choosers that are compared."""
         self._retrieval = retrieval
         self._reading = retrieval.reading
         self._config = config
         self._policy: Policy = policy
         self._wanted = set(wanted)
+        self._read_exactly = read
 
-    def run(self, rooms: Sequence[Room], ids: np.ndarray, number: int) -> list[Choices]:
-        """Choices for every room; `ids` is the horizon, which oracles look at, `number` the place's."""
+    def run(self, rooms: Sequence[Room], oracle_rooms: Sequence[Room], ids: np.ndarray, number: int) -> list[Choices]:
+        """Choices for every budget.
+
+        Args:
+            rooms: what those that search have, for each budget.
+            oracle_rooms: what those that measure have, for the same budgets.
+            ids: the horizon, which oracles look at.
+            number: the place's.
+        """
         if not self._wanted & {*rivals.RETRIEVERS, *rivals.ORACLES, rivals.EXHAUSTIVE}:
             return [Choices() for _ in rooms]
         found = self._retrieval.find(self._wanted, self._config.seed * RANDOM_SEED_STRIDE + number)
@@ -75,9 +96,12 @@ class FocusSearch:
             for room in rooms
         ]
         if self._wanted & {rivals.RERANK, *rivals.ORACLES}:
-            self._measure_shortlists(rooms, choices, found, ids)
+            self._measure_shortlists(oracle_rooms, choices, found, ids)
+            for room, choice in zip(rooms, choices, strict=True):
+                # It searches, and so has a longer tail than those whose shortlist it ranks.
+                choice.ranked[rivals.RERANK] = _before(room.shown_from, choice.ranked[rivals.RERANK])
         if rivals.EXHAUSTIVE in self._wanted:
-            self._measure_all(rooms, choices, ids)
+            self._measure_all(oracle_rooms, choices, ids)
         return choices
 
     def _measure_shortlists(
@@ -125,10 +149,26 @@ class FocusSearch:
         took: float,
     ) -> None:
         started = time.process_time()
-        chosen = choose(self._candidates(room, caches), pool, ids, room.max_blocks, self._config.oracle_pool)
-        choice.ranked[rivals.ORACLE_GREEDY] = [(blocks[i], 0) for i in chosen.greedy if chosen.gain(i) > 0]
-        choice.ranked[rivals.ORACLE] = [(blocks[i], 0) for i in chosen.sequential]
+        alone = choose(self._candidates(room, caches), pool, ids, 0, 0)
+        greedy = [blocks[i] for i in alone.greedy if alone.gain(i) > 0]
+        choice.ranked[rivals.ORACLE_GREEDY] = [(block, 0) for block in greedy[: room.max_blocks]]
+        if rivals.ORACLE in self._wanted:
+            choice.ranked[rivals.ORACLE] = self._climb(room, choice, [blocks[i] for i in alone.greedy])
         choice.seconds.update(dict.fromkeys(rivals.ORACLES, took + time.process_time() - started))
+
+    def _climb(self, room: Room, choice: Choices, ranking: Sequence[int]) -> RankedBlocks:
+        """From what the rivals show, and from nothing but the tail, upwards."""
+        # What oracles show may be more than what others do.
+        shown = dict.fromkeys(choice.ranked, self._config.max_blocks) | dict.fromkeys(rivals.MEASURING, room.max_blocks)
+        starts = [[block for block, _ in ranked[: shown[name]]] for name, ranked in choice.ranked.items()]
+        blocks = climb(
+            lambda chosen: self._read_exactly(chosen, room.budget),
+            [[], *starts],
+            ranking,
+            room.max_blocks,
+            self._config.oracle_readings,
+        )
+        return [(block, 0) for block in blocks]
 
     def _measure_all(self, rooms: Sequence[Room], choices: Sequence[Choices], ids: np.ndarray) -> None:
         """The oracle without a shortlist, and what every block is worth alone."""
@@ -139,11 +179,10 @@ class FocusSearch:
         for room, choice in zip(rooms, choices, strict=True):
             started = time.process_time()
             pool = [i for i, block in enumerate(blocks) if block < room.shown_from]
-            candidates = self._candidates(room, caches)
-            chosen = choose(candidates, pool, ids, room.max_blocks, max(self._config.oracle_pool, len(pool) // 4))
-            choice.ranked[rivals.EXHAUSTIVE] = [(blocks[i], 0) for i in chosen.sequential]
+            alone = choose(self._candidates(room, caches), pool, ids, 0, 0)
+            choice.ranked[rivals.EXHAUSTIVE] = self._climb(room, choice, [blocks[i] for i in alone.greedy])
             choice.seconds[rivals.EXHAUSTIVE] = took + time.process_time() - started
-            gains = chosen.base - chosen.alone
+            gains = alone.base - alone.alone
             choice.single_gains = [
                 (blocks[i], round(float(choosing_half(gain).mean()), 5), round(float(scoring_half(gain).mean()), 5))
                 for i, gain in zip(pool, gains, strict=True)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gzip
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +13,7 @@ import yaml
 from actors.evaluation.focus_evaluator import Measured
 from actors.evaluation.places import Place
 from actors.evaluation.results import FocusResults
-from actors.evaluation.samples import parse_sample
+from actors.evaluation.samples import read_samples
 from actors.evaluation.statistics import Estimate, clustered_mean, ratio_of_means
 from cluster.errors import ConfigError
 
@@ -47,15 +45,8 @@ class FocusRun:
             raise ConfigError(f"{folder} is no run of `evaluate focus` with one file of samples: it holds {found}")
         evaluation = yaml.safe_load(recipe.read_text())["evaluation"]
         # Documents of two corpora may have one name.
-        samples = [(_of_kind(kind, place), measured) for place, measured in _lines(files[0])]
+        samples = [(_of_kind(kind, place), measured) for place, measured in read_samples(files[0], Place, Measured)]
         return cls(kind, int(evaluation["history_tokens"]), samples)
-
-
-def _lines(path: Path) -> Iterable[Sample]:
-    content = path.read_bytes()
-    content = gzip.decompress(content) if path.suffix == ".gz" else content
-    for line in content[: content.rfind(b"\n") + 1].splitlines():  # a run that goes on may be in the middle of one
-        yield parse_sample(json.loads(line), Place, Measured)
 
 
 def _of_kind(kind: str, place: Place) -> Place:

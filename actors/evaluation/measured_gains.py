@@ -6,8 +6,6 @@ here are orders of blocks, not contents.
 
 from __future__ import annotations
 
-import gzip
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +16,7 @@ import numpy as np
 from actors.evaluation.focus_evaluator import Measured
 from actors.evaluation.places import Place
 from actors.evaluation.rivals import EXHAUSTIVE
-from actors.evaluation.samples import parse_sample
+from actors.evaluation.samples import read_samples
 from cluster.errors import ConfigError
 from storage.contract import TreeReader
 
@@ -176,11 +174,8 @@ def read_gains(file: Path, budget: int) -> tuple[int, list[PlaceGains]]:
 
 
 def _samples(file: Path) -> Iterable[Sample]:
-    content = file.read_bytes()
     try:
-        content = gzip.decompress(content) if file.suffix == ".gz" else content
-        for line in content[: content.rfind(b"\n") + 1].splitlines():
-            yield parse_sample(json.loads(line), Place, Measured)
+        yield from read_samples(file, Place, Measured)
     except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{file} holds no samples of `evaluate focus` ({type(error).__name__}: {error}); set tuning.samples to one "

@@ -7,6 +7,10 @@ the next block given those chosen already.
 Sequential choices are lazy (Minoux 1978, "Accelerated greedy algorithms"): a block is measured again, given what was
 chosen, only while what it was last known to be worth could still make it the next. Exact where blocks are worth less
 the more others are shown; where two blocks are worth more together, the second may be overlooked.
+
+Blocks whose caches are joined have not been read together. That finds a needle; of the hundredths of a nat that blocks
+of natural text are worth it finds little (correlation with exact readings 0.3 to 0.8, of four places). So where whole
+Working Contexts are compared, `climb` goes on by exact readings from the best of what every rival chose.
 """
 
 from __future__ import annotations
@@ -112,3 +116,53 @@ def _best_again(left: dict[int, float], measure: Callable[[Sequence[int]], np.nd
         part = stale[:MEASURED_AT_A_TIME]
         fresh.update(zip(part, measure(part).tolist(), strict=True))
         left.update(fresh)
+
+
+def climb(
+    measure: Callable[[Sequence[int]], np.ndarray],
+    starts: Sequence[Sequence[int]],
+    ranking: Sequence[int],
+    max_chosen: int,
+    num_readings: int,
+    chosen_on: Callable[[np.ndarray], np.ndarray] = choosing_half,
+) -> list[int]:
+    """Choose blocks by exact readings: the best start, then one block after another that makes it better.
+
+    Args:
+        measure: NLL of every token of the horizon after what shows some blocks.
+        starts: what others chose; never more is lost on the tokens that are chosen on than by the best of them.
+        ranking: blocks to be tried, the most promising first: the first 2, 4, 8, ... together, then each beside the
+            best choice so far (in its last one's place where it is full).
+        max_chosen: blocks of a choice.
+        num_readings: measurements besides the starts.
+        chosen_on: takes the tokens that are chosen on.
+
+    Returns:
+        The choice, in the order it came together.
+    """
+    lowest, best = float("inf"), list[int]()
+    tried: set[frozenset[int]] = set()
+
+    def try_out(blocks: Sequence[int]) -> bool:
+        """Measure a choice, unless it was; whether it is a new one."""
+        nonlocal lowest, best
+        if frozenset(blocks) in tried:
+            return False
+        tried.add(frozenset(blocks))
+        loss = float(chosen_on(measure(blocks)).mean())
+        if loss < lowest:
+            lowest, best = loss, list(blocks)
+        return True
+
+    for start in starts:
+        try_out(start[:max_chosen])
+    left, size = num_readings, 2
+    while left > 0 and size <= min(max_chosen, len(ranking)):
+        left -= try_out(ranking[:size])
+        size *= 2
+    for block in ranking:
+        if left <= 0 or max_chosen < 1:
+            break
+        if block not in best:
+            left -= try_out([*best[: max_chosen - 1], block])
+    return best

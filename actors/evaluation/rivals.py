@@ -31,7 +31,9 @@ RETRIEVERS = (RANDOM, *SEARCHERS, FUSION, RERANK)
 """Choosers that look at the history and the tail, but not at the horizon."""
 ORACLES = (ORACLE_GREEDY, ORACLE)
 """They measure a shortlist."""
-CHOOSERS = (RECENCY, UNIFORM, *RETRIEVERS, *ORACLES, EXHAUSTIVE)
+MEASURING = (*ORACLES, EXHAUSTIVE)
+"""They measure what the horizon gains, and so may know how many blocks are worth showing."""
+CHOOSERS = (RECENCY, UNIFORM, *RETRIEVERS, *MEASURING)
 FORMS = ("raw", "overlay", "strict", "constant")
 WITHOUT_FORM = (NONE, FULL, NEEDLES)
 """They have no budget. `needles`: what a task's answer depends on and the tail, nothing else."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Generic, Protocol, Self, TypeVar
@@ -41,7 +42,7 @@ class SampleLog(Generic[PlaceT, MeasuredT]):
             content = path.read_bytes()
             whole = content[: content.rfind(b"\n") + 1]
             for line in whole.splitlines():
-                self.samples.append(parse_sample(json.loads(line), place_type, measured_type))
+                self.samples.append(_parsed(line, place_type, measured_type))
             os.truncate(path, len(whole))
         self._file = path.open("a", encoding="utf-8")
 
@@ -84,10 +85,18 @@ class SampleLog(Generic[PlaceT, MeasuredT]):
         self.close()
 
 
-def parse_sample(
-    record: Mapping[str, Any], place_type: type[PlaceT], measured_type: type[MeasuredT]
-) -> tuple[PlaceT, list[MeasuredT]]:
-    """One line of the file."""
+def read_samples(
+    path: Path, place_type: type[PlaceT], measured_type: type[MeasuredT]
+) -> Iterator[tuple[PlaceT, list[MeasuredT]]]:
+    """What a file of samples holds, packed (`.gz`) or not, without touching it: a run may be writing it."""
+    content = path.read_bytes()
+    content = gzip.decompress(content) if path.suffix == ".gz" else content
+    for line in content[: content.rfind(b"\n") + 1].splitlines():
+        yield _parsed(line, place_type, measured_type)
+
+
+def _parsed(line: bytes, place_type: type[PlaceT], measured_type: type[MeasuredT]) -> tuple[PlaceT, list[MeasuredT]]:
+    record = json.loads(line)
     return place_type(**record["place"]), [measured_type(**m) for m in record["measured"]]
 
 

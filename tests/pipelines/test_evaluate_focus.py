@@ -25,7 +25,7 @@ Door = Callable[..., int]
 BUDGETS = [128, 192]
 RIVALS = [chooser for chooser in CHOOSERS if chooser != MINILM]
 """All that need no packaged model."""
-ALL_RIVALS = ["none", "full", *RIVALS]
+ALL_RIVALS = ["none", "full", *RIVALS, "recency/raw@compact"]
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +63,10 @@ def door(root: Path, tiny_lm_config: BaseLMConfig) -> Door:
             "forms": list(FORMS),
             "tail_tokens": 64,
             "max_blocks": 2,
+            "oracle_blocks": 2,
             "shortlist_blocks": 8,
-            "oracle_pool": 3,
+            "oracle_readings": 3,
+            "retrieval.fusion": ["bm25", "dense"],
             "num_workers": 2,
         }
         setting |= evaluation
@@ -113,10 +115,22 @@ def test_every_rival_is_measured_at_every_place(root: Path, undisturbed: str) ->
     for budget in BUDGETS:
         expected |= {(f"{chooser}/{form}", budget) for chooser in RIVALS for form in FORMS}
         expected.remove(("uniform/raw", budget))
+        expected.add(("recency/raw@compact", budget))
     for place, measured in samples:
+        # Whole super-blocks of 1,024 slots from the start of the timeline on, as a session would have read it.
+        assert place["first_block"] % 32 == 0
         assert {(m["condition"], m["budget"]) for m in measured} == expected
         assert {m["slots"] for m in measured if m["condition"] == "bm25/raw"} == set(BUDGETS)
         assert all(m["slots"] <= m["budget"] for m in measured if m["budget"])
+        found = {(m["condition"], m["budget"]): m for m in measured}
+        for budget in BUDGETS:
+            # Raw tokens alone, one after the other, stand the same by either policy.
+            compact, plain = (found[f"recency/raw{policy}", budget] for policy in ("@compact", ""))
+            for half in ("nll_choosing", "nll_scoring"):
+                assert compact[half] == pytest.approx(plain[half], abs=1e-4)
+            gains = found["exhaustive/raw", budget]["single_gains"]
+            assert len(gains) == place["stop_block"] - place["first_block"] - (2 if budget == 128 else 3)
+            assert found["oracle/raw", budget]["single_gains"] == []
         # Of two places that share a history, the first has 256 slots less; a short block holds fewer tokens.
         slots = 512 if place["number"] % 2 else 256
         assert place["stop_block"] - place["first_block"] == slots // 32
@@ -141,7 +155,8 @@ def test_the_run_leaves_a_report(root: Path, undisturbed: str) -> None:
     for entry in report["conditions"]:
         name, budget = entry["condition"], entry["budget"]
         assert entry["nll_scoring"] == pytest.approx(results.nll(name, budget, "scoring").mean())
-    oracle, bm25 = (results.nll(f"{name}/overlay", 192, "choosing") for name in ("oracle", "bm25"))
+    oracle, bm25 = (results.nll(f"{name}/raw", 192, "choosing") for name in ("oracle", "bm25"))
+    assert (oracle <= bm25 + 1e-6).all()
     assert oracle.mean() < bm25.mean()
 
 
@@ -193,11 +208,26 @@ def test_interrupted_and_resumed_equals_undisturbed(
     ("words", "evaluation", "code", "message"),
     [
         ((), {"rivals": ["recency", "oracel"]}, 2, "there is no rival 'oracel'; there are: recency, uniform"),
-        ((), {"forms": ["raw", "stric"]}, 2, "there is no form 'stric'; there are: raw, overlay, strict"),
+        ((), {"forms": ["raw", "stric"]}, 2, "there is no form 'stric'; there are: raw, overlay, strict, constant"),
+        ((), {"rivals": ["bm25/stric"]}, 2, "there is no form 'stric'; there are: raw, overlay, strict, constant"),
+        ((), {"rivals": ["bm25/raw@gaussian"]}, 2, "no position policy 'gaussian'; there are: global, compact"),
+        ((), {"rivals": ["full/raw"]}, 2, "rival 'full' has neither forms nor policies; write 'full'"),
+        (
+            (),
+            {"rivals": ["oracle@compact"], "oracle_blocks": 3},
+            2,
+            "shortlist_blocks=8 cannot hold 3 picks of each of 3",
+        ),
+        ((), {"oracle_blocks": 1}, 2, "evaluation.oracle_blocks=1 must be at least max_blocks=2"),
+        (("--evaluation.retrieval.bm25_b", "1.5"), {}, 2, "evaluation.retrieval.bm25_b must be from 0 to 1"),
+        (("--evaluation.retrieval.fusion", "[bm26]"), {}, 2, "evaluation.retrieval.fusion"),
+        (("--evaluation.query_tokens", "9"), {}, 2, "unknown key 'evaluation.query_tokens'"),
         ((), {"rivals": ["uniform"], "forms": ["raw"]}, 2, "nothing to compare"),
         ((), {"budgets": [64]}, 2, "which the tail of 64 tokens fills already"),
         ((), {"budgets": [192, 70]}, 2, "evaluation.budgets holds 70;"),
         ((), {"budgets": [70], "forms": ["raw"], "rivals": ["oracle"]}, 2, "evaluation.budgets holds 70;"),
+        ((), {"budgets": [70], "forms": ["raw"], "rivals": ["exhaustive"]}, 2, "evaluation.budgets holds 70;"),
+        ((), {"budgets": [70], "forms": ["raw"], "rivals": ["recency/constant"]}, 2, "evaluation.budgets holds 70;"),
         ((), {"history_tokens": 32768}, 2, "Lower evaluation.history_tokens or compact longer documents"),
         ((), {"history_tokens": 1024, "horizon_tokens": 512, "places_per_history": 3}, 2, "places_per_history"),
         (("--gistnet.lm_layers", "1"), {}, 5, "Use the GistNet it was made with"),
@@ -226,8 +256,18 @@ def test_histories_beyond_the_trained_range_are_warned_of(
 ) -> None:
     monkeypatch.setattr("actors.evaluation.workers.ray_session", no_ray)
     for evaluation, message in (
-        ({"history_tokens": 4096}, "trained for 2,048: do not trust rival full nor evaluation.positional=global"),
+        (
+            {"history_tokens": 4096, "positional": "global"},
+            "trained for 2,048: do not trust rival full nor evaluation.positional=global\n",
+        ),
+        # Of its own accord the evaluation puts rows where the model knows the distances.
+        ({"history_tokens": 4096}, "trained for 2,048: do not trust rival full\n"),
+        ({"history_tokens": 4096, "rivals": ["recency"]}, ""),
         ({"history_tokens": 4096, "positional": "anchored"}, "trained for 2,048: do not trust rival full\n"),
+        (
+            {"history_tokens": 4096, "rivals": ["recency", "bm25/raw@global"]},
+            "trained for 2,048: do not trust rival bm25/raw@global\n",
+        ),
         ({"history_tokens": 4096, "positional": "anchored", "rivals": ["recency"]}, ""),
         ({}, ""),
     ):

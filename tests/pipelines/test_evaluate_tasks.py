@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from cluster.cli import main
 from cluster.config import BaseLMConfig, GistNetConfig, RunConfig, StoreConfig
 from cluster.config_parser import to_yaml
 from cluster.errors import ConfigError, ContextNotFoundError, IncompatibleTreeError
+from cluster.evaluation_config import RetrievalConfig
 from cluster.task_evaluation_config import EvaluateTasksJob, TaskEvaluationConfig
 from tests.actors.helpers import follow, ingest, make_compactor, make_documents, open_context, tiny_plan
 
@@ -47,6 +49,7 @@ def make_tasks_job(tmp_path: Path, tiny_lm_config: BaseLMConfig, store: StoreCon
             "budgets": [600],
             "rivals": ["none", "full", "needles", "recency", "bm25"],
             "forms": ["raw"],
+            "retrieval": RetrievalConfig(fusion=["bm25", "dense"]),
             "tail_tokens": 64,
             "generate": False,
             "num_workers": 1,
@@ -86,7 +89,7 @@ def test_through_the_door(make_tasks_job: TasksJobFactory, tmp_path: Path, capsy
         history_tokens=[0],
         depth_percents=[0, 100],
         forms=["raw", "overlay"],
-        rivals=["needles", "uniform", "random", "dense", "fusion", "oracle"],
+        rivals=["needles", "uniform", "random", "dense", "fusion", "oracle", "recency/strict@global"],
         generate=True,
     )
     recipe = tmp_path / "tasks.yaml"
@@ -98,7 +101,8 @@ def test_through_the_door(make_tasks_job: TasksJobFactory, tmp_path: Path, capsy
     assert "accuracy among candidates" in printed
     assert "variable_tracking, budget 600 slots (chance: 12%)" in report
     assert "exact match" in report
-    assert {"depths-needles-600.png", "depths-oracle-overlay-600.png"} <= {path.name for path in folder.iterdir()}
+    plots = {"depths-needles-600.png", "depths-oracle-overlay-600.png", "depths-recency-strict@global-600.png"}
+    assert plots <= {path.name for path in folder.iterdir()}
     cells = {(cell["condition"], cell["task"]): cell for cell in numbers(job)}
     assert cells["needles", "single_words"]["recall"] == 1
     assert cells["needles", "single_words"]["num_samples"] == 4
@@ -143,10 +147,32 @@ def test_what_cannot_work_is_said_before_anything_starts(make_tasks_job: TasksJo
         tasks_job.run(make_tasks_job("wrong", tasks=["riddle"]))
     with pytest.raises(ConfigError, match="no rival 'rerank'"):
         tasks_job.run(make_tasks_job("wrong", rivals=["rerank"]))
+    with pytest.raises(ConfigError, match="no form 'constant'; there are: raw, overlay, strict"):
+        tasks_job.run(make_tasks_job("wrong", rivals=["recency/constant"]))
+    with pytest.raises(ConfigError, match="rival 'needles' has neither forms nor policies"):
+        tasks_job.run(make_tasks_job("wrong", rivals=["needles/raw"]))
     with pytest.raises(ConfigError, match="histories"):
         tasks_job.run(make_tasks_job("wrong", history_tokens=[1024 * 1024]))
     with pytest.raises(ConfigError, match=r"evaluation.budgets holds 200; a question"):
         tasks_job.run(make_tasks_job("wrong", budgets=[200], forms=["overlay"]))
+    # 128 gists stand for 4,096 slots, whoever shows them.
+    smallest = [
+        refused(make_tasks_job("wrong", budgets=[150], forms=forms, rivals=named))
+        for forms, named in (
+            (["raw"], ["bm25"]),
+            (["overlay"], ["bm25/raw"]),
+            (["overlay"], ["bm25"]),
+            (["raw"], ["bm25/overlay"]),
+        )
+    ]
+    assert smallest[0] == smallest[1] < smallest[2] == smallest[3]
+
+
+def refused(job: EvaluateTasksJob) -> int:
+    """The budget a job says it needs."""
+    with pytest.raises(ConfigError, match=r"evaluation.budgets holds 150; a question") as caught:
+        tasks_job.run(job)
+    return int(re.findall(r"need (\d+)\.", str(caught.value))[0])
 
 
 @pytest.mark.parametrize(
@@ -159,6 +185,10 @@ def test_what_cannot_work_is_said_before_anything_starts(make_tasks_job: TasksJo
         ({"depth_percents": [101]}, "from 0 to 100"),
         ({"tail_tokens": 40}, "multiple of 32"),
         ({"budgets": []}, "at least one budget"),
+        (
+            {"retrieval": RetrievalConfig(dense_query_tokens=0)},
+            "evaluation.retrieval.dense_query_tokens must be from 1",
+        ),
         ({"oracle_pool": 0}, "oracle_pool"),
         ({"num_workers": -1}, "num_workers"),
     ],

@@ -101,6 +101,19 @@ def masked_nll(
     return plain_nll(lm, rows, ids, first_place, mask)
 
 
+def continued(lm: BaseLM, rows: Contents, num_tokens: int, length: int) -> np.ndarray:
+    """What the model itself would write after some contents."""
+    ids = [7]
+    with torch.inference_mode():
+        for _ in range(length - 1):
+            tokens = torch.tensor([ids])
+            places = np.concatenate([rows.half_tokens, 2 * (num_tokens + np.arange(len(ids)))])
+            embeds = torch.cat([rows.embeds[None], lm.embed(tokens)], dim=1)
+            logits = lm.logits(embeds, positions=Positions(torch.from_numpy(places)[None]), last_only=True)
+            ids.append(int(logits[0, -1].argmax()))
+    return np.array(ids)
+
+
 @dataclass(frozen=True)
 class StoredText:
     """Texts in a context on disk, as `compact` makes it, for the tiny model."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actors.evaluation.contents import Reading
+from actors.evaluation.contents import Contents, Reading
 from actors.evaluation.focus_search import Choices, FocusSearch, Room
 from actors.evaluation.retrieval import Retrieval
-from actors.evaluation.rivals import Condition, bare_rows, working_context
+from actors.evaluation.rivals import Condition, bare_rows, contents_of, working_context
+from actors.evaluation.scorer import Scorer
 from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.config import BaseLMConfig
 from cluster.evaluation_config import FocusEvaluationConfig, RetrievalConfig
@@ -26,7 +27,9 @@ from storage.memory_tree import MemoryTree
 from storage.schema import KEYS
 from tests.actors.evaluation.support import (
     StoredText,
+    continued,
     masked_nll,
+    plain_nll,
     random_tree,
     reading_of,
     stored,
@@ -43,7 +46,11 @@ def long_tree() -> MemoryTree:
 
 
 def room_of(reading: Reading, budget: int, max_blocks: int = 8, tail_tokens: int = 2 * K) -> Room:
-    return Room.of(budget, reading, FocusEvaluationConfig(max_blocks=max_blocks, tail_tokens=tail_tokens))
+    config = FocusEvaluationConfig(max_blocks=max_blocks, oracle_blocks=max_blocks + 1, tail_tokens=tail_tokens)
+    # Those that measure have the room of others that may choose as many.
+    more = replace(config, max_blocks=max_blocks + 1, oracle_blocks=100)
+    assert Room.of(budget, reading, config, measuring=True) == Room.of(budget, reading, more)
+    return Room.of(budget, reading, config)
 
 
 @pytest.mark.parametrize(
@@ -118,9 +125,10 @@ CONFIG = FocusEvaluationConfig(
     budgets=[7 * K, 10 * K],
     tail_tokens=2 * K,
     max_blocks=3,
+    oracle_blocks=4,
     shortlist_blocks=14,
-    oracle_pool=6,
-    retrieval=RetrievalConfig(bm25_query_tokens=40),
+    oracle_readings=6,
+    retrieval=RetrievalConfig(bm25_query_tokens=40, dense_query_tokens=16, fusion=["bm25", "dense"]),
 )
 MEASURING = ("rerank", "oracle_greedy", "oracle", "exhaustive")
 
@@ -140,13 +148,14 @@ def reading(lm: BaseLM, tree: StoredText) -> Reading:
     return Reading(lm, tree.reader, History.of(tree.reader, FIRST, STOP))
 
 
-def rooms_of(reading: Reading, config: FocusEvaluationConfig) -> list[Room]:
-    return [Room.of(budget, reading, config) for budget in config.budgets]
+def rooms_of(reading: Reading, config: FocusEvaluationConfig, measuring: bool = False) -> list[Room]:
+    return [Room.of(budget, reading, config, measuring=measuring) for budget in config.budgets]
 
 
 def run(
     reading: Reading,
     tree: StoredText,
+    ids: np.ndarray,
     wanted: tuple[str, ...],
     policy: Policy = "global",
     config: FocusEvaluationConfig = CONFIG,
@@ -156,16 +165,38 @@ def run(
     space = KeySpace.of_tree(tree.reader, array=KEYS)
     shown_from = max(room.shown_from for room in rooms)
     retrieval = Retrieval(reading, tree.lexical, tree.plan.tokenizer, tree.gistnet, space, shown_from, config.retrieval)
-    return FocusSearch(retrieval, config, policy, wanted).run(rooms, horizon(reading), number)
+
+    def read(blocks: Sequence[int], budget: int) -> np.ndarray:
+        ranked = [(block, 0) for block in blocks]
+        rows, _ = contents_of(Condition("oracle", "raw"), reading, ranked, budget, config.tail_tokens, len(blocks))
+        return Scorer(reading.lm, policy).nll(rows, ids, reading.history.num_tokens)
+
+    return FocusSearch(retrieval, config, policy, wanted, read).run(
+        rooms, rooms_of(reading, config, measuring=True), ids, number
+    )
 
 
+def exactly(reading: Reading, ids: np.ndarray, blocks: Sequence[int], budget: int) -> np.ndarray:
+    """NLL after these blocks and as much of the tail as the budget still holds, in raw tokens."""
+    others = [block for block in range(FIRST, STOP) if block not in blocks]
+    newest = others[len(others) - (budget // K - len(blocks)) :]
+    return plain_nll(reading.lm, reading.raw([*blocks, *newest]), ids, reading.history.num_tokens)
+
+
+@pytest.fixture(scope="module")
 def horizon(reading: Reading) -> np.ndarray:
-    return reading.ids(STOP, 1)[:31]
+    """What the model itself writes with the needle in view: nothing else predicts it as well."""
+    room = rooms_of(reading, CONFIG, measuring=True)[0]
+    stand_ins, tail = bare_rows(reading, room.budget, room.tail_tokens)
+    rows = Contents.joined([stand_ins, reading.raw([NEEDLE_BLOCK]), tail])
+    return continued(reading.lm, rows, reading.history.num_tokens, 31)
 
 
-def plain_gains(reading: Reading, room: Room, blocks: range, stand_ins_of: Room) -> dict[int, tuple[float, float]]:
+def plain_gains(
+    reading: Reading, ids: np.ndarray, room: Room, blocks: range, stand_ins_of: Room
+) -> dict[int, tuple[float, float]]:
     """What each block adds to stand-ins and tail: on every other token from the first, and on the others."""
-    ids, num_tokens = horizon(reading), reading.history.num_tokens
+    num_tokens = reading.history.num_tokens
     stand_ins, _ = bare_rows(reading, stand_ins_of.budget, stand_ins_of.tail_tokens)
     _, tail = bare_rows(reading, room.budget, room.tail_tokens)
     base = masked_nll(reading.lm, stand_ins, tail, [], ids, num_tokens)
@@ -177,100 +208,122 @@ def plain_gains(reading: Reading, room: Room, blocks: range, stand_ins_of: Room)
 
 
 @pytest.fixture(scope="module")
-def found(reading: Reading, tree: StoredText) -> list[Choices]:
-    return run(reading, tree, ("random", "bm25", "dense", "fusion", *MEASURING))
+def found(reading: Reading, tree: StoredText, horizon: np.ndarray) -> list[Choices]:
+    return run(reading, tree, horizon, ("random", "bm25", "dense", "fusion", *MEASURING))
 
 
 def test_everything_that_is_chosen_lies_before_the_tail_of_its_budget(reading: Reading, found: list[Choices]) -> None:
-    rooms = rooms_of(reading, CONFIG)
-    # 28 gists beside three blocks and the tail.
+    rooms, oracle_rooms = rooms_of(reading, CONFIG), rooms_of(reading, CONFIG, measuring=True)
+    # 28 gists beside three blocks and the tail; an oracle may choose one more.
     assert [(room.max_blocks, room.shown_from) for room in rooms] == [(3, STOP - 3), (3, STOP - 6)]
-    for room, choices in zip(rooms, found, strict=True):
+    assert [(room.max_blocks, room.shown_from) for room in oracle_rooms] == [(4, STOP - 2), (4, STOP - 5)]
+    for room, oracle_room, choices in zip(rooms, oracle_rooms, found, strict=True):
         for name, ranked in choices.ranked.items():
+            own = oracle_room if name in {"oracle", "oracle_greedy", "exhaustive"} else room
             blocks = [block for block, _ in ranked]
             assert len(set(blocks)) == len(blocks), name
-            assert all(FIRST <= block < room.shown_from for block in blocks), name
+            assert all(FIRST <= block < own.shown_from for block in blocks), name
         assert choices.ranked["bm25"][0] == (NEEDLE_BLOCK, 0)
         assert sorted(choices.ranked["random"]) == [(block, 0) for block in range(FIRST, room.shown_from)]
-        assert len(choices.ranked["oracle"]) <= room.max_blocks
-        assert len(choices.ranked["exhaustive"]) <= room.max_blocks
+        for name in ("oracle", "oracle_greedy", "exhaustive"):
+            assert 0 < len(choices.ranked[name]) <= oracle_room.max_blocks
 
 
 def test_the_shortlist_is_every_rivals_picks_and_what_recency_would_show(
-    reading: Reading, tree: StoredText, found: list[Choices]
+    reading: Reading, tree: StoredText, horizon: np.ndarray, found: list[Choices]
 ) -> None:
-    config = replace(CONFIG, shortlist_blocks=10)
-    for size, all_choices in ((14, found), (10, run(reading, tree, MEASURING[:3], config=config))):
-        for room, choices in zip(rooms_of(reading, CONFIG), all_choices, strict=True):
-            picks = {block for name in ("bm25", "dense", "fusion") for block, _ in choices.ranked[name][:3]}
-            older = [room.shown_from - 1, room.shown_from - 2, room.shown_from - 3]
-            left = size - len(picks)
-            expected = picks | set([block for block in older if block not in picks][:left])
-            # What reranks and what measures see the same.
-            assert {block for block, _ in choices.ranked["rerank"]} == expected
+    """As many of each as an oracle may choose, however few a rival shows."""
+    rooms, oracle_rooms = rooms_of(reading, CONFIG), rooms_of(reading, CONFIG, measuring=True)
+    sizes = []
+    for size in (14, 6):
+        config = replace(CONFIG, shortlist_blocks=size)
+        all_choices = found if size == 14 else run(reading, tree, horizon, MEASURING[:3], config=config)
+        for room, oracle_room, choices in zip(rooms, oracle_rooms, all_choices, strict=True):
+            picks = {block for name in ("bm25", "dense", "fusion") for block, _ in choices.ranked[name][:4]}
+            older = range(oracle_room.shown_from - 1, oracle_room.shown_from - 5, -1)
+            expected = picks | set([block for block in older if block not in picks][: size - len(picks)])
+            sizes.append(len(expected) - len(picks))
+            # What reranks sees what measures sees, as far as it may show it.
+            reranked = {block for block in expected if block < room.shown_from}
+            assert {block for block, _ in choices.ranked["rerank"]} == reranked
             assert {block for block, _ in choices.ranked["oracle_greedy"]} <= expected
             assert {block for block, _ in choices.ranked["oracle"]} <= expected
+    assert max(sizes) == 4
+    assert min(sizes) < 4
 
 
-def test_the_gain_of_every_block_is_that_of_a_plain_measurement(reading: Reading, found: list[Choices]) -> None:
-    rooms = rooms_of(reading, CONFIG)
+def test_the_gain_of_every_block_is_that_of_a_plain_measurement(
+    reading: Reading, horizon: np.ndarray, found: list[Choices]
+) -> None:
+    rooms = rooms_of(reading, CONFIG, measuring=True)
     for room, choices in zip(rooms, found, strict=True):
         blocks = range(FIRST, room.shown_from)
-        expected = plain_gains(reading, room, blocks, stand_ins_of=rooms[0])
+        expected = plain_gains(reading, horizon, room, blocks, stand_ins_of=rooms[0])
         assert [block for block, _, _ in choices.single_gains] == list(blocks)
         for block, choosing, scoring in choices.single_gains:
             assert (choosing, scoring) == pytest.approx(expected[block], abs=2e-4)
         assert np.ptp([choosing for _, choosing, _ in choices.single_gains]) > 0.01
         # The oracles begin with the best of what they measure, by the half they choose on.
         best = sorted(blocks, key=lambda block: -expected[block][0])
-        assert choices.ranked["exhaustive"][0] == (best[0], 0)
-        shortlist = {block for block, _ in choices.ranked["rerank"]}
-        in_order = [block for block in best if block in shortlist and expected[block][0] > 1e-3]
-        assert [block for block, _ in choices.ranked["oracle_greedy"]][: len(in_order)] == in_order
-        assert choices.ranked["oracle"][0][0] == in_order[0]
+        assert best[0] == NEEDLE_BLOCK
+        picks = {block for name in ("bm25", "dense", "fusion") for block, _ in choices.ranked[name][:4]}
+        older = range(room.shown_from - 4, room.shown_from)
+        assert len(picks.union(older)) <= CONFIG.shortlist_blocks
+        in_order = [block for block in best if block in picks.union(older) and expected[block][0] > 0]
+        assert [block for block, _ in choices.ranked["oracle_greedy"]] == in_order[:4]
 
 
-def test_exhaustive_is_the_oracle_where_the_shortlist_holds_everything(
-    reading: Reading, tree: StoredText, found: list[Choices]
+def test_no_rival_shows_what_is_better_than_what_an_oracle_chose(
+    reading: Reading, horizon: np.ndarray, found: list[Choices]
 ) -> None:
-    """And it needs no other rival, searches nothing, and says the same among other budgets' blocks."""
-    config = replace(CONFIG, budgets=[10 * K, 7 * K], shortlist_blocks=100, oracle_pool=100)
-    alone = run(reading, tree, ("exhaustive",), config=config)
+    """By exact readings of raw tokens, on the half that is chosen on. Nothing but the tail is a choice, too."""
+
+    def loss(blocks: list[int], budget: int) -> float:
+        return float(exactly(reading, horizon, blocks, budget)[0::2].mean())
+
+    for budget, choices in zip(CONFIG.budgets, found, strict=True):
+        shown = {
+            name: [block for block, _ in ranked][: 4 if name in {"oracle", "oracle_greedy", "exhaustive"} else 3]
+            for name, ranked in choices.ranked.items()
+        }
+        losses = {name: loss(blocks, budget) for name, blocks in shown.items()} | {"tail": loss([], budget)}
+        assert losses["exhaustive"] <= losses["oracle"] + 1e-5
+        assert losses["oracle"] <= min(value for name, value in losses.items() if name != "exhaustive") + 1e-5
+        assert losses["oracle"] < losses["tail"] - 0.01
+        assert losses["oracle"] < max(losses["random"], losses["dense"])
+
+
+def test_exhaustive_needs_no_other_rival(
+    reading: Reading, tree: StoredText, horizon: np.ndarray, found: list[Choices]
+) -> None:
+    """It searches nothing, and says the same of blocks whatever else is compared, whichever budget comes first."""
+    alone = run(reading, tree, horizon, ("exhaustive",), config=replace(CONFIG, budgets=[10 * K, 7 * K]))
     for choices, before in zip(alone, reversed(found), strict=True):
         assert set(choices.ranked) == set(choices.seconds) == {"exhaustive"}
-        assert choices.ranked["exhaustive"][0] == before.ranked["exhaustive"][0]
+        assert choices.ranked["exhaustive"]
         for mine, theirs in zip(choices.single_gains, before.single_gains, strict=True):
             assert mine == pytest.approx(theirs, abs=1e-4)
-    everything = replace(config, max_blocks=26, budgets=[34 * K])
-    (both,) = run(reading, tree, ("oracle", "oracle_greedy", "exhaustive"), config=everything)
-    (room,) = rooms_of(reading, everything)
-    worth = [block for block, choosing, _ in both.single_gains if choosing > 0]
-    assert len(both.single_gains) == room.shown_from - FIRST == 21
-    assert {block for block, _ in both.ranked["oracle_greedy"]} == set(worth)
-    assert both.ranked["oracle"] == both.ranked["exhaustive"]
-    assert len(both.ranked["oracle"]) >= 2
 
 
 @pytest.mark.parametrize("policy", ["compact", "anchored"])
 def test_candidates_are_measured_under_the_evaluations_policy(
-    reading: Reading, tree: StoredText, found: list[Choices], policy: Policy
+    reading: Reading, tree: StoredText, horizon: np.ndarray, found: list[Choices], policy: Policy
 ) -> None:
     """Stand-ins, all blocks that are measured and the tail, one after the other."""
-    choices = run(reading, tree, ("exhaustive",), policy)
-    rooms = rooms_of(reading, CONFIG)
+    choices = run(reading, tree, horizon, ("exhaustive",), policy)
+    rooms = rooms_of(reading, CONFIG, measuring=True)
     stand_ins, _ = bare_rows(reading, rooms[0].budget, rooms[0].tail_tokens)
     assert choices[0].single_gains != found[0].single_gains
     for room, mine in zip(rooms, choices, strict=True):
         _, tail = bare_rows(reading, room.budget, room.tail_tokens)
         end = stand_ins.num_rows + sum(reading.raw([b]).num_rows for b in range(FIRST, rooms[0].shown_from))
-        ids = horizon(reading)
         at = replace(stand_ins, half_tokens=2 * np.arange(stand_ins.num_rows))
         behind = replace(tail, half_tokens=2 * np.arange(end, end + tail.num_rows))
         block = reading.raw([NEEDLE_BLOCK])
         first = stand_ins.num_rows + (NEEDLE_BLOCK - FIRST) * K
         shown = replace(block, half_tokens=2 * np.arange(first, first + K))
-        gain = masked_nll(reading.lm, at, behind, [], ids, end + tail.num_rows)
-        gain -= masked_nll(reading.lm, at, behind, [shown], ids, end + tail.num_rows)
+        gain = masked_nll(reading.lm, at, behind, [], horizon, end + tail.num_rows)
+        gain -= masked_nll(reading.lm, at, behind, [shown], horizon, end + tail.num_rows)
         expected = (float(gain[0::2].mean()), float(gain[1::2].mean()))
         assert mine.single_gains[NEEDLE_BLOCK - FIRST][1:] == pytest.approx(expected, abs=2e-4)
 
@@ -284,14 +337,16 @@ def test_what_a_choice_builds_on_is_part_of_its_price(found: list[Choices]) -> N
         assert seconds["oracle"] == seconds["oracle_greedy"]
 
 
-def test_nothing_is_searched_for_those_that_do_not_search(reading: Reading, tree: StoredText) -> None:
-    for choices in run(reading, tree, ("none", "full", "recency", "uniform")):
+def test_nothing_is_searched_for_those_that_do_not_search(
+    reading: Reading, tree: StoredText, horizon: np.ndarray
+) -> None:
+    for choices in run(reading, tree, horizon, ("none", "full", "recency", "uniform")):
         assert choices == Choices()
 
 
-def test_a_budget_without_room_chooses_nothing(reading: Reading, tree: StoredText) -> None:
+def test_a_budget_without_room_chooses_nothing(reading: Reading, tree: StoredText, horizon: np.ndarray) -> None:
     config = replace(CONFIG, budgets=[3 * K - 1, 7 * K])
-    small, usual = run(reading, tree, ("bm25", *MEASURING), config=config)
+    small, usual = run(reading, tree, horizon, ("bm25", *MEASURING), config=config)
     for name in ("oracle", "exhaustive", "rerank"):
         assert len(usual.ranked[name]) > 0
         assert name == "rerank" or small.ranked[name] == []
@@ -300,8 +355,8 @@ def test_a_budget_without_room_chooses_nothing(reading: Reading, tree: StoredTex
     assert len(small.single_gains) == STOP - 2 - FIRST
 
 
-def test_another_number_draws_other_blocks(reading: Reading, tree: StoredText) -> None:
-    first, again, other = (run(reading, tree, ("random",), number=number)[0].ranked for number in (3, 3, 4))
+def test_another_number_draws_other_blocks(reading: Reading, tree: StoredText, horizon: np.ndarray) -> None:
+    first, again, other = (run(reading, tree, horizon, ("random",), number=number)[0].ranked for number in (3, 3, 4))
     assert first == again != other
-    other_seed = run(reading, tree, ("random",), number=3, config=replace(CONFIG, seed=1))[0].ranked
+    other_seed = run(reading, tree, horizon, ("random",), number=3, config=replace(CONFIG, seed=1))[0].ranked
     assert other_seed not in (first, other)

@@ -6,17 +6,15 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actors.evaluation.contents import Contents, Reading
-from actors.evaluation.oracle import MEASURED_AT_A_TIME, choose, choosing_half, scoring_half
+from actors.evaluation.oracle import MEASURED_AT_A_TIME, choose, choosing_half, climb, scoring_half
 from actors.evaluation.scorer import BlockCaches, CandidateScorer, Scorer
 from models.base_lm import BaseLM
 from models.focus.working_context import WorkingContext
-from models.positions import Positions
-from tests.actors.evaluation.support import byte_tokens, random_tree, reading_of
+from tests.actors.evaluation.support import byte_tokens, continued, random_tree, reading_of
 
 IDS = np.arange(8)
 
@@ -173,6 +171,59 @@ def test_two_blocks_that_help_only_together_may_be_overlooked() -> None:
     assert written_out(table, [0, 1, 2], 3, 3)[1] == [0, 1]
 
 
+@given(search=searches(), starts=st.lists(st.lists(st.integers(0, 11), max_size=6, unique=True), max_size=4))
+@settings(deadline=None, max_examples=200)
+def test_climbing_loses_nothing_of_the_best_start_and_reads_no_more_than_it_may(
+    search: tuple[int, list[int], int, int, int], starts: list[list[int]]
+) -> None:
+    _, ranking, most, num_readings, seed = search
+    starts = [[], *starts]
+    table = Table(12, seed)
+    read: list[list[int]] = []
+
+    def measure(blocks: Sequence[int]) -> np.ndarray:
+        read.append(list(blocks))
+        return table.of(blocks)
+
+    found = climb(measure, starts, ranking, most, num_readings)
+    assert found in read
+    assert loss_of(table, found) == min(loss_of(table, blocks) for blocks in read)
+    assert all(len(set(blocks)) == len(blocks) <= most for blocks in read)
+    assert len({frozenset(blocks) for blocks in read}) == len(read)
+    cut = [start[:most] for start in starts]
+    assert {frozenset(blocks) for blocks in cut} <= {frozenset(blocks) for blocks in read}
+    others = [blocks for blocks in read if frozenset(blocks) not in {frozenset(start) for start in cut}]
+    assert len(others) <= num_readings
+    assert found == climbed_by_hand(table, starts, ranking, most, num_readings)
+    # What it is scored on plays no part.
+    assert found == climb(Table(12, seed, odd_seed=7).of, starts, ranking, most, num_readings)
+
+
+def climbed_by_hand(
+    table: Table, starts: list[list[int]], ranking: list[int], most: int, num_readings: int
+) -> list[int]:
+    """The best start; then the first 2, 4, 8 of the ranking; then each of it beside the best so far."""
+    known: dict[frozenset[int], tuple[float, list[int]]] = {}
+    for start in starts:
+        known.setdefault(frozenset(start[:most]), (loss_of(table, start[:most]), start[:most]))
+    num_starts = len(known)
+
+    def best() -> list[int]:
+        return min(known.values(), key=lambda pair: pair[0])[1]
+
+    def read(blocks: list[int]) -> None:
+        if len(known) < num_starts + num_readings and len(blocks) <= most:
+            known.setdefault(frozenset(blocks), (loss_of(table, blocks), blocks))
+
+    for size in (2, 4, 8):
+        if size <= len(ranking):
+            read(ranking[:size])
+    for block in ranking:
+        if block not in best():
+            read([*best()[: max(most - 1, 0)], block])
+    return best()
+
+
 @given(num_tokens=st.integers(2, 70))
 def test_the_halves_are_disjoint_and_complete(num_tokens: int) -> None:
     tokens = np.stack([np.arange(num_tokens), -np.arange(num_tokens)])
@@ -181,19 +232,6 @@ def test_the_halves_are_disjoint_and_complete(num_tokens: int) -> None:
     assert set(choosing[0]) | set(scoring[0]) == set(range(num_tokens))
     assert choosing.shape[1] - scoring.shape[1] in {0, 1}
     assert set(choosing[1]) == {-value for value in choosing[0]}
-
-
-def continued(lm: BaseLM, rows: Contents, num_tokens: int, length: int) -> np.ndarray:
-    """What the model itself would write after some contents."""
-    ids = [7]
-    with torch.inference_mode():
-        for _ in range(length - 1):
-            tokens = torch.tensor([ids])
-            places = np.concatenate([rows.half_tokens, 2 * (num_tokens + np.arange(len(ids)))])
-            embeds = torch.cat([rows.embeds[None], lm.embed(tokens)], dim=1)
-            logits = lm.logits(embeds, positions=Positions(torch.from_numpy(places)[None]), last_only=True)
-            ids.append(int(logits[0, -1].argmax()))
-    return np.array(ids)
 
 
 def parts(lm: BaseLM) -> tuple[Reading, Contents, list[Contents], Contents]:

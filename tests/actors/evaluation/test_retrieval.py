@@ -29,7 +29,14 @@ from tests.actors.evaluation.support import NEEDLE, StoredText, plain_nll, store
 NEEDLE_BLOCK = 9
 STOP = 28
 TAIL_BLOCKS = 2
-CONFIG = RetrievalConfig(bm25_query_tokens=32, dense_query_tokens=16, minilm_query_tokens=40, rerank_query_tokens=32)
+CONFIG = RetrievalConfig(
+    bm25_query_tokens=32,
+    dense_query_tokens=16,
+    minilm_query_tokens=40,
+    rerank_query_tokens=32,
+    fusion=["bm25", "dense"],
+    fusion_constant=60.0,
+)
 
 
 class Letters:

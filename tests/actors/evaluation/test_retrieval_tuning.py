@@ -317,8 +317,8 @@ def test_the_grid_of_fusion() -> None:
     assert len(grid) == 4 * 2 + 1
     assert grid[-1] == default_fusion()
     # Where the defaults are the best, they are in it once.
-    known: list[Setting] = [*fusion_grid([Bm25Setting(), DenseSetting()], [10, 60])]
-    assert len(known) == 2
+    known: list[Setting] = [*fusion_grid([Bm25Setting(), DenseSetting(), MinilmSetting()], [10, 60])]
+    assert len(known) == 4 * 2
     assert default_fusion() in known
     assert fusion_grid(best[:1], [60]) == fusion_grid(best, []) == []
 

@@ -20,6 +20,7 @@ from actors.plan import CompactionPlan
 from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.config import BaseLMConfig
 from cluster.errors import ConfigError
+from cluster.evaluation_config import RetrievalConfig
 from cluster.task_evaluation_config import TaskEvaluationConfig
 from models.base_lm import BaseLM
 from models.focus.history import History
@@ -79,6 +80,7 @@ def config_of(**fields: Any) -> TaskEvaluationConfig:
         "budgets": [BUDGET],
         "rivals": [chooser for chooser in rivals.TASK_CHOOSERS if chooser != rivals.MINILM],
         "forms": ["raw", "overlay"],
+        "retrieval": RetrievalConfig(fusion=["bm25", "dense"]),
         "tail_tokens": 64,
         "max_blocks": 8,
         "generate": False,
@@ -202,7 +204,7 @@ def test_a_seed_gives_the_same_numbers_in_any_order(setting: Setting) -> None:
 
 def test_rivals_may_have_a_form_and_a_policy_of_their_own(setting: Setting) -> None:
     named = ["bm25", "bm25/raw@global", "bm25/raw@compact", "recency/overlay", "recency/overlay@compact"]
-    config = config_of(history_tokens=[1024], forms=["raw"], rivals=named)
+    config = config_of(history_tokens=[1024], forms=["raw"], rivals=named, budgets=[400])
     by_policy = {
         policy: by_name(setting.measured(replace(config, positional=policy, rivals=named[:1] + named[3:4]))[0])
         for policy in ("auto", "global", "compact")
