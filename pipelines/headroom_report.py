@@ -31,7 +31,9 @@ def headroom_tables(cells: Sequence[Cell], base: str, oracle: str) -> list[Table
     return [
         table
         for table in (
-            _table(cells, f"Gain over {base}: {legend}", lambda cell: _gains(cell, [*choosers, *ceilings], base)),
+            _table(
+                cells, f"Gain over {base}: {legend}", lambda cell: _gains(cell, [*choosers, *ceilings], base, oracle)
+            ),
             _table(cells, f"What is left to {oracle}: {legend}", lambda cell: _left(cell, [base, *choosers], oracle)),
             _table(cells, f"Forms, gain over the same choice in raw blocks: {legend}", _forms),
             _table(cells, f"What gists add: {legend}", _gists),
@@ -56,10 +58,13 @@ def _table(cells: Sequence[Cell], title: str, row: Any) -> Table:
     return Table(rows, title)
 
 
-def _gains(cell: Cell, conditions: Sequence[str], base: str) -> dict[str, str]:
+def _gains(cell: Cell, conditions: Sequence[str], base: str, oracle: str) -> dict[str, str]:
     if not cell.has(base):
         return {}
-    return {_short(c): marked(cell.gain(c, base)) for c in conditions if c != base and cell.has(c)}
+    gains = {_short(c): marked(cell.gain(c, base)) for c in conditions if c != base and cell.has(c)}
+    if cell.has(oracle):
+        gains[f"{_short(oracle)}, where it chose"] = marked(cell.optimistic_gain(oracle, base))
+    return gains
 
 
 def _left(cell: Cell, conditions: Sequence[str], oracle: str) -> dict[str, str]:

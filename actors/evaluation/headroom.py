@@ -79,6 +79,10 @@ class Cell:
         """On the half of the tokens that no oracle chose on, nats a token; positive is better."""
         return self.results.gain(condition, over, self.budget, "scoring", where)
 
+    def optimistic_gain(self, condition: str, over: str) -> Estimate:
+        """On the half an oracle chose on: what it won there, luck included."""
+        return self.results.gain(condition, over, self.budget, "choosing")
+
     def share(self, condition: str, best: str, over: str) -> Estimate:
         """What a condition wins over another as a share of what `best` wins."""
         return self.results.share_of(condition, best, over, self.budget, "scoring")
