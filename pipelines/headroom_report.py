@@ -182,7 +182,7 @@ def plot_gaps(cells: Sequence[Cell], base: str, path: Path) -> None:
         axes.set_yticks(range(len(cells)), [f"{cell.name}\n{cell.num_places} places" for cell in cells])
         axes.invert_yaxis()
         axes.set(xlabel="nats a token on the half no oracle chose on (more is better)")
-        axes.legend(loc="lower right")
+        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
 def plot_chosen(cells: Sequence[Cell], oracle: str, path: Path) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from models.focus.filling import Filling, expand_evenly, show_newest, show_ranked
 from models.focus.history import History
-from models.focus.working_context import Mode, WorkingContext
+from models.focus.working_context import DEFAULT_MODE, Mode, WorkingContext
 
 RankedBlocks = Sequence[tuple[int, int]]
 """Blocks as `(block, source)`, the best first."""
@@ -29,7 +29,7 @@ class FocusRequest:
     histories: Sequence[History]
     budget: int
     """W_max, in vectors."""
-    mode: Mode
+    mode: Mode = DEFAULT_MODE
     ranked: RankedBlocks = ()
     """What retrieval, or a measurement, found; ignored by those that do not look."""
 

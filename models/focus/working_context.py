@@ -25,6 +25,9 @@ from models.focus.history import SHOWN_RAW, EntryState, History, blocks_per_node
 
 Mode = Literal["strict", "overlay"]
 
+DEFAULT_MODE: Mode = "overlay"
+"""Of the two the better at the same choice of blocks; measured, see docs/headroom.md."""
+
 
 class Node(NamedTuple):
     """An entry's name: which history it is of, its level and index (at LOD0 the index of the block).
