@@ -27,6 +27,8 @@ def test_every_job_is_there_and_accepts_its_configuration() -> None:
         "inspect",
         "evaluate gist",
         "evaluate focus",
+        "evaluate headroom",
+        "evaluate retrieval",
         "evaluate tasks",
         "tree verify",
         "tree rebuild-gists",
