@@ -14,7 +14,7 @@ from actors.evaluation.focus_evaluator import Measured
 from actors.evaluation.places import Place
 from actors.evaluation.results import FocusResults
 from actors.evaluation.samples import read_samples
-from actors.evaluation.statistics import Estimate, clustered_mean, ratio_of_means
+from actors.evaluation.statistics import Estimate, ratio_of_means
 from cluster.errors import ConfigError
 
 Sample = tuple[Place, list[Measured]]
@@ -83,10 +83,6 @@ class Cell:
         """On the half an oracle chose on: what it won there, luck included."""
         return self.results.gain(condition, over, self.budget, "choosing")
 
-    def share(self, condition: str, best: str, over: str) -> Estimate:
-        """What a condition wins over another as a share of what `best` wins."""
-        return self.results.share_of(condition, best, over, self.budget, "scoring")
-
     def num_chosen(self, condition: str) -> np.ndarray:
         """Blocks chosen at each place."""
         return np.array([len(m.picked) for m in self.results.column(condition, self.budget)])
@@ -117,11 +113,6 @@ class Cell:
     def where_full_wins(self, over: str, least: float) -> np.ndarray:
         """Places where, on the choosing half, the full history gains at least so much: bool."""
         return self.results.where_full_wins(over, self.budget, least)
-
-    def full_gains(self, over: str) -> Estimate:
-        """Of the full history over a condition, per document and place."""
-        gains = self.results.nll(over, self.budget, "scoring") - self.results.nll("full", 0, "scoring")
-        return clustered_mean(gains, self.results.documents)
 
 
 def cells_of(runs: Sequence[FocusRun]) -> list[Cell]:
