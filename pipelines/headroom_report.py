@@ -38,6 +38,14 @@ def headroom_tables(cells: Sequence[Cell], base: str, oracle: str) -> list[Table
             _table(cells, f"Forms, gain over the same choice in raw blocks: {legend}", _forms),
             _table(cells, f"What gists add: {legend}", _gists),
             _table(cells, f"What {oracle} shows", lambda cell: _chosen(cell, oracle)),
+            *(
+                _table(
+                    cells,
+                    f"{name} by readings besides those of the rivals, gain over {base} (blocks): {legend}",
+                    lambda cell, name=name: _by_readings(cell, name, base),
+                )
+                for name in (oracle, f"{rivals.EXHAUSTIVE}/raw")
+            ),
             _table(
                 cells,
                 f"Gain over {base} where long context matters (full gains at least {LONG_CONTEXT_NATS} nats on the "
@@ -107,6 +115,14 @@ def _chosen(cell: Cell, oracle: str) -> dict[str, str]:
         row[what] = percent(cell.picked_share(oracle, name))
         row[f"{what}, by chance"] = percent(cell.chance(oracle, name))
     return row
+
+
+def _by_readings(cell: Cell, oracle: str, base: str) -> dict[str, str]:
+    found = {}
+    for num_readings in cell.readings(oracle) if cell.has(base) else ():
+        gain, num_blocks = cell.after(num_readings, oracle, base)
+        found[str(num_readings)] = f"{marked(gain)} ({num_blocks:.1f})"
+    return found
 
 
 def _where_long(cell: Cell, conditions: Sequence[str], base: str) -> dict[str, str]:

@@ -88,6 +88,9 @@ class Measured:
     """Those that share a name with the horizon."""
     single_gains: SingleGains = field(default_factory=list)
     """`exhaustive` only: what each block of the history is worth alone."""
+    steps: list[tuple[int, int, float, float]] = field(default_factory=list)
+    """`oracle` and `exhaustive` in raw blocks only: `(readings, blocks, nll_choosing, nll_scoring)` of each choice that
+    was better than those read before."""
 
     @property
     def nll(self) -> float:
@@ -207,8 +210,7 @@ class FocusEvaluator:
             condition.name,
             budget,
             slots,
-            float(choosing_half(nll).mean()),
-            float(scoring_half(nll).mean()),
+            *_halves(nll),
             picked,
             round(choices.seconds.get(condition.chooser, 0.0), 4),
             round(took, 4),
@@ -217,4 +219,13 @@ class FocusEvaluator:
             round(names.num_same_document(pool) / max(len(pool), 1), 5),
             round(names.num_sharing(pool) / max(len(pool), 1), 5),
             choices.single_gains if exhaustive else [],
+            [
+                (step.num_readings, len(step.blocks), *_halves(step.nll))
+                for step in choices.steps.get(condition.chooser, ())
+                if condition.form == "raw"
+            ],
         )
+
+
+def _halves(nll: np.ndarray) -> tuple[float, float]:
+    return float(choosing_half(nll).mean()), float(scoring_half(nll).mean())

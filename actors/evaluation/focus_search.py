@@ -10,7 +10,7 @@ import numpy as np
 
 from actors.evaluation import rivals
 from actors.evaluation.contents import Reading
-from actors.evaluation.oracle import choose, choosing_half, climb, scoring_half
+from actors.evaluation.oracle import Step, choose, choosing_half, climb, scoring_half
 from actors.evaluation.retrieval import RANDOM_SEED_STRIDE, Found, Retrieval, shortlist
 from actors.evaluation.scorer import BlockCaches, CandidateScorer
 from cluster.config import TOKENS_PER_BLOCK as K
@@ -56,6 +56,8 @@ class Choices:
     ranked: dict[str, RankedBlocks] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     """CPU seconds to find and choose, what a choice builds on included."""
+    steps: dict[str, list[Step]] = field(default_factory=dict)
+    """How those that read whole Working Contexts came to their choice."""
     single_gains: SingleGains = field(default_factory=list)
     """Of every block of the history, where it was measured."""
 
@@ -153,22 +155,23 @@ class FocusSearch:
         greedy = [blocks[i] for i in alone.greedy if alone.gain(i) > 0]
         choice.ranked[rivals.ORACLE_GREEDY] = [(block, 0) for block in greedy[: room.max_blocks]]
         if rivals.ORACLE in self._wanted:
-            choice.ranked[rivals.ORACLE] = self._climb(room, choice, [blocks[i] for i in alone.greedy])
+            self._climb(rivals.ORACLE, room, choice, [blocks[i] for i in alone.greedy])
         choice.seconds.update(dict.fromkeys(rivals.ORACLES, took + time.process_time() - started))
 
-    def _climb(self, room: Room, choice: Choices, ranking: Sequence[int]) -> RankedBlocks:
+    def _climb(self, name: str, room: Room, choice: Choices, ranking: Sequence[int]) -> None:
         """From what the rivals show, and from nothing but the tail, upwards."""
         # What oracles show may be more than what others do.
         shown = dict.fromkeys(choice.ranked, self._config.max_blocks) | dict.fromkeys(rivals.MEASURING, room.max_blocks)
-        starts = [[block for block, _ in ranked[: shown[name]]] for name, ranked in choice.ranked.items()]
-        blocks = climb(
+        starts = [[block for block, _ in ranked[: shown[other]]] for other, ranked in choice.ranked.items()]
+        steps = climb(
             lambda chosen: self._read_exactly(chosen, room.budget),
             [[], *starts],
             ranking,
             room.max_blocks,
             self._config.oracle_readings,
         )
-        return [(block, 0) for block in blocks]
+        choice.steps[name] = steps
+        choice.ranked[name] = [(block, 0) for block in steps[-1].blocks]
 
     def _measure_all(self, rooms: Sequence[Room], choices: Sequence[Choices], ids: np.ndarray) -> None:
         """The oracle without a shortlist, and what every block is worth alone."""
@@ -180,7 +183,7 @@ class FocusSearch:
             started = time.process_time()
             pool = [i for i, block in enumerate(blocks) if block < room.shown_from]
             alone = choose(self._candidates(room, caches), pool, ids, 0, 0)
-            choice.ranked[rivals.EXHAUSTIVE] = self._climb(room, choice, [blocks[i] for i in alone.greedy])
+            self._climb(rivals.EXHAUSTIVE, room, choice, [blocks[i] for i in alone.greedy])
             choice.seconds[rivals.EXHAUSTIVE] = took + time.process_time() - started
             gains = alone.base - alone.alone
             choice.single_gains = [

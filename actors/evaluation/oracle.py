@@ -118,6 +118,18 @@ def _best_again(left: dict[int, float], measure: Callable[[Sequence[int]], np.nd
         left.update(fresh)
 
 
+@dataclass(frozen=True)
+class Step:
+    """A better choice than all that were read before."""
+
+    num_readings: int
+    """Readings besides the starts when it was found; 0: it is a start."""
+    blocks: list[int]
+    """In the order the choice came together."""
+    nll: Float32[np.ndarray, " n-1"]
+    """Of every token of the horizon, as measured, nats."""
+
+
 def climb(
     measure: Callable[[Sequence[int]], np.ndarray],
     starts: Sequence[Sequence[int]],
@@ -125,44 +137,51 @@ def climb(
     max_chosen: int,
     num_readings: int,
     chosen_on: Callable[[np.ndarray], np.ndarray] = choosing_half,
-) -> list[int]:
+) -> list[Step]:
     """Choose blocks by exact readings: the best start, then one block after another that makes it better.
 
     Args:
         measure: NLL of every token of the horizon after what shows some blocks.
         starts: what others chose; never more is lost on the tokens that are chosen on than by the best of them.
         ranking: blocks to be tried, the most promising first: the first 2, 4, 8, ... together, then each beside the
-            best choice so far (in its last one's place where it is full).
+            best choice so far (in its last one's place where it is full), then that choice without each of its blocks;
+            and again, until no such change makes it better.
         max_chosen: blocks of a choice.
         num_readings: measurements besides the starts.
         chosen_on: takes the tokens that are chosen on.
 
     Returns:
-        The choice, in the order it came together.
+        What was better than all before, one after the other; the last is the choice. Empty without starts and readings.
     """
-    lowest, best = float("inf"), list[int]()
+    lowest, best, left = float("inf"), list[int](), num_readings
+    steps: list[Step] = []
     tried: set[frozenset[int]] = set()
 
-    def try_out(blocks: Sequence[int]) -> bool:
-        """Measure a choice, unless it was; whether it is a new one."""
-        nonlocal lowest, best
-        if frozenset(blocks) in tried:
-            return False
+    def read(blocks: Sequence[int], cost: int = 1) -> None:
+        """Measure a choice, unless it was or nothing is left to pay for it."""
+        nonlocal lowest, best, left
+        if frozenset(blocks) in tried or cost > left:
+            return
         tried.add(frozenset(blocks))
-        loss = float(chosen_on(measure(blocks)).mean())
+        left -= cost
+        nll = measure(blocks)
+        loss = float(chosen_on(nll).mean())
         if loss < lowest:
             lowest, best = loss, list(blocks)
-        return True
+            steps.append(Step(num_readings - left, best, nll))
 
     for start in starts:
-        try_out(start[:max_chosen])
-    left, size = num_readings, 2
-    while left > 0 and size <= min(max_chosen, len(ranking)):
-        left -= try_out(ranking[:size])
+        read(start[:max_chosen], cost=0)
+    size = 2
+    while size <= min(max_chosen, len(ranking)):
+        read(ranking[:size])
         size *= 2
-    for block in ranking:
-        if left <= 0 or max_chosen < 1:
-            break
-        if block not in best:
-            left -= try_out([*best[: max_chosen - 1], block])
-    return best
+    num_tried = -1
+    while max_chosen and num_tried < len(tried):  # until every change of one block was read
+        num_tried = len(tried)
+        for block in ranking:
+            if block not in best:
+                read([*best[: max_chosen - 1], block])
+        for block in best.copy():
+            read([other for other in best if other != block])
+    return steps

@@ -41,6 +41,9 @@ def test_tables_plots_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert gain + rest == pytest.approx(conditions["oracle/raw"]["gain"])
     printed = capsys.readouterr().out
     assert f"{conditions['oracle/raw']['gain']:+.3f}" in printed
+    by_readings = (folder / "report.md").read_text().partition("oracle/raw by readings")[2].partition("##")[0]
+    assert f"{conditions['oracle/raw']['gain']:+.3f}" in by_readings.splitlines()[4].split("|")[-2]
+    assert f"{conditions['oracle/raw']['gain'] - 0.1:+.3f}" in by_readings.splitlines()[4].split("|")[3]
     assert {path.name for path in folder.glob("*.png")} == {"gaps.png", "chosen.png", "long-context.png"}
 
 

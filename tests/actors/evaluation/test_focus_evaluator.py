@@ -113,6 +113,10 @@ def test_slots_are_equal_and_picks_few(lm: BaseLM, tree: StoredText, found: dict
             assert m.picked == []
         elif chooser in {"random", "dense", "fusion", "rerank"} and form != "strict":
             assert len(m.picked) == CONFIG.max_blocks
+        assert bool(m.steps) == (chooser in {"oracle", "exhaustive"} and form == "raw")
+        if m.steps:
+            assert m.steps[0][0] == 0 <= m.steps[-1][0] <= CONFIG.oracle_readings
+            assert m.steps[-1][1:] == (len(m.picked), m.nll_choosing, m.nll_scoring)
 
 
 def test_full_and_none_are_plain_passes(lm: BaseLM, tree: StoredText, found: dict[tuple[str, int], Measured]) -> None:

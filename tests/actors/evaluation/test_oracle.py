@@ -185,7 +185,16 @@ def test_climbing_loses_nothing_of_the_best_start_and_reads_no_more_than_it_may(
         read.append(list(blocks))
         return table.of(blocks)
 
-    found = climb(measure, starts, ranking, most, num_readings)
+    steps = climb(measure, starts, ranking, most, num_readings)
+    losses = [loss_of(table, step.blocks) for step in steps]
+    assert losses == sorted(set(losses), reverse=True)
+    assert all((step.nll == table.of(step.blocks)).all() for step in steps)
+    # Stopped earlier, it would have had what it had then.
+    for step, better in zip(steps, [*steps[1:], None], strict=True):
+        assert climb(table.of, starts, ranking, most, step.num_readings)[-1].num_readings == step.num_readings
+        if better is None or better.num_readings > step.num_readings:
+            assert climb(table.of, starts, ranking, most, step.num_readings)[-1].blocks == step.blocks
+    found = steps[-1].blocks
     assert found in read
     assert loss_of(table, found) == min(loss_of(table, blocks) for blocks in read)
     assert all(len(set(blocks)) == len(blocks) <= most for blocks in read)
@@ -196,13 +205,37 @@ def test_climbing_loses_nothing_of_the_best_start_and_reads_no_more_than_it_may(
     assert len(others) <= num_readings
     assert found == climbed_by_hand(table, starts, ranking, most, num_readings)
     # What it is scored on plays no part.
-    assert found == climb(Table(12, seed, odd_seed=7).of, starts, ranking, most, num_readings)
+    assert found == climb(Table(12, seed, odd_seed=7).of, starts, ranking, most, num_readings)[-1].blocks
+
+
+@given(search=searches(), start=st.lists(st.integers(0, 11), max_size=6, unique=True))
+@settings(deadline=None)
+def test_with_readings_enough_no_change_of_one_block_is_better(
+    search: tuple[int, list[int], int, int, int], start: list[int]
+) -> None:
+    _, ranking, most, _, seed = search
+    table = Table(12, seed)
+    found = climb(table.of, [[], start], ranking, most, num_readings=10_000)[-1].blocks
+    added = [[*found[: most - 1], block] for block in ranking if block not in found] if most else []
+    for other in [*added, *([b for b in found if b != block] for block in found)]:
+        assert loss_of(table, other) >= loss_of(table, found)
+
+
+def test_a_block_that_no_longer_helps_is_left_out_again() -> None:
+    class Replaced(Table):
+        """Block 0 helps, 1 helps more, and beside 1 the other harms."""
+
+        def of(self, blocks: Sequence[int]) -> np.ndarray:
+            return np.full(7, 9.0 - 1.0 * (0 in blocks) - 3.0 * (1 in blocks) + 2.0 * ({0, 1} <= set(blocks)))
+
+    found = [(step.num_readings, step.blocks) for step in climb(Replaced(2, 0).of, [[], [0]], [1], 2, num_readings=2)]
+    assert found == [(0, []), (0, [0]), (1, [0, 1]), (2, [1])]
 
 
 def climbed_by_hand(
     table: Table, starts: list[list[int]], ranking: list[int], most: int, num_readings: int
 ) -> list[int]:
-    """The best start; then the first 2, 4, 8 of the ranking; then each of it beside the best so far."""
+    """The best start; the first 2, 4, 8 of the ranking; then each beside the best, and it without each, over again."""
     known: dict[frozenset[int], tuple[float, list[int]]] = {}
     for start in starts:
         known.setdefault(frozenset(start[:most]), (loss_of(table, start[:most]), start[:most]))
@@ -218,9 +251,14 @@ def climbed_by_hand(
     for size in (2, 4, 8):
         if size <= len(ranking):
             read(ranking[:size])
-    for block in ranking:
-        if block not in best():
-            read([*best()[: max(most - 1, 0)], block])
+    num_known = -1
+    while most and num_known < len(known):
+        num_known = len(known)
+        for block in ranking:
+            if block not in best():
+                read([*best()[: most - 1], block])
+        for block in best():
+            read([other for other in best() if other != block])
     return best()
 
 
