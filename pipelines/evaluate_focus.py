@@ -6,6 +6,7 @@ goes on with the places that are missing.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from actors.evaluation import rivals
@@ -32,7 +33,7 @@ def run(job: EvaluateFocusJob) -> None:
     """Choose places, measure every rival at each, report."""
     plan = plan_models(job.base_lm, job.gistnet, job.store)
     check_encoding(plan, job.store)
-    config = job.evaluation
+    config, left_out = _what_fits(job.evaluation, plan)
     rivals.conditions(config.rivals, config.forms)
     store = Store(job.store.root)
     with store.open_reader(job.store.context) as reader, JobRun.start("evaluate focus", job) as job_run:
@@ -54,7 +55,9 @@ def run(job: EvaluateFocusJob) -> None:
                 f"context {job.store.context!r} has {len(found)} such places, and evaluation.first_place="
                 f"{config.first_place} leaves fewer than two of them"
             )
-        _check_budgets(job, plan, reader, places)
+        _check_budgets(config, plan, reader, places)
+        if left_out:
+            job_run.log.warning(left_out)
         _warn_of_long_histories(config, plan, job_run)
         job_run.log_digests(plan.digests())
         job_run.log.info(
@@ -73,28 +76,47 @@ def run(job: EvaluateFocusJob) -> None:
         print(f"samples   {samples.path}")
 
 
-def _check_budgets(job: EvaluateFocusJob, plan: CompactionPlan, reader: TreeReader, places: list[Place]) -> None:
+def _what_fits(config: FocusEvaluationConfig, plan: CompactionPlan) -> tuple[FocusEvaluationConfig, str]:
+    """Without `full` where the model cannot read the whole history, and what to say of it.
+
+    Raises:
+        ConfigError: `exhaustive` there: it reads all blocks in a row, too.
+    """
+    reach, trained = config.history_tokens + config.horizon_tokens, plan.files.trained_context
+    if reach <= trained:
+        return config, ""
+    beyond = f"histories and horizons reach {reach:,} tokens, {plan.files.model_id} was trained for {trained:,}"
+    if any(c.chooser == rivals.EXHAUSTIVE for c in rivals.conditions(config.rivals, config.forms)):
+        raise ConfigError(f"rival 'exhaustive' reads all blocks of a history in a row; {beyond}: leave it out")
+    if rivals.FULL not in config.rivals:
+        return config, ""
+    rest = replace(config, rivals=[name for name in config.rivals if name != rivals.FULL])
+    return rest, f"{beyond}: rival full is left out"
+
+
+def _check_budgets(
+    config: FocusEvaluationConfig, plan: CompactionPlan, reader: TreeReader, places: list[Place]
+) -> None:
     """Refuse a budget that cannot hold a Working Context somewhere, before any resource is asked for."""
     # Those that measure candidates read them after the gists, whatever the form.
-    conditions = rivals.conditions(job.evaluation.rivals, job.evaluation.forms)
+    conditions = rivals.conditions(config.rivals, config.forms)
     measuring = {c.chooser for c in conditions} & {rivals.RERANK, *rivals.ORACLES, rivals.EXHAUSTIVE}
     if all(c.form in {"", "raw"} for c in conditions) and not measuring:
         return
     vectors = plan.gistnet.num_vectors
     histories = (History.of(reader, p.first_block, p.stop_block, vectors_per_node=vectors) for p in places)
-    needed = max(smallest_budget([history]) for history in histories) + job.evaluation.tail_tokens
-    if needed > min(job.evaluation.budgets):
+    needed = max(smallest_budget([history]) for history in histories) + config.tail_tokens
+    if needed > min(config.budgets):
         raise ConfigError(
-            f"evaluation.budgets holds {min(job.evaluation.budgets)}; gists of the whole history and a raw tail of "
-            f"{job.evaluation.tail_tokens} tokens need up to {needed}. Raise the budget or shorten the tail."
+            f"evaluation.budgets holds {min(config.budgets)}; gists of the whole history and a raw tail of "
+            f"{config.tail_tokens} tokens need up to {needed}. Raise the budget or shorten the tail."
         )
 
 
 def _warn_of_long_histories(config: FocusEvaluationConfig, plan: CompactionPlan, job_run: JobRun) -> None:
     """Say when the model is asked for more than it was trained for: what it then predicts is no reference."""
     reach, trained = config.history_tokens + config.horizon_tokens, plan.files.trained_context
-    beyond = [f"rival {name}" for name in config.rivals if name == rivals.FULL]
-    beyond += [f"rival {name}" for name in config.rivals if name.endswith("@global")]
+    beyond = [f"rival {name}" for name in config.rivals if name.endswith("@global")]
     beyond += [f"evaluation.positional={config.positional}"] if config.positional == "global" else []
     if reach > trained and beyond:
         job_run.log.warning(

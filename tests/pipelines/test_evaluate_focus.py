@@ -228,8 +228,10 @@ def test_interrupted_and_resumed_equals_undisturbed(
         ((), {"budgets": [70], "forms": ["raw"], "rivals": ["oracle"]}, 2, "evaluation.budgets holds 70;"),
         ((), {"budgets": [70], "forms": ["raw"], "rivals": ["exhaustive"]}, 2, "evaluation.budgets holds 70;"),
         ((), {"budgets": [70], "forms": ["raw"], "rivals": ["recency/constant"]}, 2, "evaluation.budgets holds 70;"),
-        ((), {"history_tokens": 32768}, 2, "Lower evaluation.history_tokens or compact longer documents"),
+        ((), {"history_tokens": 32768, "rivals": ["recency"]}, 2, "Lower evaluation.history_tokens or compact longer documents"),
         ((), {"history_tokens": 1024, "horizon_tokens": 512, "places_per_history": 3}, 2, "places_per_history"),
+        ((), {"history_tokens": 4096, "rivals": ["exhaustive"]}, 2, "in a row; histories and horizons reach 4,"),
+        ((), {"history_tokens": 4096, "rivals": ["full"]}, 2, "nothing to compare"),
         (("--gistnet.lm_layers", "1"), {}, 5, "Use the GistNet it was made with"),
         (("--store.context", "elsewhere"), {}, 5, "elsewhere"),
         (("--base_lm.source", "/no/such/model"), {}, 4, "/no/such/model"),
@@ -257,13 +259,12 @@ def test_histories_beyond_the_trained_range_are_warned_of(
     monkeypatch.setattr("actors.evaluation.workers.ray_session", no_ray)
     for evaluation, message in (
         (
-            {"history_tokens": 4096, "positional": "global"},
-            "trained for 2,048: do not trust rival full nor evaluation.positional=global\n",
+            {"history_tokens": 4096, "positional": "global", "rivals": ["recency", "bm25/overlay@global"]},
+            "trained for 2,048: do not trust rival bm25/overlay@global nor evaluation.positional=global\n",
         ),
         # Of its own accord the evaluation puts rows where the model knows the distances.
-        ({"history_tokens": 4096}, "trained for 2,048: do not trust rival full\n"),
         ({"history_tokens": 4096, "rivals": ["recency"]}, ""),
-        ({"history_tokens": 4096, "positional": "anchored"}, "trained for 2,048: do not trust rival full\n"),
+        ({"history_tokens": 4096, "rivals": ["recency", "full"]}, "trained for 2,048: rival full is left out\n"),
         (
             {"history_tokens": 4096, "rivals": ["recency", "bm25/raw@global"]},
             "trained for 2,048: do not trust rival bm25/raw@global\n",
