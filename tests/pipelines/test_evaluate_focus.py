@@ -228,7 +228,7 @@ def test_interrupted_and_resumed_equals_undisturbed(
         ((), {"budgets": [70], "forms": ["raw"], "rivals": ["oracle"]}, 2, "evaluation.budgets holds 70;"),
         ((), {"budgets": [70], "forms": ["raw"], "rivals": ["exhaustive"]}, 2, "evaluation.budgets holds 70;"),
         ((), {"budgets": [70], "forms": ["raw"], "rivals": ["recency/constant"]}, 2, "evaluation.budgets holds 70;"),
-        ((), {"history_tokens": 32768, "rivals": ["recency"]}, 2, "Lower evaluation.history_tokens or compact longer documents"),
+        ((), {"history_tokens": 32768, "rivals": ["recency"]}, 2, "Lower evaluation.history_tokens or compact"),
         ((), {"history_tokens": 1024, "horizon_tokens": 512, "places_per_history": 3}, 2, "places_per_history"),
         ((), {"history_tokens": 4096, "rivals": ["exhaustive"]}, 2, "in a row; histories and horizons reach 4,"),
         ((), {"history_tokens": 4096, "rivals": ["full"]}, 2, "nothing to compare"),
