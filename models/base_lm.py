@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -255,36 +255,76 @@ class BaseLM:
         Raises:
             ModelError: a layer that is not loaded, or as `logits`.
         """
-        unknown = [n for n in layers if not 0 <= n <= self.num_layers]
-        if unknown or not layers:
+        self._require_layers(layers)
+        states: dict[int, Tensor] = {}
+        if 0 in layers:
+            states[0] = embeds.to(self.dtype)
+        if max(layers) > 0:
+            with self._kept_states(layers, states, stop_after=max(layers)), contextlib.suppress(_EnoughLayers):
+                self._run(embeds, positions, attention_mask, None)
+        return states
+
+    def final_states(
+        self,
+        embeds: Float[Tensor, "B T D"],
+        *,
+        positions: AnyPositions | None = None,
+        attention_mask: AnyMask | None = None,
+        layers: Sequence[int] = (),
+    ) -> tuple[Float[Tensor, "B T D"], dict[int, Float[Tensor, "B T D"]]]:
+        """What the head makes logits of, and on the way the states after some layers, as `hidden_states`.
+
+        Raises:
+            ModelError: no head loaded, a layer that is not there, or as `logits`.
+        """
+        self._require_head()
+        states: dict[int, Tensor] = {}
+        if layers:
+            self._require_layers(layers)
+        if 0 in layers:
+            states[0] = embeds.to(self.dtype)
+        with self._kept_states(layers, states):
+            return self._run(embeds, positions, attention_mask, None), states
+
+    @property
+    def head_weight(self) -> Float[Tensor, "V D"]:
+        """The head as a matrix: logits are `final states @ head_weight.T`.
+
+        Raises:
+            ModelError: no head loaded, or one with a bias.
+        """
+        head = self._require_head()
+        if not isinstance(head, nn.Linear) or head.bias is not None:
+            raise ModelError(f"{self.model_id} has a head ({head}) that is more than one matrix")
+        return head.weight
+
+    def _require_layers(self, layers: Sequence[int]) -> None:
+        if not layers or any(not 0 <= n <= self.num_layers for n in layers):
             raise ModelError(
                 f"hidden states after layers {list(layers)} were asked for; {self.model_id} is loaded with "
                 f"{self.num_layers} of {self.files.num_layers} layers"
             )
-        states: dict[int, Tensor] = {}
-        top = max(layers)
-        if 0 in layers:
-            states[0] = embeds.to(self.dtype)
-        if top == 0:
-            return states
+
+    @contextlib.contextmanager
+    def _kept_states(
+        self, layers: Sequence[int], states: dict[int, Tensor], stop_after: int | None = None
+    ) -> Iterator[None]:
+        """While a forward pass runs, keep the states after `layers`, and end it after one of them."""
 
         def keep(num_layers: int) -> Callable[[nn.Module, Any, Any], None]:
             def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
                 states[num_layers] = output[0] if isinstance(output, tuple) else output
-                if num_layers == top:
+                if num_layers == stop_after:
                     raise _EnoughLayers
 
             return hook
 
         handles = [self._layers[n - 1].register_forward_hook(keep(n)) for n in set(layers) if n > 0]
         try:
-            self._run(embeds, positions, attention_mask, None)
-        except _EnoughLayers:
-            pass
+            yield
         finally:
             for handle in handles:
                 handle.remove()
-        return states
 
     def _run(
         self,

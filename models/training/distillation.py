@@ -1,0 +1,146 @@
+"""The objective of a GistNet: behind gists the frozen model should predict what it predicts behind the text.
+
+A step takes a batch of windows, cuts each into many Working Contexts (`sight`), and returns named losses. Distances
+between two readers are measured as KL(teacher || student) of the next token, the teacher having read everything raw
+(Hinton et al. 2015, "Distilling the knowledge in a neural network", at temperature 1), or as NLL of what really came.
+
+Shapes: B windows of n blocks, K = 32 tokens a block, S = (n - 1)·K entries that predict, m vectors a gist, D hidden
+size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float32, Int64
+from torch import Tensor
+
+from cluster.config import TOKENS_PER_BLOCK as K
+from models.training.dense_pass import DensePass, ReadWindows
+from models.training.head_loss import head_loss
+from models.training.sight import Sight, random_sight
+
+
+@dataclass(frozen=True)
+class DistillationConfig:
+    """How windows are cut and what is asked of the student."""
+
+    max_tail_blocks: int = 4
+    """Longest raw tail, in blocks of 32 tokens, before a Working Context's gists."""
+
+    shown_share: float = 0.0
+    """Of older blocks, those shown raw, as if they had been expanded."""
+
+    overlay: bool = True
+    """Whether the gist of such a block stays beside it."""
+
+    kl_share: float = 1.0
+    """Weight of KL(teacher || student); the rest is that of the NLL of the text."""
+
+
+@dataclass(frozen=True)
+class StepLosses:
+    """What one batch of windows came to, nats a token."""
+
+    loss: Float32[Tensor, ""]
+    """To be minimised; the only one with a gradient."""
+    kl: float
+    nll: float
+    spread: float
+    """Variance share of the gists: mean square distance to their mean, over their mean square length. Near 0 a net says
+    the same of everything."""
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """What gists are worth in windows they were not trained on, nats a token.
+
+    One number for each block that a raw tail may be long: for 0 … 31 tokens of tail, 32 … 63, and so on.
+    """
+
+    num_tokens: list[int]
+    full: list[float]
+    """NLL with everything before seen raw."""
+    own: list[float]
+    shuffled: list[float]
+    """Gists of another window of the batch."""
+    mean_gist: list[float]
+    """The batch's mean gist everywhere: what is common to all text."""
+
+
+class Distillation:
+    """A GistNet, the LM it is trained for, and the objective."""
+
+    def __init__(self, dense: DensePass, config: DistillationConfig) -> None:
+        self.dense = dense
+        self.config = config
+
+    def losses(self, ids: Int64[Tensor, "B T"], rng: np.random.Generator) -> StepLosses:
+        """One step's losses; `rng` cuts the windows."""
+        windows = self.dense.read(ids)
+        gists, _ = self.dense.gists(windows)
+        sight = self._cut(windows, rng)
+        hidden = self.dense.student(windows, gists, sight)
+        scored = torch.ones(hidden.shape[:2], device=hidden.device)
+        scored[:, -1] = 0  # what comes after the window is not known
+        found = head_loss(
+            hidden.flatten(0, 1),
+            windows.targets.flatten(),
+            scored.flatten() / scored.sum(),
+            self.dense.lm.head_weight,
+            windows.teacher.flatten(0, 1) if self.config.kl_share else None,
+            self.config.kl_share,
+        )
+        seen = scored.flatten() > 0
+        return StepLosses(found.loss, float(found.kl[seen].mean()), float(found.nll[seen].mean()), _spread(gists))
+
+    @torch.no_grad()
+    def fidelity(self, ids: Int64[Tensor, "B T"], rng: np.random.Generator) -> Fidelity:
+        """Own gists beside their controls on the same cuts; of at least two windows."""
+        windows = self.dense.read(ids)
+        gists, _ = self.dense.gists(windows)
+        sight = self._cut(windows, rng)
+        places = _tail_tokens(sight)[:, :-1] // K
+        common = gists.mean(dim=(0, 1), keepdim=True).expand_as(gists)
+        readers = {"own": gists, "shuffled": gists.roll(1, dims=0), "mean_gist": common}
+        nll = {name: self._nll(windows, self.dense.student(windows, shown, sight)) for name, shown in readers.items()}
+        nll["full"] = self._nll(windows, windows.teacher)
+        groups = [places == group for group in range(self.config.max_tail_blocks)]
+        counts = [int(group.sum()) for group in groups]
+        means = {name: [_mean(values, group) for group in groups] for name, values in nll.items()}
+        return Fidelity(counts, **means)
+
+    def _cut(self, windows: ReadWindows, rng: np.random.Generator) -> Sight:
+        config = self.config
+        num_rows, num_tokens = windows.ids.shape
+        return random_sight(
+            num_rows,
+            num_tokens // K,
+            rng,
+            max_tail_blocks=config.max_tail_blocks,
+            shown_share=config.shown_share,
+            overlay=config.overlay,
+        )
+
+    def _nll(self, windows: ReadWindows, hidden: Tensor) -> Float32[Tensor, "B S-1"]:
+        hidden, targets = hidden[:, :-1], windows.targets[:, :-1]
+        weights = torch.ones(targets.numel(), device=hidden.device)
+        found = head_loss(hidden.flatten(0, 1), targets.flatten(), weights, self.dense.lm.head_weight)
+        return found.nll.view(targets.shape).cpu()
+
+
+def _tail_tokens(sight: Sight) -> Int64[Tensor, "B S"]:
+    """Raw tokens that stand unbroken up to each entry that predicts, itself not counted."""
+    of_blocks = torch.from_numpy(sight.tail_tokens()[:, 1:])
+    return (of_blocks[:, :, None] + torch.arange(K)).flatten(1)
+
+
+def _mean(values: Float32[Tensor, "B S"], where: Bool[Tensor, "B S"]) -> float:
+    return float(values[where].mean())
+
+
+def _spread(gists: Float32[Tensor, "B n m D"]) -> float:
+    gists = gists.detach()
+    return float((gists - gists.mean(dim=(0, 1))).square().mean() / gists.square().mean())

@@ -1,0 +1,91 @@
+"""The objective: its parts are what they are called, and following it makes gists say something."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cluster.config import TOKENS_PER_BLOCK as K
+from cluster.config import GistNetConfig
+from models.base_lm import BaseLM
+from models.gistnet import build_gistnet
+from models.training.dense_pass import DensePass
+from models.training.distillation import Distillation, DistillationConfig
+from models.training.sight import random_sight
+
+NUM_BLOCKS = 5
+
+
+def objective(lm: BaseLM, kind: str = "windowed", **fields: object) -> Distillation:
+    net = build_gistnet(GistNetConfig(kind=kind, lm_layers=2, key_layer=1), lm).train()  # type: ignore[arg-type]
+    return Distillation(DensePass(lm, net), DistillationConfig(**fields))  # type: ignore[arg-type]
+
+
+def some_ids(lm: BaseLM, num_rows: int = 3, seed: int = 1) -> Tensor:
+    return torch.randint(0, lm.vocab_size, (num_rows, NUM_BLOCKS * K), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("kl_share", [1.0, 0.25, 0.0])
+def test_losses_are_means_over_all_tokens_but_the_last(tiny_lm: BaseLM, kl_share: float) -> None:
+    goal = objective(tiny_lm, kl_share=kl_share, max_tail_blocks=2, shown_share=0.4)
+    ids = some_ids(tiny_lm)
+    found = goal.losses(ids, np.random.default_rng(4))
+    sight = random_sight(3, NUM_BLOCKS, np.random.default_rng(4), max_tail_blocks=2, shown_share=0.4)
+    windows = goal.dense.read(ids)
+    gists = goal.dense.gists(windows)[0].detach()
+    student = (goal.dense.student(windows, gists, sight) @ tiny_lm.head_weight.T).log_softmax(-1)[:, :-1]
+    teacher = (windows.teacher @ tiny_lm.head_weight.T).log_softmax(-1)[:, :-1]
+    nll = float(F.nll_loss(student.flatten(0, 1), ids[:, K + 1 :].flatten()))
+    kl = float(F.kl_div(student, teacher, log_target=True, reduction="none").sum(-1).mean())
+    assert found.nll == pytest.approx(nll, abs=1e-4)
+    assert found.kl == (pytest.approx(kl, abs=1e-4) if kl_share else 0)
+    assert float(found.loss.detach()) == pytest.approx(kl_share * kl + (1 - kl_share) * nll, abs=1e-4)
+
+
+def test_the_same_cuts_give_the_same_losses(tiny_lm: BaseLM) -> None:
+    goal, ids = objective(tiny_lm), some_ids(tiny_lm)
+    first, again, other = (goal.losses(ids, np.random.default_rng(seed)) for seed in (7, 7, 8))
+    assert (first.loss.detach(), first.nll) == (again.loss.detach(), again.nll)
+    assert first.nll != other.nll
+
+
+def test_fidelity_is_by_raw_tokens_of_tail(tiny_lm: BaseLM) -> None:
+    goal = objective(tiny_lm, max_tail_blocks=3)
+    found = goal.fidelity(some_ids(tiny_lm), np.random.default_rng(0))
+    assert sum(found.num_tokens) == 3 * ((NUM_BLOCKS - 1) * K - 1)
+    assert len(found.own) == len(found.full) == 3
+    assert found.own != found.shuffled
+    assert all(math.isfinite(value) for value in (*found.own, *found.mean_gist))
+    windows = goal.dense.read(some_ids(tiny_lm))
+    logits = windows.teacher[:, :-1] @ tiny_lm.head_weight.T
+    whole = float(F.cross_entropy(logits.flatten(0, 1), windows.targets[:, :-1].flatten()))
+    assert np.average(found.full, weights=found.num_tokens) == pytest.approx(whole, abs=1e-4)
+
+
+def test_a_net_that_says_the_same_of_everything_is_found_out(tiny_lm: BaseLM) -> None:
+    goal = objective(tiny_lm, kind="constant")
+    with torch.no_grad():
+        goal.dense.gistnet.get_parameter("block_constant").normal_()
+    found = goal.fidelity(some_ids(tiny_lm), np.random.default_rng(0))
+    assert found.own == pytest.approx(found.shuffled, abs=1e-5)
+    assert found.own == pytest.approx(found.mean_gist, abs=1e-5)
+    assert goal.losses(some_ids(tiny_lm), np.random.default_rng(0)).spread == pytest.approx(0, abs=1e-10)
+    assert objective(tiny_lm).losses(some_ids(tiny_lm), np.random.default_rng(0)).spread > 0.1
+
+
+def test_descending_brings_the_student_nearer_to_the_teacher(tiny_lm: BaseLM) -> None:
+    goal, ids = objective(tiny_lm), some_ids(tiny_lm)
+    optimiser = torch.optim.Adam(goal.dense.gistnet.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(12):
+        optimiser.zero_grad()
+        found = goal.losses(ids, np.random.default_rng(3))
+        found.loss.backward()
+        optimiser.step()
+        losses.append(found.kl)
+    assert losses[-1] < 0.9 * losses[0]

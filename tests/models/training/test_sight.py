@@ -1,0 +1,91 @@
+"""Cuts and masks: every block before is represented, nothing behind is seen."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.config import TOKENS_PER_BLOCK as K
+from models.training.sight import Sight, random_sight
+
+
+@st.composite
+def sights(draw: st.DrawFn) -> tuple[Sight, int, bool]:
+    """A random sight, the longest chunk it was cut into, and whether it is of overlays."""
+    most, overlay = draw(st.integers(1, 5)), draw(st.booleans())
+    return (
+        random_sight(
+            draw(st.integers(1, 3)),
+            draw(st.integers(2, 9)),
+            np.random.default_rng(draw(st.integers(0, 2**32))),
+            max_tail_blocks=most,
+            shown_share=draw(st.sampled_from([0.0, 0.3, 1.0])),
+            overlay=overlay,
+        ),
+        most,
+        overlay,
+    )
+
+
+@given(drawn=sights())
+@settings(deadline=None)
+def test_every_block_before_is_seen_and_none_behind(drawn: tuple[Sight, int, bool]) -> None:
+    sight, most, overlay = drawn
+    n = sight.num_blocks
+    for row in range(len(sight.gist)):
+        for i in range(n):
+            for j in range(n):
+                gist, raw = sight.gist[row, i, j], sight.raw[row, i, j]
+                assert (gist or raw) == (j < i)
+                assert not (raw and j == 0)
+                if not overlay:
+                    assert not (gist and raw)
+            tail = sight.tail_tokens()[row, i]
+            assert tail == K * sum(sight.raw[row, i, j:i].all() for j in range(i))
+    # What is a tail without being shown is at most a chunk.
+    unshown = sight.raw & ~sight.gist
+    if overlay:
+        assert unshown.sum(axis=2).max() < most
+
+
+@given(drawn=sights(), num_vectors=st.sampled_from([1, 2]))
+@settings(deadline=None, max_examples=30)
+def test_the_mask_says_the_same_of_every_entry(drawn: tuple[Sight, int, bool], num_vectors: int) -> None:
+    sight = drawn[0]
+    n = sight.num_blocks
+    entries = [("gist", j // num_vectors, j % num_vectors) for j in range(n * num_vectors)]
+    entries += [("raw", j // K, j % K) for j in range(K, n * K)]
+    mask = sight.mask(num_vectors).numpy()
+    assert mask.shape == (len(sight.gist), 1, len(entries), len(entries))
+    rng = np.random.default_rng(0)
+    for row, seeing, seen in zip(*(rng.integers(0, size, 500) for size in np.delete(mask.shape, 1)), strict=True):
+        (kind, i, at), (other, j, place) = entries[seeing], entries[seen]
+        if kind == "gist":
+            expected = other == "gist" and (j, place) <= (i, at)
+        elif other == "gist":
+            expected = sight.gist[row, i, j]
+        else:
+            expected = sight.raw[row, i, j] or (i == j and place <= at)
+        assert mask[row, 0, seeing, seen] == expected
+
+
+def test_chunks_of_all_lengths_come_up_and_shares_are_met() -> None:
+    sight = random_sight(64, 16, np.random.default_rng(0), max_tail_blocks=4, shown_share=0.25)
+    tails = sight.tail_tokens()[:, 1:]
+    assert set(tails.ravel().tolist()) >= {0, K, 2 * K, 3 * K}
+    earlier = sight.gist[:, :, 1:]
+    assert 0.2 < (earlier & sight.raw[:, :, 1:]).sum() / earlier.sum() < 0.3
+    # All blocks of a chunk have the same blocks shown.
+    for row in range(64):
+        for i in range(2, 16):
+            if sight.raw[row, i, i - 1] and not sight.gist[row, i, i - 1]:
+                assert (sight.gist[row, i] == sight.gist[row, i - 1]).all()
+                shown = sight.raw & sight.gist
+                assert (shown[row, i] == shown[row, i - 1]).all()
+
+
+def test_the_same_seed_cuts_the_same() -> None:
+    first, again, other = (random_sight(2, 8, np.random.default_rng(s), max_tail_blocks=3) for s in (1, 1, 2))
+    assert (first.raw == again.raw).all()
+    assert (first.raw != other.raw).any()
