@@ -14,6 +14,7 @@ from actors.evaluation.headroom import ALL_KINDS, Cell
 from actors.evaluation.statistics import Estimate
 from cluster.plots import figure
 from cluster.tables import Table
+from models.focus.layout import POLICIES
 from pipelines.focus_report import LONG_CONTEXT_NATS
 
 CLAIM_PLACES = 400
@@ -37,6 +38,7 @@ def headroom_tables(cells: Sequence[Cell], base: str, oracle: str) -> list[Table
             _table(cells, f"What is left to {oracle}: {legend}", lambda cell: _left(cell, [base, *choosers], oracle)),
             _table(cells, f"Forms, gain over the same choice in raw blocks: {legend}", _forms),
             _table(cells, f"What gists add: {legend}", _gists),
+            _policies(cells, f"Position policies, gain over {POLICIES[0]}: {legend}"),
             _table(cells, f"What {oracle} shows", lambda cell: _chosen(cell, oracle)),
             *(
                 _table(
@@ -100,6 +102,18 @@ def _gists(cell: Cell) -> dict[str, str]:
         "uniform detail over recency": ("uniform/overlay", "recency/raw"),
     }
     return {what: marked(cell.gain(*pair)) for what, pair in pairs.items() if cell.has(*pair)}
+
+
+def _policies(cells: Sequence[Cell], title: str) -> Table:
+    """The same rows at other places, a line a condition."""
+    rows = []
+    for cell in cells:
+        for name in dict.fromkeys(c.partition("@")[0] for c in cell.conditions if "@" in c):
+            first, *others = (f"{name}@{policy}" for policy in POLICIES)
+            if cell.has(first):
+                gains = {c.partition("@")[2]: marked(cell.gain(c, first)) for c in others if cell.has(c)}
+                rows.append({"text, history / budget": cell.name, "places": cell.num_places, "shown": name, **gains})
+    return Table(rows, title)
 
 
 def _chosen(cell: Cell, oracle: str) -> dict[str, str]:

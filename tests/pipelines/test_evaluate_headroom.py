@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import ray_job
+from actors.evaluation.headroom import FocusRun, cells_of
 from cluster.cli import main
+from pipelines.headroom_report import headroom_tables
 from tests.actors.evaluation.test_headroom import write_run
 
 
@@ -45,6 +48,30 @@ def test_tables_plots_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert f"{conditions['oracle/raw']['gain']:+.3f}" in by_readings.splitlines()[4].split("|")[-2]
     assert f"{conditions['oracle/raw']['gain'] - 0.1:+.3f}" in by_readings.splitlines()[4].split("|")[3]
     assert {path.name for path in folder.glob("*.png")} == {"gaps.png", "chosen.png", "long-context.png"}
+
+
+def test_policies_are_compared_with_the_first(tmp_path: Path) -> None:
+    run = FocusRun.read("code", write_run(tmp_path / "code", 1))
+    samples = []
+    for place, measured in run.samples:
+        raw = next(m for m in measured if m.condition == "recency/raw")
+        at = {"global": 0.0, "anchored": -0.25}
+        samples.append(
+            (
+                place,
+                [replace(raw, condition=f"recency/raw@{p}", nll_scoring=raw.nll_scoring + d) for p, d in at.items()],
+            )
+        )
+    cells = cells_of([replace(run, samples=samples)])
+    (table,) = (t for t in headroom_tables(cells, "recency/raw", "oracle/raw") if "Position policies" in t.title)
+    assert table.rows == [
+        {
+            "text, history / budget": "code, 4,096 / 512",
+            "places": 6,
+            "shown": "recency/raw",
+            "anchored": "+0.250 ± 0.000*",
+        }
+    ]
 
 
 def test_what_is_wrong_is_said_before_anything_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
