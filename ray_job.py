@@ -13,6 +13,7 @@ from cluster.evaluation_config import EvaluateFocusJob
 from cluster.gist_evaluation_config import EvaluateGistJob
 from cluster.headroom_config import EvaluateHeadroomJob
 from cluster.task_evaluation_config import EvaluateTasksJob
+from cluster.training_config import TrainGistNetJob
 from cluster.tuning_config import EvaluateRetrievalJob
 
 JOBS = (
@@ -24,6 +25,7 @@ JOBS = (
     Job("evaluate headroom", EvaluateHeadroomJob, "pipelines.evaluate_headroom:run"),
     Job("evaluate retrieval", EvaluateRetrievalJob, "pipelines.evaluate_retrieval:run"),
     Job("evaluate tasks", EvaluateTasksJob, "pipelines.evaluate_tasks:run"),
+    Job("train gistnet", TrainGistNetJob, "pipelines.train_gistnet:run"),
     Job("tree verify", TreeVerifyJob, "pipelines.tree:verify"),
     Job("tree rebuild-gists", TreeRebuildGistsJob, "pipelines.tree:rebuild_gists"),
 )

@@ -7,7 +7,6 @@ the store's marks say what is there, so nothing is done or stored twice.
 from __future__ import annotations
 
 import functools
-import logging
 import pickle
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import ray
 import ray.data
-from ray.data import ActorPoolStrategy, DataContext
+from ray.data import ActorPoolStrategy
 
 from actors.compactor import CompactorActor, CompactorSpec
 from actors.crew import Crew, Workers
@@ -25,6 +24,7 @@ from actors.packing import Marks, PackedItem, Packer, batched_windows
 from actors.rows import encoded_table, other_items, packed_table, windows_from
 from cluster.config import BaseLMConfig, CompactionConfig
 from cluster.ray_calls import CALL_TIMEOUT_S, get_or_raise
+from cluster.ray_data import stream_in_order
 from models.tokenizer import Tokenizer
 from storage.contract import Ack, DocumentMark
 from storage.corpus import CorpusSource
@@ -33,7 +33,6 @@ from storage.corpus.document import CorpusItem
 PACKER_CPUS = 0.5
 """Must differ from a compactor's: Ray Data fuses stages of equal resources into one."""
 
-BLOCK_BYTES = 4 * 2**20
 MAX_INPUT_BLOCKS = 200
 """Tasks of the packing stage; a block holds several shards of a larger corpus. Each task costs some 10 ms."""
 
@@ -127,15 +126,7 @@ def run_ray_data_feed(
     on_other: OnOther,
 ) -> None:
     """Shards through Ray Data: packing tasks, then a pool of compactor actors, in order, into the store."""
-    context = DataContext.get_current()
-    context.execution_options.preserve_order = True
-    context.actor_task_retry_on_errors = True
-    context.enable_progress_bars = False
-    # Reading how much memory a worker uses takes it 2 ms a look; nothing here decides by it.
-    context.memory_usage_poll_interval_s = None
-    # Small blocks keep results flowing: with Ray's own 128 MiB the store would wait for minutes of work at a time.
-    context.target_max_block_size = BLOCK_BYTES
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    stream_in_order()
     shards = [{"shard": pickle.dumps(shard)} for shard in source.shards()]
     if not shards:
         return

@@ -408,12 +408,12 @@ JobConfig = CompactJob | InspectJob | TreeVerifyJob | TreeRebuildGistsJob
 
 
 def validate_sections(job: object) -> None:
-    """Run `validate` of every section of a job.
+    """Run `validate` of every section of a job, then that of the job itself where it has one.
 
     Raises:
         ConfigError: naming the key, the value found and what would work.
     """
-    for section in vars(job).values():
+    for section in (*vars(job).values(), job):
         check = getattr(section, "validate", None)
         if callable(check):
             check()

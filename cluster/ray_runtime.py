@@ -27,7 +27,7 @@ from urllib.parse import urlsplit
 from cluster.config import RayConfig
 from cluster.environment import PROJECT_ROOT, in_submitted_job, quiet_environment
 from cluster.errors import ConfigError, MegaContextError, ResourceError, ResourceTimeoutError
-from cluster.log import get_logger
+from cluster.log import get_logger, quiet_libraries
 
 quiet_environment()  # before Ray is imported: it reads some of this at import
 
@@ -206,6 +206,7 @@ def _embedded(config: RayConfig) -> Iterator[RaySession]:
                     include_dashboard=False,
                     _node_ip_address="127.0.0.1",
                     _temp_dir=str(folder / "r"),  # one below: Ray opens it to every user of the machine
+                    runtime_env=_QUIET_WORKERS,
                 )
                 _wait_for_first_node(config.start_timeout_s, asked)
                 session = _describe_current("embedded")
@@ -248,10 +249,20 @@ def _describe_current(kind: Kind) -> RaySession:
     )
 
 
+_QUIET_WORKERS = {"worker_process_setup_hook": "cluster.ray_runtime.prepare_worker"}
+
+
+def prepare_worker() -> None:
+    """Called by Ray in every worker process of a cluster we start or join."""
+    quiet_libraries()
+    # Parts of Ray Train look for the cluster by themselves, and fail where a machine has several.
+    os.environ.setdefault("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
+
+
 def _runtime_env(target: _Target) -> dict[str, Any] | None:
     """What a joined cluster's workers need to import our packages; a submitted job brought its folder itself."""
     is_checkout = (PROJECT_ROOT / "pyproject.toml").is_file()
-    return {"working_dir": str(PROJECT_ROOT)} if target.kind == "existing" and is_checkout else None
+    return {"working_dir": str(PROJECT_ROOT), **_QUIET_WORKERS} if target.kind == "existing" and is_checkout else None
 
 
 @contextmanager

@@ -30,6 +30,7 @@ def test_every_job_is_there_and_accepts_its_configuration() -> None:
         "evaluate headroom",
         "evaluate retrieval",
         "evaluate tasks",
+        "train gistnet",
         "tree verify",
         "tree rebuild-gists",
     ]

@@ -183,6 +183,11 @@ class GistNet(nn.Module, abc.ABC):
             digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
         return digest.hexdigest()
 
+    def forward(self, *args: Any) -> tuple[Float32[Tensor, "G m D"], Float32[Tensor, "G D_key"]]:
+        """Gists and keys of blocks, as `forward_tokens`: what hooks on modules (DeepSpeed's) see."""
+        output = self.forward_tokens(*args)
+        return output.gists, output.keys
+
     def forward_tokens(
         self,
         embeddings: Float[Tensor, "G K D"],

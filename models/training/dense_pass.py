@@ -20,7 +20,7 @@ from torch import Tensor
 from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.errors import ModelError
 from models.base_lm import BaseLM
-from models.gistnet import GistNet, GistOutput
+from models.gistnet import GistNet
 from models.gistnet.build import check_fits
 from models.positions import Positions
 from models.training.sight import Sight
@@ -69,20 +69,21 @@ class DensePass:
             final, states = self.lm.final_states(embeddings, layers=self.gistnet.lm_layers)
         return ReadWindows(ids, embeddings, states, final[:, K:])
 
-    def gists(self, windows: ReadWindows) -> tuple[Float32[Tensor, "B n m D"], GistOutput]:
-        """The net's gists of every block, and all it made."""
+    def gists(self, windows: ReadWindows) -> Float32[Tensor, "B n m D"]:
+        """The net's gists of every block."""
         num_rows, num_tokens, dim = windows.embeddings.shape
         num_blocks = num_tokens // K
         blocks = (num_rows * num_blocks, K, dim)
         lengths = torch.full((num_rows * num_blocks,), K, device=windows.ids.device)
         net = self.gistnet
-        output = net.forward_tokens(
+        # Called as a module, not by `forward_tokens`: that is where DeepSpeed gathers weights it has sharded.
+        gists, _ = net(
             windows.embeddings.reshape(blocks),
             lengths,
             None if net.lm_layer is None else windows.states[net.lm_layer].reshape(blocks),
             None if net.key_layer is None else windows.states[net.key_layer].reshape(blocks),
         )
-        return output.gists.unflatten(0, (num_rows, num_blocks)), output
+        return gists.unflatten(0, (num_rows, num_blocks))
 
     def student(self, windows: ReadWindows, gists: Float32[Tensor, "B n m D"], sight: Sight) -> Float[Tensor, "B S D"]:
         """States before the head at the second block's first token and after, by what each block sees.

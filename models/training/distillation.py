@@ -10,34 +10,19 @@ size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float32, Int64
-from torch import Tensor
+from torch import Tensor, nn
 
 from cluster.config import TOKENS_PER_BLOCK as K
+from cluster.training_config import ObjectiveConfig
 from models.training.dense_pass import DensePass, ReadWindows
 from models.training.head_loss import head_loss
 from models.training.sight import Sight, random_sight
-
-
-@dataclass(frozen=True)
-class DistillationConfig:
-    """How windows are cut and what is asked of the student."""
-
-    max_tail_blocks: int = 4
-    """Longest raw tail, in blocks of 32 tokens, before a Working Context's gists."""
-
-    shown_share: float = 0.0
-    """Of older blocks, those shown raw, as if they had been expanded."""
-
-    overlay: bool = True
-    """Whether the gist of such a block stays beside it."""
-
-    kl_share: float = 1.0
-    """Weight of KL(teacher || student); the rest is that of the NLL of the text."""
 
 
 @dataclass(frozen=True)
@@ -70,18 +55,26 @@ class Fidelity:
     """The batch's mean gist everywhere: what is common to all text."""
 
 
-class Distillation:
-    """A GistNet, the LM it is trained for, and the objective."""
+class Distillation(nn.Module):
+    """A GistNet, the LM it is trained for, and the objective. As a module it holds the net's weights only: the LM's are
+    neither trained, nor sharded, nor saved."""
 
-    def __init__(self, dense: DensePass, config: DistillationConfig) -> None:
+    def __init__(self, dense: DensePass, config: ObjectiveConfig) -> None:
+        super().__init__()
+        self.gistnet = dense.gistnet
         self.dense = dense
         self.config = config
 
-    def losses(self, ids: Int64[Tensor, "B T"], rng: np.random.Generator) -> StepLosses:
-        """One step's losses; `rng` cuts the windows."""
+    def forward(self, ids: Int64[Tensor, "B T"], seeds: Sequence[Sequence[int]]) -> StepLosses:
+        """One step's losses.
+
+        Args:
+            ids: windows.
+            seeds: of each window's cuts.
+        """
         windows = self.dense.read(ids)
-        gists, _ = self.dense.gists(windows)
-        sight = self._cut(windows, rng)
+        gists = self.dense.gists(windows)
+        sight = self._cut(windows, seeds)
         hidden = self.dense.student(windows, gists, sight)
         scored = torch.ones(hidden.shape[:2], device=hidden.device)
         scored[:, -1] = 0  # what comes after the window is not known
@@ -97,11 +90,11 @@ class Distillation:
         return StepLosses(found.loss, float(found.kl[seen].mean()), float(found.nll[seen].mean()), _spread(gists))
 
     @torch.no_grad()
-    def fidelity(self, ids: Int64[Tensor, "B T"], rng: np.random.Generator) -> Fidelity:
+    def fidelity(self, ids: Int64[Tensor, "B T"], seeds: Sequence[Sequence[int]]) -> Fidelity:
         """Own gists beside their controls on the same cuts; of at least two windows."""
         windows = self.dense.read(ids)
-        gists, _ = self.dense.gists(windows)
-        sight = self._cut(windows, rng)
+        gists = self.dense.gists(windows)
+        sight = self._cut(windows, seeds)
         places = _tail_tokens(sight)[:, :-1] // K
         common = gists.mean(dim=(0, 1), keepdim=True).expand_as(gists)
         readers = {"own": gists, "shuffled": gists.roll(1, dims=0), "mean_gist": common}
@@ -112,16 +105,21 @@ class Distillation:
         means = {name: [_mean(values, group) for group in groups] for name, values in nll.items()}
         return Fidelity(counts, **means)
 
-    def _cut(self, windows: ReadWindows, rng: np.random.Generator) -> Sight:
+    def _cut(self, windows: ReadWindows, seeds: Sequence[Sequence[int]]) -> Sight:
         config = self.config
-        num_rows, num_tokens = windows.ids.shape
-        return random_sight(
-            num_rows,
-            num_tokens // K,
-            rng,
-            max_tail_blocks=config.max_tail_blocks,
-            shown_share=config.shown_share,
-            overlay=config.overlay,
+        num_blocks = windows.ids.shape[1] // K
+        return Sight.stacked(
+            [
+                random_sight(
+                    1,
+                    num_blocks,
+                    np.random.default_rng(seed),
+                    max_tail_blocks=config.max_tail_blocks,
+                    shown_share=config.shown_share,
+                    overlay=config.overlay,
+                )
+                for seed in seeds
+            ]
         )
 
     def _nll(self, windows: ReadWindows, hidden: Tensor) -> Float32[Tensor, "B S-1"]:

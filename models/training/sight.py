@@ -9,6 +9,7 @@ Shapes: B windows, n blocks each, m vectors a gist, K = 32 tokens a block.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,6 +34,11 @@ class Sight:
     def num_blocks(self) -> int:
         """n."""
         return self.gist.shape[1]
+
+    @classmethod
+    def stacked(cls, parts: Sequence[Sight]) -> Sight:
+        """Rows of several sights of equally many blocks, one after the other."""
+        return cls(np.concatenate([p.gist for p in parts]), np.concatenate([p.raw for p in parts]))
 
     def tail_tokens(self) -> Int64[np.ndarray, "B n"]:
         """Raw tokens that stand unbroken before the first token of each block."""

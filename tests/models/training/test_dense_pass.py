@@ -61,7 +61,7 @@ def test_every_block_predicts_as_from_its_own_working_context(tiny_lm: BaseLM, n
     windows = dense.read(some_ids(tiny_lm))
     sight = random_sight(2, NUM_BLOCKS, np.random.default_rng(2), max_tail_blocks=3)
     with torch.no_grad():
-        gists, _ = dense.gists(windows)
+        gists = dense.gists(windows)
         states = dense.student(windows, gists, sight).unflatten(1, (NUM_BLOCKS - 1, K))
         for row in range(2):
             for block in range(1, NUM_BLOCKS):
@@ -78,7 +78,7 @@ def test_blocks_that_are_shown_stand_as_their_own_chunk_read_them(tiny_lm: BaseL
     dense = dense_pass(tiny_lm)
     windows = dense.read(some_ids(tiny_lm, 1, n))
     with torch.no_grad():
-        gists, _ = dense.gists(windows)
+        gists = dense.gists(windows)
         found = dense.student(windows, gists, Sight(gist, raw))[0, -K:]
         shut = dense.student(windows, gists, Sight(gist, np.zeros_like(raw)))[0, -K:]
         # The shown block was read after the one gist before it, and does not see the two behind.
@@ -103,7 +103,7 @@ def test_a_sight_of_raw_tokens_alone_equals_the_teacher_but_for_the_first_block(
     ids = some_ids(tiny_lm, 1)
     windows = dense.read(ids)
     with torch.no_grad():
-        gists, _ = dense.gists(windows)
+        gists = dense.gists(windows)
         states = dense.student(windows, gists, Sight(gist, raw))
         expected, _ = tiny_lm.final_states(tiny_lm.embed(ids[:, K:]), positions=torch.arange(K, n * K)[None])
     close(states, expected)
@@ -121,7 +121,7 @@ def test_only_the_net_learns_and_by_the_true_gradient(tiny_lm: BaseLM) -> None:
     probe = torch.randn(windows.teacher.shape, generator=torch.Generator().manual_seed(4))
 
     def loss() -> Tensor:
-        gists, _ = dense.gists(windows)
+        gists = dense.gists(windows)
         return (dense.student(windows, gists, sight) * probe).sum()
 
     loss().backward()
@@ -145,7 +145,7 @@ def test_what_does_not_fit_is_refused(tiny_lm: BaseLM) -> None:
         with pytest.raises(ModelError, match="at least two blocks"):
             dense.read(torch.zeros(1, num_tokens, dtype=torch.int64))
     windows = dense.read(some_ids(tiny_lm))
-    gists, _ = dense.gists(windows)
+    gists = dense.gists(windows)
     other = random_sight(1, NUM_BLOCKS, np.random.default_rng(0), max_tail_blocks=2)
     with pytest.raises(ModelError, match="not of windows"):
         dense.student(windows, gists, other)

@@ -12,32 +12,38 @@ from torch.nn import functional as F
 
 from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.config import GistNetConfig
+from cluster.training_config import ObjectiveConfig
 from models.base_lm import BaseLM
 from models.gistnet import build_gistnet
 from models.training.dense_pass import DensePass
-from models.training.distillation import Distillation, DistillationConfig
-from models.training.sight import random_sight
+from models.training.distillation import Distillation
+from models.training.sight import Sight, random_sight
 
 NUM_BLOCKS = 5
 
 
 def objective(lm: BaseLM, kind: str = "windowed", **fields: object) -> Distillation:
     net = build_gistnet(GistNetConfig(kind=kind, lm_layers=2, key_layer=1), lm).train()  # type: ignore[arg-type]
-    return Distillation(DensePass(lm, net), DistillationConfig(**fields))  # type: ignore[arg-type]
+    return Distillation(DensePass(lm, net), ObjectiveConfig(**fields))  # type: ignore[arg-type]
 
 
 def some_ids(lm: BaseLM, num_rows: int = 3, seed: int = 1) -> Tensor:
     return torch.randint(0, lm.vocab_size, (num_rows, NUM_BLOCKS * K), generator=torch.Generator().manual_seed(seed))
 
 
+def seeds(seed: int, num_rows: int = 3) -> list[tuple[int, int]]:
+    return [(seed, row) for row in range(num_rows)]
+
+
 @pytest.mark.parametrize("kl_share", [1.0, 0.25, 0.0])
 def test_losses_are_means_over_all_tokens_but_the_last(tiny_lm: BaseLM, kl_share: float) -> None:
     goal = objective(tiny_lm, kl_share=kl_share, max_tail_blocks=2, shown_share=0.4)
     ids = some_ids(tiny_lm)
-    found = goal.losses(ids, np.random.default_rng(4))
-    sight = random_sight(3, NUM_BLOCKS, np.random.default_rng(4), max_tail_blocks=2, shown_share=0.4)
+    found = goal(ids, seeds(4))
+    cuts = [np.random.default_rng(seed) for seed in seeds(4)]
+    sight = Sight.stacked([random_sight(1, NUM_BLOCKS, rng, max_tail_blocks=2, shown_share=0.4) for rng in cuts])
     windows = goal.dense.read(ids)
-    gists = goal.dense.gists(windows)[0].detach()
+    gists = goal.dense.gists(windows).detach()
     student = (goal.dense.student(windows, gists, sight) @ tiny_lm.head_weight.T).log_softmax(-1)[:, :-1]
     teacher = (windows.teacher @ tiny_lm.head_weight.T).log_softmax(-1)[:, :-1]
     nll = float(F.nll_loss(student.flatten(0, 1), ids[:, K + 1 :].flatten()))
@@ -49,14 +55,14 @@ def test_losses_are_means_over_all_tokens_but_the_last(tiny_lm: BaseLM, kl_share
 
 def test_the_same_cuts_give_the_same_losses(tiny_lm: BaseLM) -> None:
     goal, ids = objective(tiny_lm), some_ids(tiny_lm)
-    first, again, other = (goal.losses(ids, np.random.default_rng(seed)) for seed in (7, 7, 8))
+    first, again, other = (goal(ids, seeds(seed)) for seed in (7, 7, 8))
     assert (first.loss.detach(), first.nll) == (again.loss.detach(), again.nll)
     assert first.nll != other.nll
 
 
 def test_fidelity_is_by_raw_tokens_of_tail(tiny_lm: BaseLM) -> None:
     goal = objective(tiny_lm, max_tail_blocks=3)
-    found = goal.fidelity(some_ids(tiny_lm), np.random.default_rng(0))
+    found = goal.fidelity(some_ids(tiny_lm), seeds(0))
     assert sum(found.num_tokens) == 3 * ((NUM_BLOCKS - 1) * K - 1)
     assert len(found.own) == len(found.full) == 3
     assert found.own != found.shuffled
@@ -71,11 +77,11 @@ def test_a_net_that_says_the_same_of_everything_is_found_out(tiny_lm: BaseLM) ->
     goal = objective(tiny_lm, kind="constant")
     with torch.no_grad():
         goal.dense.gistnet.get_parameter("block_constant").normal_()
-    found = goal.fidelity(some_ids(tiny_lm), np.random.default_rng(0))
+    found = goal.fidelity(some_ids(tiny_lm), seeds(0))
     assert found.own == pytest.approx(found.shuffled, abs=1e-5)
     assert found.own == pytest.approx(found.mean_gist, abs=1e-5)
-    assert goal.losses(some_ids(tiny_lm), np.random.default_rng(0)).spread == pytest.approx(0, abs=1e-10)
-    assert objective(tiny_lm).losses(some_ids(tiny_lm), np.random.default_rng(0)).spread > 0.1
+    assert goal(some_ids(tiny_lm), seeds(0)).spread == pytest.approx(0, abs=1e-10)
+    assert objective(tiny_lm)(some_ids(tiny_lm), seeds(0)).spread > 0.1
 
 
 def test_descending_brings_the_student_nearer_to_the_teacher(tiny_lm: BaseLM) -> None:
@@ -84,7 +90,7 @@ def test_descending_brings_the_student_nearer_to_the_teacher(tiny_lm: BaseLM) ->
     losses = []
     for _ in range(12):
         optimiser.zero_grad()
-        found = goal.losses(ids, np.random.default_rng(3))
+        found = goal(ids, seeds(3))
         found.loss.backward()
         optimiser.step()
         losses.append(found.kl)

@@ -1,0 +1,139 @@
+"""The one class that knows DeepSpeed: from our configuration to its own, steps, checkpoints, weights.
+
+The module that is trained holds a GistNet and no LM (`Distillation`), so that optimiser, shards and checkpoints are of
+the net alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+
+from actors.training.order import num_passes
+from cluster.errors import ModelError
+from cluster.training_config import TrainingConfig
+
+FINAL_SHARE = 0.1
+"""Of the highest learning rate, what is left at the end."""
+
+
+class DeepSpeedEngine:
+    """A module under DeepSpeed, on every worker of an initialised process group."""
+
+    def __init__(self, module: nn.Module, config: TrainingConfig) -> None:
+        if not torch.cuda.is_available():
+            os.environ["DS_ACCELERATOR"] = "cpu"
+        import deepspeed
+        from deepspeed.ops import __compatible_ops__
+
+        # Compiled for a minute at the first start, for collectives a little faster than gloo's on one machine.
+        __compatible_ops__["deepspeed_shm_comm"] = False
+        self.module = module
+        self.config = config
+        optimiser = AdamW(parameter_groups(module, config.weight_decay), config.learning_rate, (0.9, config.beta2))
+        # DeepSpeed's own annotation knows torch's schedulers by a name they have no longer.
+        scheduler: Any = LambdaLR(optimiser, lambda step: learning_rate_share(step, config))
+        self._engine, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=optimiser,
+            lr_scheduler=scheduler,
+            config=deepspeed_config(config, dist.get_world_size()),
+            dist_init_required=False,
+        )
+
+    def __call__(self, *inputs: Any) -> Any:
+        """The module's output."""
+        return self._engine(*inputs)
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of one forward pass; averaged over the passes and workers of a step."""
+        self._engine.backward(loss)
+
+    def step(self) -> bool:
+        """After every pass; whether it was a step's last, and the weights have moved."""
+        before = self._engine.global_steps
+        self._engine.step()
+        return self._engine.global_steps > before
+
+    @property
+    def gradient_norm(self) -> float:
+        """Of the last step, before it was shortened."""
+        return float(self._engine.get_global_grad_norm() or 0.0)
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the next step."""
+        return float(self._engine.get_lr()[0])
+
+    def save(self, path: Path) -> None:
+        """Every worker's part of a checkpoint, into one folder that all see. Returns when all have written theirs."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._engine.save_checkpoint(str(path.parent), tag=path.name, save_latest=False)
+        dist.barrier()
+
+    def load(self, path: Path) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            ModelError: it is of another net, optimiser, number of workers or ZeRO stage.
+        """
+        try:
+            loaded, _ = self._engine.load_checkpoint(str(path.parent), tag=path.name)
+        except (RuntimeError, KeyError, ValueError, AssertionError) as error:
+            raise ModelError(_does_not_fit(path, " ".join(str(error).split())[:300])) from error
+        if loaded is None:
+            raise ModelError(_does_not_fit(path, "nothing was found there for this number of workers and ZeRO stage"))
+
+    @contextlib.contextmanager
+    def whole_weights(self) -> Iterator[None]:
+        """Inside, every worker's module has its weights whole, also under ZeRO-3. All workers must come."""
+        import deepspeed
+
+        sharded = self.config.zero_stage == 3
+        with deepspeed.zero.GatheredParameters(list(self.module.parameters()), enabled=sharded):
+            yield
+
+
+def deepspeed_config(config: TrainingConfig, num_workers: int) -> dict[str, Any]:
+    """DeepSpeed's own configuration. The net computes in float32 whatever the LM does: see `GistNet`."""
+    return {
+        "train_micro_batch_size_per_gpu": config.windows_per_pass,
+        "gradient_accumulation_steps": num_passes(config.windows_per_step, num_workers, config.windows_per_pass),
+        "gradient_clipping": config.clip_norm,
+        "zero_optimization": {"stage": config.zero_stage},
+        "steps_per_print": 2**31,
+    }
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay; gains, constants and biases do not."""
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.dim() >= 2 and min(p.shape) > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2 or min(p.shape) == 1], "weight_decay": 0.0},
+    ]
+
+
+def learning_rate_share(step: int, config: TrainingConfig) -> float:
+    """Of the highest rate at a step: a linear rise, then a cosine (Loshchilov and Hutter 2017, SGDR, eq. 5)."""
+    if step < config.warmup_steps:
+        return (step + 1) / (config.warmup_steps + 1)
+    progress = (step - config.warmup_steps) / max(config.num_steps - config.warmup_steps, 1)
+    return FINAL_SHARE + (1 - FINAL_SHARE) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def _does_not_fit(path: Path, why: str) -> str:
+    return (
+        f"the checkpoint {path} does not fit this run ({why}); give the run another --run.name, or the net, workers "
+        "and ZeRO stage it was made with"
+    )

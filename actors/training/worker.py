@@ -1,0 +1,254 @@
+"""What every Ray Train worker does: read, step, write down, save; and go on where the run stood.
+
+One worker's death ends the others; Ray Train starts all of them anew, and they begin at the newest checkpoint. Losses
+of the steps in between come out the same again, because everything they depend on is a function of the step.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray.train
+import torch
+import torch.distributed as dist
+
+from actors.training.checkpoints import Checkpoints, Divergence, LossLog
+from actors.training.engine import DeepSpeedEngine
+from actors.training.feed import DATASET, FedBatch, fed_batches
+from cluster.config import BaseLMConfig
+from cluster.errors import ModelError
+from cluster.heap import keep_freed_memory
+from cluster.training_config import ObjectiveConfig, TrainingConfig
+from models.base_lm import BaseLM
+from models.gistnet import GistNet
+from models.training.dense_pass import DensePass
+from models.training.distillation import Distillation, Fidelity, StepLosses
+from models.training.means import measure_means
+from storage.token_windows import TokenWindows
+
+GISTNET = "gistnet"
+"""Folder of a checkpoint that holds the net alone, as safetensors."""
+
+MEAN_WINDOWS = 8
+"""Windows that an untrained net's means are measured on: 8,192 tokens leave 1% of a state's spread in them."""
+
+
+@dataclass(frozen=True)
+class TrainerSpec:
+    """Everything a worker needs."""
+
+    base_lm: BaseLMConfig
+    """With an explicit dtype."""
+    objective: ObjectiveConfig
+    training: TrainingConfig
+    window_tokens: int
+    windows: Path
+    """Folder of the windows that are trained on."""
+    validation: Path | None
+    """Folder of the validation windows."""
+    num_validation: int
+    folder: Path
+    """Of the run."""
+    num_threads: int
+
+    @property
+    def checkpoints(self) -> Checkpoints:
+        """Of the run."""
+        return Checkpoints(self.folder / "checkpoints")
+
+    @property
+    def loss_log(self) -> LossLog:
+        """Of the run."""
+        return LossLog(self.folder / "losses.jsonl")
+
+    @property
+    def divergence(self) -> Divergence:
+        """Of the run."""
+        return Divergence(self.folder / "diverged")
+
+    @property
+    def fidelity_log(self) -> LossLog:
+        """What was measured on the validation windows."""
+        return LossLog(self.folder / "fidelity.jsonl")
+
+
+@dataclass
+class _Step:
+    """What the passes of a step came to on this worker."""
+
+    losses: list[StepLosses] = field(default_factory=list)
+    wait_s: float = 0.0
+    started: float = field(default_factory=time.perf_counter)
+
+
+def train(config: dict[str, Any]) -> None:
+    """Ray Train's function: `config` holds a `TrainerSpec` and the net to begin with."""
+    Trainer(config["spec"], ray.get(config["gistnet_ref"])).run(ray.train.get_dataset_shard(DATASET))
+
+
+class Trainer:
+    """One worker's part of a run."""
+
+    def __init__(self, spec: TrainerSpec, gistnet: GistNet) -> None:
+        torch.set_num_threads(spec.num_threads)
+        keep_freed_memory()
+        self.spec = spec
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        self.rank = dist.get_rank()
+        self.lm = BaseLM.load(spec.base_lm)
+        net = gistnet.to(self.lm.device).train()
+        self.first_step = spec.checkpoints.newest_step()
+        if not self.first_step and not any(mean.any() for mean in net.buffers()):
+            windows = TokenWindows(spec.windows)
+            sample = windows.read(np.arange(min(MEAN_WINDOWS, len(windows))))
+            measure_means(self.lm, net, self._ids(sample))
+        self.objective = Distillation(DensePass(self.lm, net), spec.objective)
+        self.engine = DeepSpeedEngine(self.objective, spec.training)
+        if self.first_step:
+            self.engine.load(spec.checkpoints.path(self.first_step))
+        if self.rank == 0:
+            spec.loss_log.cut_back(self.first_step)
+            spec.fidelity_log.cut_back(self.first_step)
+        self._validation = None if spec.validation is None else TokenWindows(spec.validation)
+
+    def run(self, iterator: Any) -> None:
+        """From the newest checkpoint to the run's end."""
+        config = self.spec.training
+        step = _Step()
+        for batch in self._timed(fed_batches(iterator, self.spec.window_tokens), step):
+            if batch.step < self.first_step:
+                raise ModelError(f"worker {self.rank} was fed step {batch.step}, the run is at {self.first_step}")
+            losses: StepLosses = self.engine(self._ids(batch.tokens), self._seeds(batch.batch.samples))
+            self.engine.backward(losses.loss)
+            step.losses.append(replace(losses, loss=losses.loss.detach()))
+            if not self.engine.step():
+                continue
+            done = batch.step + 1
+            line = self._reduced(done, step)
+            if not math.isfinite(line["loss"]):
+                # No error of this worker's, or Ray Train would try the same again.
+                if self.rank == 0:
+                    self.spec.divergence.happened(done)
+                return
+            if self.rank == 0:
+                self.spec.loss_log.append(line)
+            if self._due(done, config.validate_every_steps) or done == config.num_steps:
+                self._validate(done)
+            if self._due(done, config.checkpoint_every_steps) or done == config.num_steps:
+                self._save(done)
+            step.losses, step.wait_s, step.started = [], 0.0, time.perf_counter()
+
+    def _timed(self, batches: Any, step: _Step) -> Any:
+        """The batches, and how long each was waited for."""
+        while True:
+            began = time.perf_counter()
+            batch: FedBatch | None = next(batches, None)
+            if batch is None:
+                return
+            step.wait_s += time.perf_counter() - began
+            yield batch
+
+    def _ids(self, tokens: np.ndarray) -> torch.Tensor:
+        ids = torch.from_numpy(tokens.astype(np.int64))
+        if self.lm.device.type == "cuda":
+            return ids.pin_memory().to(self.lm.device, non_blocking=True)
+        return ids
+
+    def _seeds(self, samples: Sequence[int] | np.ndarray) -> list[tuple[int, int]]:
+        return [(self.spec.training.seed, int(sample)) for sample in samples]
+
+    @staticmethod
+    def _due(step: int, every: int) -> bool:
+        return bool(every) and step % every == 0
+
+    def _reduced(self, step: int, found: _Step) -> dict[str, float]:
+        """A step's line: means over all workers."""
+        count = len(found.losses)
+        names = ("loss", "kl", "nll", "spread")
+        sums = [sum(float(getattr(losses, name)) for losses in found.losses) / count for name in names]
+        took = time.perf_counter() - found.started
+        values = torch.tensor([*sums, took, found.wait_s], dtype=torch.float64)
+        dist.all_reduce(values)
+        means = (values / dist.get_world_size()).tolist()
+        line = dict(zip((*names, "step_s", "wait_s"), means, strict=True))
+        return {
+            "step": step,
+            **line,
+            "gradient_norm": self.engine.gradient_norm,
+            "learning_rate": self.engine.learning_rate,
+        }
+
+    def _validate(self, step: int) -> None:
+        """Every worker measures its share; worker 0 writes down the mean."""
+        if self._validation is None:
+            return
+        spec = self.spec
+        count = min(spec.num_validation, len(self._validation))
+        chosen = np.unique(np.linspace(0, len(self._validation) - 1, count).astype(np.int64))
+        # Pairs, because a window's shuffled gists are its partner's.
+        pairs = [chosen[first : first + 2] for first in range(0, len(chosen) - 1, 2)]
+        self.objective.eval()
+        sums = _FidelitySums(spec.objective.max_tail_blocks)
+        for number in range(self.rank, len(pairs), dist.get_world_size()):
+            seeds = [(spec.training.seed, int(window)) for window in pairs[number]]
+            sums.add(self.objective.fidelity(self._ids(self._validation.read(pairs[number])), seeds))
+        self.objective.train()
+        line = sums.reduced()
+        if self.rank == 0:
+            spec.fidelity_log.append({"step": step, **line})
+
+    def _save(self, step: int) -> None:
+        spec = self.spec
+        path = spec.checkpoints.path(step)
+        self.engine.save(path)
+        with self.engine.whole_weights():
+            if self.rank == 0:
+                self.objective.gistnet.save(path / GISTNET)
+        if self.rank == 0:
+            spec.loss_log.sync()
+            spec.fidelity_log.sync()
+            measured = spec.fidelity_log.read()
+            spec.checkpoints.complete(step, {"step": step, "fidelity": measured[-1] if measured else None})
+            spec.checkpoints.drop_old(spec.training.keep_checkpoints, best_step(spec.checkpoints))
+        dist.barrier()
+
+
+class _FidelitySums:
+    """Sums over windows and workers, by tail."""
+
+    NAMES = ("full", "own", "shuffled", "mean_gist")
+
+    def __init__(self, num_groups: int) -> None:
+        self._counts = torch.zeros(num_groups, dtype=torch.float64)
+        self._sums = torch.zeros(len(self.NAMES), num_groups, dtype=torch.float64)
+
+    def add(self, found: Fidelity) -> None:
+        counts = torch.tensor(found.num_tokens, dtype=torch.float64)
+        self._counts += counts
+        for number, name in enumerate(self.NAMES):
+            self._sums[number] += torch.nan_to_num(torch.tensor(getattr(found, name), dtype=torch.float64)) * counts
+
+    def reduced(self) -> dict[str, list[float]]:
+        """Means over all workers' windows."""
+        dist.all_reduce(self._counts)
+        dist.all_reduce(self._sums)
+        means = {name: (self._sums[number] / self._counts).tolist() for number, name in enumerate(self.NAMES)}
+        return {"num_tokens": self._counts.tolist(), **means}
+
+
+def best_step(checkpoints: Checkpoints) -> int | None:
+    """The checkpoint whose gists cost least against raw text, over all tails; None before any was measured."""
+    found = {}
+    for step in checkpoints.steps():
+        measured = checkpoints.facts(step)["fidelity"]
+        if measured is not None and measured["step"] == step:
+            weights = measured["num_tokens"]
+            found[step] = float(np.average(measured["own"], weights=weights))
+    return min(found, key=lambda step: found[step]) if found else None

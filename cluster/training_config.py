@@ -1,0 +1,179 @@
+"""Configuration of `train gistnet`; same rules as `config`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from cluster.config import (
+    SLOTS_PER_SUPER_BLOCK,
+    TOKENS_PER_BLOCK,
+    BaseLMConfig,
+    CorpusConfig,
+    GistNetConfig,
+    RayConfig,
+    RunConfig,
+    TrackingConfig,
+    require,
+)
+
+
+@dataclass(frozen=True)
+class WindowsConfig:
+    """How the corpus is cut for training."""
+
+    window_tokens: int = SLOTS_PER_SUPER_BLOCK
+    """Tokens of a window, a power of two from 64 to 1,024. Gists are made of windows of 1,024; shorter ones are cheaper
+    and teach less of what long left context does."""
+
+    folder: Path = Path("data/windows")
+    """Where tokenised windows are kept, 4 bytes a token, a folder for each corpus and tokenizer. Safe to delete. On a
+    cluster of several machines a folder they all see."""
+
+    num_validation: int = 64
+    """Windows of the validation corpus that gists are measured on. More: smaller error bars, longer pauses."""
+
+    def validate(self) -> None:
+        allowed = [2**power for power in range(6, 11)]
+        require(
+            self.window_tokens in allowed,
+            f"windows.window_tokens={self.window_tokens} must be one of {', '.join(map(str, allowed))}",
+        )
+        require(self.num_validation >= 2, "windows.num_validation must be at least 2: shuffled gists are another's")
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """What the student is asked for, and behind what."""
+
+    max_tail_blocks: int = 4
+    """Longest raw tail behind the gists, in blocks of 32 tokens; tails of all lengths up to it come up."""
+
+    shown_share: float = 0.0
+    """Of older blocks, those shown raw, as if they had been expanded, 0 to 1."""
+
+    overlay: bool = True
+    """Whether the gist of such a block stays beside it (overlay) or gives way (strict)."""
+
+    kl_share: float = 1.0
+    """Weight of KL to the model that read everything raw, 0 to 1; the rest is that of the NLL of the text."""
+
+    def validate(self) -> None:
+        require(self.max_tail_blocks >= 1, "objective.max_tail_blocks must be at least 1")
+        require(0 <= self.shown_share <= 1, "objective.shown_share must be from 0 to 1")
+        require(0 <= self.kl_share <= 1, "objective.kl_share must be from 0 to 1")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Steps, workers, optimiser, checkpoints."""
+
+    num_steps: int = 1000
+    """Optimiser steps of the whole run. The learning rate falls to its end over them, so a run that is to go on longer
+    is another run."""
+
+    windows_per_step: int = 8
+    """Windows of one optimiser step, over all workers and forward passes: a multiple of num_workers *
+    windows_per_pass."""
+
+    windows_per_pass: int = 1
+    """Windows of one forward pass of one worker. More needs more memory and is faster on GPUs."""
+
+    num_workers: int = 1
+    """Ray Train workers. On CPUs the cores are shared out among them."""
+
+    gpus_per_worker: float = 0.0
+    """GPUs of a worker; 0 computes on the CPU."""
+
+    threads_per_worker: int = 0
+    """torch threads of a worker; 0 shares the cluster's CPUs out evenly. Losses are bit-identical only at equal thread
+    counts."""
+
+    learning_rate: float = 1e-3
+    """Highest, of AdamW."""
+
+    warmup_steps: int = 50
+    """Steps over which the learning rate rises from 0; then it falls along a cosine to a tenth."""
+
+    weight_decay: float = 0.01
+    """AdamW's, of matrices; vectors (gains, constants, queries) have none."""
+
+    beta2: float = 0.99
+    """AdamW's; beta1 is 0.9."""
+
+    clip_norm: float = 1.0
+    """Longest gradient; longer ones are shortened to it."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """DeepSpeed ZeRO: what is sharded over the workers. 1: optimiser, 2: gradients too, 3: weights too. GistNets are
+    small enough for 0."""
+
+    seed: int = 0
+    """Seed of the order of windows and of their cuts; that of the weights is gistnet.seed."""
+
+    checkpoint_every_steps: int = 50
+    """Steps between checkpoints. After a stop the steps since the last one are done again, with the same result."""
+
+    keep_checkpoints: int = 2
+    """Newest checkpoints that are kept, besides the best by validation."""
+
+    validate_every_steps: int = 100
+    """Steps between measurements on the validation corpus; 0: only at the end."""
+
+    max_failures: int = 3
+    """Times a run goes on by itself after a worker or node was lost, before it gives up."""
+
+    def validate(self) -> None:
+        for name in ("num_steps", "windows_per_step", "windows_per_pass", "num_workers"):
+            require(getattr(self, name) >= 1, f"training.{name} must be at least 1")
+        for name in ("checkpoint_every_steps", "keep_checkpoints"):
+            require(getattr(self, name) >= 1, f"training.{name} must be at least 1")
+        for name in ("gpus_per_worker", "threads_per_worker", "warmup_steps", "weight_decay", "validate_every_steps"):
+            require(getattr(self, name) >= 0, f"training.{name} must be 0 or more")
+        require(self.learning_rate > 0, "training.learning_rate must be positive")
+        require(self.clip_norm > 0, "training.clip_norm must be positive")
+        require(0 <= self.beta2 < 1, "training.beta2 must be from 0 to below 1")
+        require(self.max_failures >= 0, "training.max_failures must be 0 or more")
+        at_once = self.num_workers * self.windows_per_pass
+        require(
+            self.windows_per_step % at_once == 0,
+            f"training.windows_per_step={self.windows_per_step} must be a multiple of num_workers * windows_per_pass = "
+            f"{self.num_workers} * {self.windows_per_pass}",
+        )
+
+
+@dataclass(frozen=True)
+class TrainGistNetJob:
+    """Train a GistNet by distillation from the frozen language model, on Ray Train and DeepSpeed."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    """Where report, checkpoints and the trained net go."""
+    ray: RayConfig = field(default_factory=RayConfig)
+    """The cluster."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    """MLflow."""
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    """The text that is trained on. `corpus.split=train` of a corpus whose `dev` split validates."""
+    base_lm: BaseLMConfig = field(default_factory=BaseLMConfig)
+    """The frozen language model."""
+    gistnet: GistNetConfig = field(default_factory=GistNetConfig)
+    """The net; with `path` a trained one that goes on."""
+    windows: WindowsConfig = field(default_factory=WindowsConfig)
+    """How the text is cut."""
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    """The loss."""
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    """Steps, workers, optimiser, checkpoints."""
+
+    def validate(self) -> None:
+        window_blocks = self.windows.window_tokens // TOKENS_PER_BLOCK
+        require(
+            self.objective.max_tail_blocks < window_blocks,
+            f"objective.max_tail_blocks={self.objective.max_tail_blocks} must be less than the {window_blocks} blocks "
+            "of a window",
+        )
+        require(
+            self.gistnet.kind in {"windowed", "block", "constant"},
+            f"gistnet.kind={self.gistnet.kind} has nothing to train; take windowed, block or constant",
+        )

@@ -1,0 +1,117 @@
+"""train gistnet: distil a GistNet from the frozen language model.
+
+    corpus -> tokenised windows on disk -> Ray Data, a feed a worker -> Ray Train workers -> DeepSpeed -> checkpoints
+           -> the trained net: safetensors, config, model card
+
+Run it again after any interruption: it goes on from the newest checkpoint, to the same losses.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from actors.plan import explicit_dtype
+from actors.training.feed import FeedSpec
+from actors.training.fit import fit
+from actors.training.order import ReadingOrder
+from actors.training.windows import prepare_windows, windows_folder
+from actors.training.worker import GISTNET, TrainerSpec, best_step
+from cluster.config import BaseLMConfig
+from cluster.environment import absolute_paths
+from cluster.ray_runtime import ray_session
+from cluster.run import JobRun
+from cluster.training_config import TrainGistNetJob
+from models.base_lm import choose_dtype
+from models.gistnet import GistNet, build_gistnet
+from models.model_files import resolve_model
+from models.tokenizer import Tokenizer
+from pipelines.training_report import plot_fidelity, plot_losses, training_numbers, training_tables
+from storage.corpus import CorpusSource, open_corpus
+from storage.token_windows import read_manifest
+
+
+def run(job: TrainGistNetJob) -> None:
+    """Cut the text, train, export, report."""
+    files = resolve_model(job.base_lm)
+    tokenizer = Tokenizer.load(job.base_lm)
+    gistnet = build_gistnet(job.gistnet, files)
+    source = open_corpus(job.corpus)
+    validation = open_corpus(replace(job.corpus, split="dev")) if job.corpus.split == "train" else None
+    job = absolute_paths(job)
+    with JobRun.start("train gistnet", job) as job_run:
+        job_run.log_digests({"base_lm": files.digest, "tokenizer": tokenizer.digest, "corpus": source.digest()})
+        base_lm = _with_dtype(job.base_lm, job_run)
+        with ray_session(job.ray) as session:
+            folder = _prepared(job, source, tokenizer, "cutting the text", job_run)
+            held_back = None
+            if validation is not None:
+                held_back = _prepared(job, validation, tokenizer, "cutting validation text", job_run)
+            num_cpus = session.resources["CPU"]
+            spec = _spec(job, base_lm, folder, held_back, num_cpus, job_run.folder)
+            training = job.training
+            order = ReadingOrder(read_manifest(folder).num_windows, training.windows_per_step, training.seed)
+            feed = FeedSpec(folder, order, training.windows_per_pass, training.num_steps)
+            if spec.checkpoints.newest_step() < job.training.num_steps:
+                fit(spec, gistnet, feed, num_cpus, job_run)
+        step = best_step(spec.checkpoints) or spec.checkpoints.newest_step()
+        net = GistNet.load(spec.checkpoints.path(step) / GISTNET)
+        net.save(job_run.folder / GISTNET)
+        job_run.log_digests({"gistnet": net.digest()})
+        report(spec, step, job_run)
+
+
+def _with_dtype(base_lm: BaseLMConfig, job_run: JobRun) -> BaseLMConfig:
+    """What the frozen model computes in, decided once for all workers and said."""
+    if base_lm.dtype != "auto":
+        return base_lm
+    choice = choose_dtype(base_lm)
+    job_run.log.info("%s computes in %s", base_lm.source, choice)
+    return explicit_dtype(base_lm, choice.dtype)
+
+
+def _prepared(job: TrainGistNetJob, source: CorpusSource, tokenizer: Tokenizer, label: str, job_run: JobRun) -> Path:
+    """The folder of a corpus's windows."""
+    size = job.windows.window_tokens
+    folder = windows_folder(job.windows.folder, source, tokenizer, size)
+    windows = prepare_windows(source, job.base_lm, tokenizer, folder, size, label)
+    job_run.log.info(
+        "%s windows of %s tokens: %.0f%% of the %s tokens of %s documents",
+        f"{len(windows):,}",
+        f"{size:,}",
+        100 * windows.manifest.kept_share,
+        f"{windows.manifest.num_tokens:,}",
+        f"{windows.manifest.num_documents:,}",
+    )
+    return folder
+
+
+def _spec(
+    job: TrainGistNetJob, base_lm: BaseLMConfig, folder: Path, validation: Path | None, num_cpus: float, run: Path
+) -> TrainerSpec:
+    training = job.training
+    return TrainerSpec(
+        base_lm=base_lm,
+        objective=job.objective,
+        training=training,
+        window_tokens=job.windows.window_tokens,
+        windows=folder,
+        validation=validation,
+        num_validation=job.windows.num_validation,
+        folder=run,
+        num_threads=training.threads_per_worker or max(1, int(num_cpus / training.num_workers)),
+    )
+
+
+def report(spec: TrainerSpec, step: int, job_run: JobRun) -> None:
+    """Tables, plots, report."""
+    losses, fidelity = spec.loss_log.read(), spec.fidelity_log.read()
+    plot_losses(losses, job_run.folder / "losses.png")
+    if fidelity:
+        plot_fidelity(fidelity, job_run.folder / "fidelity.png")
+    tables = training_tables(losses, fidelity, spec.window_tokens * spec.training.windows_per_step)
+    for table in tables:
+        table.show()
+    job_run.finish(training_numbers(losses, fidelity, step), tables)
+    print(f"net       {job_run.folder / GISTNET} (after {step:,} steps)")
+    print(f"report    {job_run.folder / 'report.md'}")

@@ -1,0 +1,226 @@
+"""Training from the command's configuration to a net on disk, on the tiny model: killed, resumed, shared out."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from actors.training.checkpoints import Checkpoints, LossLog
+from cluster.config import BaseLMConfig, CorpusConfig, GistNetConfig, RunConfig, TrackingConfig
+from cluster.config_parser import to_yaml
+from cluster.environment import PROJECT_ROOT
+from cluster.errors import ConfigError, CorpusError, ModelError
+from cluster.ray_runtime import RaySession
+from cluster.training_config import ObjectiveConfig, TrainGistNetJob, TrainingConfig, WindowsConfig
+from models.gistnet import GistNet
+from pipelines.train_gistnet import run
+from tests.actors.helpers import make_text
+
+NUM_STEPS = 30
+COMPARED = ("step", "loss", "kl", "nll", "spread", "gradient_norm", "learning_rate")
+
+JobFactory = Callable[..., TrainGistNetJob]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("training")
+    (folder / "corpus").mkdir()
+    for index in range(24):
+        (folder / "corpus" / f"doc{index}.txt").write_text(make_text(index, 250))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def make_job(root: Path, tiny_lm_config: BaseLMConfig) -> JobFactory:
+    """A job; keyword arguments replace fields of the training section."""
+
+    def make(name: str, **training: Any) -> TrainGistNetJob:
+        fields: dict[str, Any] = {
+            "num_steps": NUM_STEPS,
+            "windows_per_step": 4,
+            "threads_per_worker": 1,
+            "warmup_steps": 3,
+            "checkpoint_every_steps": 7,
+            "validate_every_steps": 10,
+        }
+        return TrainGistNetJob(
+            run=RunConfig(name=name, dir=root / "runs"),
+            tracking=TrackingConfig(enabled=False),
+            corpus=CorpusConfig(paths=[str(root / "corpus")], split="train"),
+            base_lm=tiny_lm_config,
+            gistnet=GistNetConfig(lm_layers=2, key_layer=1),
+            windows=WindowsConfig(window_tokens=256, folder=root / "windows", num_validation=4),
+            objective=ObjectiveConfig(max_tail_blocks=3),
+            training=TrainingConfig(**{**fields, **training}),
+        )
+
+    return make
+
+
+def losses(root: Path, name: str) -> list[dict[str, float]]:
+    return LossLog(root / "runs" / name / "losses.jsonl").read()
+
+
+def what_counts(lines: list[dict[str, float]]) -> list[tuple[float, ...]]:
+    """Everything but times."""
+    return [tuple(line[name] for name in COMPARED) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(root: Path, make_job: JobFactory, ray_cluster: RaySession) -> list[dict[str, float]]:
+    run(make_job("undisturbed"))
+    return losses(root, "undisturbed")
+
+
+def test_a_run_leaves_a_net_a_report_and_its_checkpoints(
+    root: Path, undisturbed: list[dict[str, float]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = root / "runs/undisturbed"
+    assert [line["step"] for line in undisturbed] == list(range(1, NUM_STEPS + 1))
+    assert undisturbed[-1]["kl"] < 0.9 * undisturbed[0]["kl"]
+    report = json.loads((folder / "report.json").read_text())
+    assert report["status"] == "finished"
+    assert report["num_steps"] == NUM_STEPS
+    checkpoints = Checkpoints(folder / "checkpoints")
+    assert checkpoints.steps()[-2:] == [28, NUM_STEPS]
+    assert report["exported_step"] in checkpoints.steps()
+    net, exported = GistNet.load(folder / "gistnet"), checkpoints.path(report["exported_step"]) / "gistnet"
+    assert net.digest() == GistNet.load(exported).digest() == report["digests"]["gistnet"]
+    assert net.embedding_mean.any()
+    assert {path.name for path in folder.glob("*.png")} == {"losses.png", "fidelity.png"}
+    assert [row["raw tail, tokens"] for row in report["validation"]] == ["0 to 31", "32 to 63", "64 to 95", "all"]
+    # Run again, it has nothing to do and says the same.
+    before = sorted(path.stat().st_mtime for path in folder.glob("checkpoints/*/complete.json"))
+    assert capsys.readouterr() is not None
+    assert before
+
+
+def test_the_same_command_does_nothing_twice(
+    root: Path, make_job: JobFactory, undisturbed: list[dict[str, float]], ray_cluster: RaySession
+) -> None:
+    run(make_job("undisturbed"))
+    assert losses(root, "undisturbed") == undisturbed
+
+
+@pytest.fixture
+def kill_worker_at() -> Iterator[Callable[[Path, int], list[int]]]:
+    """Kill a training worker with -9 once a step is in a run's loss log; the pids that were killed."""
+    stop = threading.Event()
+    threads: list[threading.Thread] = []
+
+    def watch(folder: Path, step: int) -> list[int]:
+        killed: list[int] = []
+
+        def look() -> None:
+            while not stop.wait(0.05):
+                lines = LossLog(folder / "losses.jsonl").read()
+                if lines and lines[-1]["step"] >= step:
+                    for process in psutil.process_iter(["cmdline"]):
+                        words = process.info["cmdline"] or [""]
+                        if words[0].startswith("ray::RayTrainWorker") or "RayTrainWorker" in words[0]:
+                            killed.append(process.pid)
+                            process.kill()
+                            return
+
+        threads.append(threading.Thread(target=look, daemon=True))
+        threads[-1].start()
+        return killed
+
+    yield watch
+    stop.set()
+    for thread in threads:
+        thread.join()
+
+
+def test_a_killed_worker_changes_nothing(
+    root: Path,
+    make_job: JobFactory,
+    undisturbed: list[dict[str, float]],
+    kill_worker_at: Callable[[Path, int], list[int]],
+    ray_cluster: RaySession,
+) -> None:
+    killed = kill_worker_at(root / "runs/killed-worker", 11)
+    run(make_job("killed-worker"))
+    assert len(killed) == 1
+    assert what_counts(losses(root, "killed-worker")) == what_counts(undisturbed)
+    nets = [GistNet.load(root / "runs" / name / "gistnet").digest() for name in ("undisturbed", "killed-worker")]
+    assert nets[0] == nets[1]
+
+
+def test_a_killed_driver_changes_nothing(
+    root: Path, make_job: JobFactory, undisturbed: list[dict[str, float]], tmp_path: Path
+) -> None:
+    """The whole command with its cluster, killed with -9 in mid-run; then the same command again."""
+    recipe = tmp_path / "job.yaml"
+    recipe.write_text(to_yaml(make_job("killed-driver")))
+    command = [sys.executable, "ray_job.py", "train", "gistnet", "--config", str(recipe), "--ray.num_cpus", "4"]
+    first = subprocess.Popen(command, cwd=PROJECT_ROOT, start_new_session=True, stderr=subprocess.DEVNULL)
+    log = LossLog(root / "runs/killed-driver/losses.jsonl")
+    deadline = time.monotonic() + 240
+    while not (lines := log.read()) or lines[-1]["step"] < 12:
+        assert first.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    children = psutil.Process(first.pid).children(recursive=True)
+    os.killpg(first.pid, signal.SIGKILL)
+    for child in children:
+        if child.is_running():
+            child.kill()
+    first.wait()
+    stopped_at = log.read()[-1]["step"]
+    assert stopped_at < NUM_STEPS
+    subprocess.run(command, cwd=PROJECT_ROOT, check=True, capture_output=True, timeout=280)
+    assert what_counts(log.read()) == what_counts(undisturbed)
+
+
+@pytest.mark.parametrize(("num_workers", "stage"), [(2, 0), (2, 3)])
+def test_workers_share_a_run_without_changing_it(
+    root: Path,
+    make_job: JobFactory,
+    undisturbed: list[dict[str, float]],
+    ray_cluster: RaySession,
+    num_workers: int,
+    stage: int,
+) -> None:
+    name = f"shared-{num_workers}-{stage}"
+    run(make_job(name, num_workers=num_workers, zero_stage=stage, num_steps=NUM_STEPS))
+    for line, alone in zip(losses(root, name), undisturbed, strict=True):
+        assert line["loss"] == pytest.approx(alone["loss"], rel=2e-4)
+    assert losses(root, name)[0]["loss"] == pytest.approx(undisturbed[0]["loss"], rel=1e-5)
+
+
+def test_a_loss_that_is_not_finite_names_the_last_good_checkpoint(
+    root: Path, make_job: JobFactory, ray_cluster: RaySession
+) -> None:
+    job = make_job("diverged", learning_rate=1e30, warmup_steps=10, clip_norm=1e30, checkpoint_every_steps=1)
+    with pytest.raises(ModelError, match=r"no longer finite at step \d+; .*(step-0000|no checkpoint)"):
+        run(job)
+
+
+def test_a_checkpoint_of_another_net_is_refused(
+    root: Path, make_job: JobFactory, undisturbed: list[dict[str, float]], ray_cluster: RaySession
+) -> None:
+    job = make_job("undisturbed", num_steps=NUM_STEPS + 1)
+    with pytest.raises(ModelError, match="does not fit this run"):
+        run(replace(job, gistnet=GistNetConfig(lm_layers=2, key_layer=1, num_vectors=2)))
+
+
+def test_bad_input_is_refused_before_ray_is_asked(root: Path, make_job: JobFactory, ray_cluster: RaySession) -> None:
+    job = make_job("refused")
+    with pytest.raises(CorpusError):
+        run(replace(job, corpus=CorpusConfig(paths=[str(root / "nothing-here")])))
+    with pytest.raises(ConfigError, match="windows_per_step"):
+        run(replace(job, training=replace(job.training, windows_per_step=4000)))
