@@ -97,7 +97,7 @@ class TrainingConfig:
     """Steps over which the learning rate rises from 0; then it falls along a cosine to a tenth."""
 
     weight_decay: float = 0.01
-    """AdamW's, of matrices; vectors (gains, constants, queries) have none."""
+    """AdamW's, of matrices; gains, constants and biases have none."""
 
     beta2: float = 0.99
     """AdamW's; beta1 is 0.9."""
