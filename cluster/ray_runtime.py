@@ -255,6 +255,9 @@ _QUIET_WORKERS = {"worker_process_setup_hook": "cluster.ray_runtime.prepare_work
 def prepare_worker() -> None:
     """Called by Ray in every worker process of a cluster we start or join."""
     quiet_libraries()
+    # Asks every few seconds for a part of the dashboard that embedded clusters do not have.
+    cleaner = "ray.train.v2._internal.execution.controller.placement_group_cleaner"
+    logging.getLogger(cleaner).setLevel(logging.ERROR)
     # Parts of Ray Train look for the cluster by themselves, and fail where a machine has several.
     os.environ.setdefault("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
 

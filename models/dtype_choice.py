@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -68,7 +70,7 @@ def measure_dtypes(lm: BaseLM, probe_ids: Tensor) -> DtypeChoice:
     """
     num_layers = min(TIMED_LAYERS, lm.num_layers)
     timed_ids = probe_ids.repeat(1, -(-TIMED_TOKENS // probe_ids.shape[1]))[:, :TIMED_TOKENS]
-    with torch.inference_mode():
+    with torch.inference_mode(), _one_thread(lm.device):
         exact_s, exact_hidden = _timed(lm, timed_ids, num_layers)
         exact = _log_probs(lm, probe_ids) if lm.has_head else None
         lm.cast_parameters(torch.bfloat16)
@@ -93,11 +95,9 @@ def _timed(lm: BaseLM, ids: Tensor, num_layers: int) -> tuple[float, Tensor]:
     """Shortest time in seconds of the lowest layers, and their output in float32."""
     best_s, hidden = float("inf"), lm.embed(ids)
     for _ in range(1 + TIMED_REPEATS):  # the first run warms up; it is never the shortest
-        _synchronize(lm.device)
-        start = time.perf_counter()
+        start = _now_s(lm.device)
         hidden = lm.hidden_states(lm.embed(ids), [num_layers])[num_layers]
-        _synchronize(lm.device)
-        best_s = min(best_s, time.perf_counter() - start)
+        best_s = min(best_s, _now_s(lm.device) - start)
     return best_s, hidden.float()
 
 
@@ -105,6 +105,23 @@ def _log_probs(lm: BaseLM, ids: Tensor) -> Tensor:
     return lm.logits(lm.embed(ids)).float().log_softmax(-1)
 
 
-def _synchronize(device: torch.device) -> None:
+@contextlib.contextmanager
+def _one_thread(device: torch.device) -> Iterator[None]:
+    """On a CPU, compute in this thread alone: on a busy machine several wait for each other, and one dtype by chance
+    for longer than the other. What one core gains is what all of them do."""
+    num_threads = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+def _now_s(device: torch.device) -> float:
+    """Seconds this thread has computed; where another device computes, of the clock, once it is done."""
+    if device.type == "cpu":
+        return time.thread_time()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    return time.perf_counter()

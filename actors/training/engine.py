@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -40,6 +41,8 @@ class DeepSpeedEngine:
         __compatible_ops__["deepspeed_shm_comm"] = False
         self.module = module
         self.config = config
+        self.gradient_norm = 0.0
+        """Of the last step, before it was shortened."""
         optimiser = AdamW(parameter_groups(module, config.weight_decay), config.learning_rate, (0.9, config.beta2))
         # DeepSpeed's own annotation knows torch's schedulers by a name they have no longer.
         scheduler: Any = LambdaLR(optimiser, lambda step: learning_rate_share(step, config))
@@ -61,14 +64,14 @@ class DeepSpeedEngine:
 
     def step(self) -> bool:
         """After every pass; whether it was a step's last, and the weights have moved."""
-        before = self._engine.global_steps
+        is_last = bool(self._engine.is_gradient_accumulation_boundary())
+        if is_last and self.config.zero_stage == 0:
+            # Without ZeRO DeepSpeed shortens gradients and does not say from where.
+            self.gradient_norm = float(get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None]))
         self._engine.step()
-        return self._engine.global_steps > before
-
-    @property
-    def gradient_norm(self) -> float:
-        """Of the last step, before it was shortened."""
-        return float(self._engine.get_global_grad_norm() or 0.0)
+        if is_last and self.config.zero_stage > 0:
+            self.gradient_norm = float(self._engine.get_global_grad_norm())
+        return is_last
 
     @property
     def learning_rate(self) -> float:

@@ -85,12 +85,11 @@ def undisturbed(root: Path, make_job: JobFactory, ray_cluster: RaySession) -> li
     return losses(root, "undisturbed")
 
 
-def test_a_run_leaves_a_net_a_report_and_its_checkpoints(
-    root: Path, undisturbed: list[dict[str, float]], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_leaves_a_net_a_report_and_its_checkpoints(root: Path, undisturbed: list[dict[str, float]]) -> None:
     folder = root / "runs/undisturbed"
     assert [line["step"] for line in undisturbed] == list(range(1, NUM_STEPS + 1))
     assert undisturbed[-1]["kl"] < 0.9 * undisturbed[0]["kl"]
+    assert all(line["gradient_norm"] > 0 for line in undisturbed)
     report = json.loads((folder / "report.json").read_text())
     assert report["status"] == "finished"
     assert report["num_steps"] == NUM_STEPS
@@ -102,10 +101,6 @@ def test_a_run_leaves_a_net_a_report_and_its_checkpoints(
     assert net.embedding_mean.any()
     assert {path.name for path in folder.glob("*.png")} == {"losses.png", "fidelity.png"}
     assert [row["raw tail, tokens"] for row in report["validation"]] == ["0 to 31", "32 to 63", "64 to 95", "all"]
-    # Run again, it has nothing to do and says the same.
-    before = sorted(path.stat().st_mtime for path in folder.glob("checkpoints/*/complete.json"))
-    assert capsys.readouterr() is not None
-    assert before
 
 
 def test_the_same_command_does_nothing_twice(
@@ -199,6 +194,7 @@ def test_workers_share_a_run_without_changing_it(
     run(make_job(name, num_workers=num_workers, zero_stage=stage, num_steps=NUM_STEPS))
     for line, alone in zip(losses(root, name), undisturbed, strict=True):
         assert line["loss"] == pytest.approx(alone["loss"], rel=2e-4)
+        assert line["gradient_norm"] == pytest.approx(alone["gradient_norm"], rel=1e-2)
     assert losses(root, name)[0]["loss"] == pytest.approx(undisturbed[0]["loss"], rel=1e-5)
 
 
