@@ -70,7 +70,7 @@ class DeepSpeedEngine:
             self.gradient_norm = float(get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None]))
         self._engine.step()
         if is_last and self.config.zero_stage > 0:
-            self.gradient_norm = float(self._engine.get_global_grad_norm())
+            self.gradient_norm = float(self._engine.get_global_grad_norm() or 0.0)
         return is_last
 
     @property
