@@ -45,4 +45,5 @@ BENCHMARKS = (
     Benchmark("long_history", "long_history:long_history", "p50 of the same from a history of 64 k tokens", 1.5),
     Benchmark("sealed_size", "sealed_size:sealed_size", "bytes of tokens, gists and keys", 1.05),
     Benchmark("gistnet_vs_prefill", "gistnet_prefill:gistnet_vs_prefill", "one prefill of the window by the LM", 0.50),
+    Benchmark("training_stack", "training_stack:training_stack", "wall time of the same step in a bare loop", 1.10),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -123,12 +124,12 @@ def kill_worker_at() -> Iterator[Callable[[Path, int], list[int]]]:
             while not stop.wait(0.05):
                 lines = LossLog(folder / "losses.jsonl").read()
                 if lines and lines[-1]["step"] >= step:
-                    for process in psutil.process_iter(["cmdline"]):
-                        words = process.info["cmdline"] or [""]
-                        if words[0].startswith("ray::RayTrainWorker") or "RayTrainWorker" in words[0]:
-                            killed.append(process.pid)
-                            process.kill()
-                            return
+                    for process in psutil.Process().children(recursive=True):  # of this session's cluster alone
+                        with contextlib.suppress(psutil.NoSuchProcess):
+                            if process.cmdline()[0].startswith("ray::RayTrainWorker"):
+                                killed.append(process.pid)
+                                process.kill()
+                                return
 
         threads.append(threading.Thread(target=look, daemon=True))
         threads[-1].start()
