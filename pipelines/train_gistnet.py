@@ -15,18 +15,19 @@ from actors.plan import explicit_dtype
 from actors.training.feed import FeedSpec
 from actors.training.fit import fit
 from actors.training.order import ReadingOrder
+from actors.training.recipe import recipe_of, require_same_recipe
 from actors.training.windows import prepare_windows, windows_folder
 from actors.training.worker import GISTNET, TrainerSpec, best_step
 from cluster.config import BaseLMConfig
 from cluster.environment import absolute_paths
 from cluster.ray_runtime import ray_session
-from cluster.run import JobRun
+from cluster.run import JobRun, write_atomically
 from cluster.training_config import TrainGistNetJob
 from models.base_lm import choose_dtype
 from models.gistnet import GistNet, build_gistnet
 from models.model_files import resolve_model
 from models.tokenizer import Tokenizer
-from pipelines.training_report import plot_fidelity, plot_losses, training_numbers, training_tables
+from pipelines.training_report import model_card, plot_fidelity, plot_losses, training_numbers, training_tables
 from storage.corpus import CorpusSource, open_corpus
 from storage.token_windows import read_manifest
 
@@ -40,8 +41,11 @@ def run(job: TrainGistNetJob) -> None:
     validation = open_corpus(replace(job.corpus, split="dev")) if job.corpus.split == "train" else None
     job = absolute_paths(job)
     with JobRun.start("train gistnet", job) as job_run:
-        job_run.log_digests({"base_lm": files.digest, "tokenizer": tokenizer.digest, "corpus": source.digest()})
+        digests = {"base_lm": files.digest, "tokenizer": tokenizer.digest, "corpus": source.digest()}
+        job_run.log_digests(digests)
         base_lm = _with_dtype(job.base_lm, job_run)
+        recipe = recipe_of(replace(job, base_lm=base_lm), {**digests, "untrained gistnet": gistnet.digest()})
+        require_same_recipe(job_run.folder, recipe)
         with ray_session(job.ray) as session:
             folder = _prepared(job, source, tokenizer, "cutting the text", job_run)
             held_back = None
@@ -58,6 +62,8 @@ def run(job: TrainGistNetJob) -> None:
         net = GistNet.load(spec.checkpoints.path(step) / GISTNET)
         net.save(job_run.folder / GISTNET)
         job_run.log_digests({"gistnet": net.digest()})
+        card = model_card(net, files.model_id, recipe, spec.fidelity_log.read(), step)
+        write_atomically(job_run.folder / GISTNET / "README.md", card)
         report(spec, step, job_run)
 
 

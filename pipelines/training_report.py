@@ -11,6 +11,7 @@ import numpy as np
 from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.plots import figure
 from cluster.tables import Table
+from models.gistnet import GistNet
 
 Lines = Sequence[Mapping[str, Any]]
 
@@ -77,6 +78,23 @@ def training_numbers(losses: Lines, fidelity: Lines, exported_step: int) -> dict
     if fidelity:
         numbers["validation"] = fidelity_rows(fidelity[-1])
     return numbers
+
+
+def model_card(net: GistNet, lm_id: str, recipe: Mapping[str, Any], fidelity: Lines, step: int) -> str:
+    """What whoever finds the net should know: Markdown."""
+    measured = [line for line in fidelity if line["step"] <= step]
+    parts = [
+        f"# GistNet {net.net_id} for {lm_id}",
+        f"Makes {net.num_vectors} vector(s) of size {net.dim} of every {K} tokens, and a routing key. Distilled from "
+        f"the frozen model for {step:,} steps; of no use to another one. sha256 {net.digest()}.",
+        "Load it with `--gistnet.path <this folder>`.",
+    ]
+    if measured:
+        rows = fidelity_rows(measured[-1])
+        title = f"On text it was not trained on, after {measured[-1]['step']:,} steps, nats a token"
+        parts.append(Table(rows, title).markdown())
+    parts.append(Table([{"key": key, "value": str(value)} for key, value in recipe.items()], "Made with").markdown())
+    return "\n\n".join(parts) + "\n"
 
 
 def plot_losses(losses: Lines, path: Path) -> None:

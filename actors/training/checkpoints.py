@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -102,15 +102,7 @@ class LossLog:
         with self.path.open("ab") as file:
             os.fsync(file.fileno())
 
-    def read(self, offset: int = 0) -> list[dict[str, Any]]:
-        """Whole lines from a byte offset on."""
-        return list(self._lines(offset))
-
-    def _lines(self, offset: int) -> Iterator[dict[str, Any]]:
-        if not self.path.exists():
-            return
-        with self.path.open("rb") as file:
-            file.seek(offset)
-            content = file.read()
-        for line in content[: content.rfind(b"\n") + 1].splitlines():
-            yield json.loads(line)
+    def read(self) -> list[dict[str, Any]]:
+        """All whole lines."""
+        content = self.path.read_bytes() if self.path.exists() else b""
+        return [json.loads(line) for line in content[: content.rfind(b"\n") + 1].splitlines()]

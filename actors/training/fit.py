@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import ray
 import ray.data
 from ray.exceptions import RayError
@@ -106,7 +107,7 @@ def _watched(spec: TrainerSpec, job_run: JobRun) -> Iterator[None]:
     with job_run.progress(spec.training.num_steps, "steps", "training", initial=first) as progress:
 
         def look() -> None:
-            done = first
+            done = validated = first
             while True:
                 last_look = stop.wait(LOOK_EVERY_S)
                 for line in spec.loss_log.read():
@@ -114,6 +115,12 @@ def _watched(spec: TrainerSpec, job_run: JobRun) -> Iterator[None]:
                         done = line["step"]
                         progress.advance(1, loss=line["loss"])
                         job_run.log_metrics({f"train.{k}": v for k, v in line.items() if k != "step"}, done)
+                for line in spec.fidelity_log.read():
+                    if line["step"] > validated:
+                        validated = line["step"]
+                        own, shuffled = (np.average(line[k], weights=line["num_tokens"]) for k in ("own", "shuffled"))
+                        values = {"validation.nll": float(own), "validation.content_nats": float(shuffled - own)}
+                        job_run.log_metrics(values, validated)
                 if last_look:
                     return
 

@@ -122,9 +122,10 @@ class Trainer:
         """From the newest checkpoint to the run's end."""
         config = self.spec.training
         step = _Step()
+        done = self.first_step
         for batch in self._timed(fed_batches(iterator, self.spec.window_tokens), step):
-            if batch.step < self.first_step:
-                raise ModelError(f"worker {self.rank} was fed step {batch.step}, the run is at {self.first_step}")
+            if batch.step != done:
+                raise ModelError(f"worker {self.rank} was fed step {batch.step}, the run is at {done}")
             losses: StepLosses = self.engine(self._ids(batch.tokens), self._seeds(batch.batch.samples))
             self.engine.backward(losses.loss)
             step.losses.append(replace(losses, loss=losses.loss.detach()))

@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 
 from actors.training.checkpoints import Checkpoints, LossLog
 from cluster.config import BaseLMConfig, CorpusConfig, GistNetConfig, RunConfig, TrackingConfig
@@ -100,6 +101,9 @@ def test_a_run_leaves_a_net_a_report_and_its_checkpoints(root: Path, undisturbed
     net, exported = GistNet.load(folder / "gistnet"), checkpoints.path(report["exported_step"]) / "gistnet"
     assert net.digest() == GistNet.load(exported).digest() == report["digests"]["gistnet"]
     assert net.embedding_mean.any()
+    card = (folder / "gistnet/README.md").read_text()
+    assert net.digest() in card
+    assert "training.learning_rate" in card
     assert {path.name for path in folder.glob("*.png")} == {"losses.png", "fidelity.png"}
     assert [row["raw tail, tokens"] for row in report["validation"]] == ["0 to 31", "32 to 63", "64 to 95", "all"]
 
@@ -207,12 +211,38 @@ def test_a_loss_that_is_not_finite_names_the_last_good_checkpoint(
         run(job)
 
 
-def test_a_checkpoint_of_another_net_is_refused(
+def test_another_recipe_under_the_same_name_is_refused(
+    root: Path, make_job: JobFactory, undisturbed: list[dict[str, float]]
+) -> None:
+    job = make_job("undisturbed")
+    for other, what in (
+        (
+            make_job("undisturbed", num_steps=NUM_STEPS + 1),
+            f"training.num_steps: {NUM_STEPS} then, {NUM_STEPS + 1} now",
+        ),
+        (replace(job, gistnet=GistNetConfig(lm_layers=2, key_layer=1, num_vectors=2)), "digest of untrained gistnet"),
+        (replace(job, objective=ObjectiveConfig(max_tail_blocks=2)), "objective.max_tail_blocks: 3 then, 2 now"),
+        (replace(job, corpus=replace(job.corpus, include=["doc1*"])), "digest of corpus"),
+    ):
+        with pytest.raises(ConfigError, match=f"was begun otherwise .*{what}.* another --run.name"):
+            run(other)
+    assert losses(root, "undisturbed") == undisturbed
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused(
     root: Path, make_job: JobFactory, undisturbed: list[dict[str, float]], ray_cluster: RaySession
 ) -> None:
-    job = make_job("undisturbed", num_steps=NUM_STEPS + 1)
-    with pytest.raises(ModelError, match="does not fit this run"):
-        run(replace(job, gistnet=GistNetConfig(lm_layers=2, key_layer=1, num_vectors=2)))
+    """As another net's would be."""
+    run(make_job("spoilt", num_steps=2, checkpoint_every_steps=1))
+    folder = root / "runs/spoilt"
+    newest = Checkpoints(folder / "checkpoints").path(2)
+    (newest / "complete.json").unlink()
+    states = Checkpoints(folder / "checkpoints").path(1) / "mp_rank_00_model_states.pt"
+    content = torch.load(states, weights_only=False)
+    del content["module"]["gistnet.block_constant"]
+    torch.save(content, states)
+    with pytest.raises(ModelError, match="step-00000001 does not fit this run"):
+        run(make_job("spoilt", num_steps=2, checkpoint_every_steps=1))
 
 
 def test_bad_input_is_refused_before_ray_is_asked(root: Path, make_job: JobFactory, ray_cluster: RaySession) -> None:
