@@ -27,8 +27,8 @@ FAR_SCALE_TOKENS = 512
 def policy_for(num_tokens: int, trained_context: int) -> Policy:
     """What reads best at a length: true places where they are in the model's trained range, else `compact`.
 
-    At 104 places of code and prose all policies read alike inside it; at 64k slots of history `global` lost 2 to 6 nats a
-    token with anything that is not recent, `compact` and `anchored` were equal (docs/headroom.md).
+    At 104 places of code and prose all policies read alike inside it; at 64k slots of history `global` lost 2 to 6
+    nats a token with anything that is not recent, `compact` and `anchored` were equal (docs/headroom.md).
     """
     return "global" if num_tokens <= trained_context else "compact"
 
