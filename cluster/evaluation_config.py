@@ -112,7 +112,8 @@ class FocusEvaluationConfig:
     """Blocks a rival may choose; what the budget has left goes to more of the tail."""
 
     oracle_blocks: int = 8
-    """Blocks an oracle may choose; it stops where none helps. Also the blocks of every rival that it measures."""
+    """Blocks an oracle may choose; it stops where none helps. It measures as many of every rival's first, where the
+    shortlist holds them."""
 
     retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
     """How the rivals that search are asked."""
@@ -161,9 +162,9 @@ class FocusEvaluationConfig:
         lists = {"bm25", "dense", "minilm"} & (choosers | set(self.retrieval.fusion)) | {"fusion"}
         measured = {"oracle", "oracle_greedy", "rerank"} & choosers
         require(
-            not measured or len(lists) * self.oracle_blocks <= self.shortlist_blocks,
-            f"evaluation.shortlist_blocks={self.shortlist_blocks} cannot hold {self.oracle_blocks} picks of each of "
-            f"{len(lists)} rivals; raise it or lower evaluation.oracle_blocks",
+            not measured or len(lists) * self.max_blocks <= self.shortlist_blocks,
+            f"evaluation.shortlist_blocks={self.shortlist_blocks} cannot hold {self.max_blocks} picks of each of "
+            f"{len(lists)} rivals; raise it or lower evaluation.max_blocks",
         )
         require(self.shortlist_blocks >= 1, "evaluation.shortlist_blocks must be at least 1")
         require(self.oracle_readings >= 1, "evaluation.oracle_readings must be at least 1")

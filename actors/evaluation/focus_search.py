@@ -115,7 +115,8 @@ class FocusSearch:
         shortlists = [
             shortlist(
                 [choice.ranked[name] for name in lists],
-                room.max_blocks,
+                # As many of each as an oracle could show, but no more than all of them have room for.
+                min(room.max_blocks, self._config.shortlist_blocks // max(len(lists), 1)),
                 self._config.shortlist_blocks,
                 self._older_tail(room),
             )

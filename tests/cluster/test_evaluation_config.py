@@ -57,8 +57,8 @@ def test_a_shortlist_must_hold_the_picks_of_every_rival_that_searches(
     config = FocusEvaluationConfig(
         rivals=rivals,
         retrieval=RetrievalConfig(fusion=fusion),
-        max_blocks=2,
-        oracle_blocks=5,
+        max_blocks=5,
+        oracle_blocks=12,
         shortlist_blocks=max(1, 5 * num_lists),
     )
     config.validate()

@@ -214,7 +214,7 @@ def test_interrupted_and_resumed_equals_undisturbed(
         ((), {"rivals": ["full/raw"]}, 2, "rival 'full' has neither forms nor policies; write 'full'"),
         (
             (),
-            {"rivals": ["oracle@compact"], "oracle_blocks": 3},
+            {"rivals": ["oracle@compact"], "max_blocks": 3, "oracle_blocks": 3},
             2,
             "shortlist_blocks=8 cannot hold 3 picks of each of 3",
         ),

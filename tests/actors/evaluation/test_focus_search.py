@@ -232,14 +232,15 @@ def test_everything_that_is_chosen_lies_before_the_tail_of_its_budget(reading: R
 def test_the_shortlist_is_every_rivals_picks_and_what_recency_would_show(
     reading: Reading, tree: StoredText, horizon: np.ndarray, found: list[Choices]
 ) -> None:
-    """As many of each as an oracle may choose, however few a rival shows."""
+    """As many of each as an oracle may choose, however few a rival shows; fewer where the list is short."""
     rooms, oracle_rooms = rooms_of(reading, CONFIG), rooms_of(reading, CONFIG, measuring=True)
     sizes = []
     for size in (14, 6):
         config = replace(CONFIG, shortlist_blocks=size)
         all_choices = found if size == 14 else run(reading, tree, horizon, MEASURING[:3], config=config)
         for room, oracle_room, choices in zip(rooms, oracle_rooms, all_choices, strict=True):
-            picks = {block for name in ("bm25", "dense", "fusion") for block, _ in choices.ranked[name][:4]}
+            each = min(4, size // 3)
+            picks = {block for name in ("bm25", "dense", "fusion") for block, _ in choices.ranked[name][:each]}
             older = range(oracle_room.shown_from - 1, oracle_room.shown_from - 5, -1)
             expected = picks | set([block for block in older if block not in picks][: size - len(picks)])
             sizes.append(len(expected) - len(picks))
