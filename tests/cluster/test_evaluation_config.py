@@ -70,7 +70,7 @@ def test_a_shortlist_must_hold_the_picks_of_every_rival_that_searches(
 def test_an_oracle_may_choose_no_fewer_blocks_than_a_rival() -> None:
     FocusEvaluationConfig(max_blocks=6, oracle_blocks=6, shortlist_blocks=24).validate()
     with pytest.raises(ConfigError, match="evaluation.oracle_blocks=6 must be at least max_blocks=7"):
-        FocusEvaluationConfig(max_blocks=7, oracle_blocks=6, shortlist_blocks=24).validate()
+        FocusEvaluationConfig(max_blocks=7, oracle_blocks=6, shortlist_blocks=28).validate()
 
 
 def test_an_oracle_reads_something() -> None:
