@@ -186,7 +186,7 @@ def test_a_killed_driver_changes_nothing(
     assert what_counts(log.read()) == what_counts(undisturbed)
 
 
-@pytest.mark.parametrize(("num_workers", "stage"), [(2, 0), (2, 3)])
+@pytest.mark.parametrize(("num_workers", "stage"), [(2, 0), pytest.param(2, 3, marks=pytest.mark.slow)])
 def test_workers_share_a_run_without_changing_it(
     root: Path,
     make_job: JobFactory,
@@ -229,6 +229,7 @@ def test_another_recipe_under_the_same_name_is_refused(
     assert losses(root, "undisturbed") == undisturbed
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_does_not_fit_is_refused(
     root: Path, make_job: JobFactory, undisturbed: list[dict[str, float]], ray_cluster: RaySession
 ) -> None:
