@@ -91,7 +91,7 @@ class PackShard:
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         """Packed rows of each shard in the batch, a few at a time."""
-        packer = Packer(_tokenizer(self._base_lm), remote_marks(self._store))
+        packer = Packer(task_tokenizer(self._base_lm), remote_marks(self._store))
         for shard in batch["shard"]:
             items = packer.pack(pickle.loads(shard.as_py()).read())
             while rows := list(islice(items, ROWS_PER_TABLE)):
@@ -99,7 +99,8 @@ class PackShard:
 
 
 @functools.lru_cache(maxsize=2)
-def _tokenizer(base_lm: BaseLMConfig) -> Tokenizer:
+def task_tokenizer(base_lm: BaseLMConfig) -> Tokenizer:
+    """Loaded once a process that runs tasks."""
     return Tokenizer.load(base_lm)
 
 

@@ -20,6 +20,7 @@ from actors.training.windows import prepare_windows, windows_folder
 from actors.training.worker import GISTNET, TrainerSpec, best_step
 from cluster.config import BaseLMConfig
 from cluster.environment import absolute_paths
+from cluster.errors import CorpusError
 from cluster.ray_runtime import ray_session
 from cluster.run import JobRun, write_atomically
 from cluster.training_config import TrainGistNetJob
@@ -51,6 +52,12 @@ def run(job: TrainGistNetJob) -> None:
             held_back = None
             if validation is not None:
                 held_back = _prepared(job, validation, tokenizer, "cutting validation text", job_run)
+                if read_manifest(held_back).num_windows < 2:
+                    raise CorpusError(
+                        f"{validation.describe()} fills one window; validation needs two, for shuffled gists are "
+                        "another's. Give more text, lower windows.window_tokens, or train on corpus.split=all, which "
+                        "does without"
+                    )
             num_cpus = session.resources["CPU"]
             spec = _spec(job, base_lm, folder, held_back, num_cpus, job_run.folder)
             training = job.training

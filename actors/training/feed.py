@@ -19,7 +19,7 @@ import ray.data
 from ray.data import DataIterator
 from ray.train import DataConfig
 
-from actors.training.order import MicroBatch, ReadingOrder
+from actors.training.order import ReadingOrder
 from cluster.ray_data import stream_in_order
 from storage.token_windows import TokenWindows
 
@@ -47,7 +47,8 @@ class FedBatch:
     """What one forward pass reads."""
 
     step: int
-    batch: MicroBatch
+    samples: np.ndarray
+    """(windows,) int64; see `order.MicroBatch`."""
     tokens: np.ndarray
     """(windows, tokens) uint32"""
 
@@ -69,7 +70,6 @@ class ReadSteps:
             columns = {
                 "step": pa.array([step] * len(passes), pa.int64()),
                 "samples": pa.array([p.samples.tobytes() for p in passes], pa.large_binary()),
-                "windows": pa.array([p.windows.tobytes() for p in passes], pa.large_binary()),
                 "tokens": pa.array([windows.read(p.windows).tobytes() for p in passes], pa.large_binary()),
             }
             yield pa.table(columns)
@@ -118,6 +118,6 @@ def fed_batches(iterator: DataIterator, window_tokens: int) -> Iterator[FedBatch
     tables: Any = iterator.iter_batches(batch_size=whole_blocks, batch_format="pyarrow", prefetch_batches=2)
     for table in tables:
         for row in range(table.num_rows):
-            samples, windows = (np.frombuffer(table[n][row].as_buffer(), np.int64) for n in ("samples", "windows"))
+            samples = np.frombuffer(table["samples"][row].as_buffer(), np.int64)
             tokens = np.frombuffer(table["tokens"][row].as_buffer(), np.uint32).reshape(-1, window_tokens)
-            yield FedBatch(table["step"][row].as_py(), MicroBatch(samples, windows), tokens)
+            yield FedBatch(table["step"][row].as_py(), samples, tokens)

@@ -6,7 +6,6 @@ crosses a document's border, as a gist's never does.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import pickle
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ import pyarrow as pa
 import ray.data
 from filelock import FileLock
 
+from actors.feeds import MAX_INPUT_BLOCKS, PACKER_CPUS, task_tokenizer
 from actors.packing import Packer, Window
 from cluster.config import SLOTS_PER_SUPER_BLOCK, BaseLMConfig
 from cluster.errors import CorpusError
@@ -28,8 +28,6 @@ from models.tokenizer import Tokenizer
 from storage.corpus import CorpusSource
 from storage.token_windows import TokenWindows, TokenWindowWriter, is_finished
 
-READER_CPUS = 0.5
-MAX_INPUT_BLOCKS = 200
 WINDOWS_PER_TABLE = 256
 
 
@@ -42,7 +40,7 @@ class CutShards:
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         """Rows of windows, a few at a time."""
-        packer = Packer(_tokenizer(self._base_lm), lambda _keys: {})
+        packer = Packer(task_tokenizer(self._base_lm), lambda _keys: {})
         for shard in batch["shard"]:
             items = packer.pack(pickle.loads(shard.as_py()).read())
             windows = (item for item in items if isinstance(item, Window))
@@ -58,11 +56,6 @@ class CutShards:
             "num_tokens": pa.array([sum(len(window.tokens) for window in windows)], pa.int64()),
         }
         return pa.table(columns)
-
-
-@functools.lru_cache(maxsize=2)
-def _tokenizer(base_lm: BaseLMConfig) -> Tokenizer:
-    return Tokenizer.load(base_lm)
 
 
 def windows_folder(root: Path, source: CorpusSource, tokenizer: Tokenizer, window_tokens: int) -> Path:
@@ -114,7 +107,7 @@ def _cut(
                 CutShards(base_lm, window_tokens),
                 batch_size=1,
                 batch_format="pyarrow",
-                num_cpus=READER_CPUS,
+                num_cpus=PACKER_CPUS,
                 zero_copy_batch=True,
             )
             tables: Any = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)

@@ -126,7 +126,7 @@ class Trainer:
         for batch in self._timed(fed_batches(iterator, self.spec.window_tokens), step):
             if batch.step != done:
                 raise ModelError(f"worker {self.rank} was fed step {batch.step}, the run is at {done}")
-            losses: StepLosses = self.engine(self._ids(batch.tokens), self._seeds(batch.batch.samples))
+            losses: StepLosses = self.engine(self._ids(batch.tokens), self._seeds(batch.samples))
             self.engine.backward(losses.loss)
             step.losses.append(replace(losses, loss=losses.loss.detach()))
             if not self.engine.step():
@@ -240,8 +240,9 @@ class _FidelitySums:
         """Means over all workers' windows."""
         dist.all_reduce(self._counts)
         dist.all_reduce(self._sums)
-        means = {name: (self._sums[number] / self._counts).tolist() for number, name in enumerate(self.NAMES)}
-        return {"num_tokens": self._counts.tolist(), **means}
+        # Of few windows no token may have the longest tails; 0 / 0 would be in every mean over all tails.
+        means = (self._sums / self._counts.clamp(min=1)).tolist()
+        return {"num_tokens": self._counts.tolist(), **dict(zip(self.NAMES, means, strict=True))}
 
 
 def best_step(checkpoints: Checkpoints) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import signal
@@ -28,6 +29,7 @@ from cluster.ray_runtime import RaySession
 from cluster.training_config import ObjectiveConfig, TrainGistNetJob, TrainingConfig, WindowsConfig
 from models.gistnet import GistNet
 from pipelines.train_gistnet import run
+from storage.corpus import split_of
 from tests.actors.helpers import make_text
 
 NUM_STEPS = 30
@@ -244,6 +246,20 @@ def test_a_checkpoint_that_does_not_fit_is_refused(
     torch.save(content, states)
     with pytest.raises(ModelError, match="step-00000001 does not fit this run"):
         run(make_job("spoilt", num_steps=2, checkpoint_every_steps=1))
+
+
+def test_one_window_of_validation_text_is_refused(
+    root: Path, make_job: JobFactory, tmp_path: Path, ray_cluster: RaySession
+) -> None:
+    texts = [make_text(seed, 60) for seed in range(60)]
+    dev = [text for text in texts if split_of(hashlib.sha256(text.encode()).hexdigest()) == "dev"]
+    train = [text for text in texts if split_of(hashlib.sha256(text.encode()).hexdigest()) == "train"]
+    for number, text in enumerate([dev[0], *train[:12]]):
+        (tmp_path / f"doc{number}.txt").write_text(text)
+    job = make_job("one-window")
+    corpus = replace(job.corpus, paths=[str(tmp_path)])
+    with pytest.raises(CorpusError, match="fills one window; validation needs two"):
+        run(replace(job, corpus=corpus))
 
 
 def test_bad_input_is_refused_before_ray_is_asked(root: Path, make_job: JobFactory, ray_cluster: RaySession) -> None:
