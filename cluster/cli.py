@@ -17,6 +17,7 @@ from cluster.config import validate_sections
 from cluster.config_parser import DEBUG_VARIABLE, parse_job
 from cluster.environment import absolute_paths, quiet_environment
 from cluster.errors import ConfigError, MegaContextError
+from cluster.registry import with_local_nets
 
 EXIT_INTERRUPTED = 130
 
@@ -59,7 +60,7 @@ def main(jobs: Sequence[Job], arguments: Sequence[str] | None = None, prog: str 
         job, rest = _choose(jobs, words, prog)
         config = parse_job(job.config_type, rest, f"{prog} {job.command}")
         validate_sections(config)
-        return _run(job, absolute_paths(config))
+        return _run(job, with_local_nets(absolute_paths(config)))
     except MegaContextError as error:
         if os.environ.get(DEBUG_VARIABLE, "") not in {"", "0"}:
             raise

@@ -187,7 +187,8 @@ class GistNetConfig:
     set."""
 
     path: str = ""
-    """Folder of a saved GistNet (safetensors + config). Empty: an untrained one of `kind`."""
+    """Folder of a saved GistNet (safetensors + config), or one of MLflow's registry: `models:/NAME/VERSION`,
+    `models:/NAME/latest`, `models:/NAME@ALIAS`. Empty: an untrained one of `kind`."""
 
     num_vectors: int = 1
     """m: vectors a node; 1, 2 or 4. A node's cost in a Working Context is m."""

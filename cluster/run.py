@@ -143,6 +143,10 @@ class JobRun:
         if self._tracker is not None:
             self._tracker.set_tags({f"megacontext.digest.{name}": digest for name, digest in digests.items()})
 
+    def register_model(self, folder: Path, name: str, digest: str) -> str:
+        """Enter a trained net in MLflow's registry; its name there, empty without tracking. As `Tracker`'s."""
+        return "" if self._tracker is None else self._tracker.register_model(folder, name, digest)
+
     def finish(self, report: Mapping[str, Any], sections: str | Sequence[Table | str] = "") -> None:
         """Hand in the results; the report is written when the `with` block ends.
 

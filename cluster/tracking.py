@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -22,6 +22,7 @@ from filelock import FileLock
 from cluster.config import TrackingConfig
 from cluster.errors import TrackingError
 from cluster.log import get_logger, quiet_libraries
+from cluster.registry import DIGEST_TAG, SCHEME, tracking_uri
 
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -42,6 +43,7 @@ class Tracker(Protocol):
     def log_metrics(self, values: Mapping[str, float], step: int | None = None) -> None: ...
     def set_tags(self, tags: Mapping[str, str]) -> None: ...
     def log_artifact(self, file: Path) -> None: ...
+    def register_model(self, folder: Path, name: str, digest: str) -> str: ...
     def close(self, status: RunStatus) -> None: ...
     def describe(self) -> dict[str, str]: ...
 
@@ -57,6 +59,10 @@ class NoTracker:
 
     def log_artifact(self, file: Path) -> None:
         """Nothing."""
+
+    def register_model(self, folder: Path, name: str, digest: str) -> str:
+        """Nothing, and no name."""
+        return ""
 
     def close(self, status: RunStatus) -> None:
         """Nothing."""
@@ -86,7 +92,7 @@ class MLflowTracker:
         """
         for name, value in _HTTP_LIMITS.items():
             os.environ.setdefault(name, value)
-        self.uri = config.uri or f"sqlite:///{run_dir}/mlflow.db"
+        self.uri = tracking_uri(config, run_dir)
         is_local = self.uri.startswith("sqlite:")
         try:
             from mlflow import MlflowClient
@@ -136,6 +142,36 @@ class MLflowTracker:
     def log_artifact(self, file: Path) -> None:
         """Copy a file as it is when its turn comes; the next call of `close` waits for that."""
         self._submit(lambda: self._client.log_artifact(self.run_id, str(file)))
+
+    def register_model(self, folder: Path, name: str, digest: str) -> str:
+        """File a trained net with this run, and enter it in the registry, unless it is there already.
+
+        Args:
+            folder: with the net; becomes `<its name>/` of the run's artefacts.
+            name: of the registered model.
+            digest: of the net; the same digest gets no second version.
+
+        Returns:
+            `models:/<name>/<version>`; empty where the server was lost.
+        """
+        found: list[str] = []
+        self._submit(lambda: found.append(self._registered(folder, name, digest)))
+        self._writer.submit(lambda: None).result()  # everything before it is done
+        return found[0] if found else ""
+
+    def _registered(self, folder: Path, name: str, digest: str) -> str:
+        from mlflow.exceptions import MlflowException
+
+        known = self._client.search_model_versions(f"name='{name}'")
+        for version in known:
+            if version.tags.get(DIGEST_TAG) == digest:
+                return f"{SCHEME}{name}/{version.version}"
+        self._client.log_artifacts(self.run_id, str(folder), folder.name)
+        with suppress(MlflowException):  # it has versions already
+            self._client.create_registered_model(name)
+        source = f"{self._client.get_run(self.run_id).info.artifact_uri}/{folder.name}"
+        version = self._client.create_model_version(name, source, self.run_id, {DIGEST_TAG: digest})
+        return f"{SCHEME}{name}/{version.version}"
 
     def close(self, status: RunStatus) -> None:
         """Write what is pending, then end the run. A server that fails only costs a warning."""

@@ -121,6 +121,9 @@ class TrainingConfig:
     validate_every_steps: int = 100
     """Steps between measurements on the validation corpus; 0: only at the end."""
 
+    registered_name: str = "gistnet"
+    """Name under which the net is entered in MLflow's model registry; empty: not."""
+
     max_failures: int = 3
     """Times a run goes on by itself after a worker or node was lost, before it gives up."""
 

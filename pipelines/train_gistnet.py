@@ -71,7 +71,10 @@ def run(job: TrainGistNetJob) -> None:
         job_run.log_digests({"gistnet": net.digest()})
         card = model_card(net, files.model_id, recipe, spec.fidelity_log.read(), step)
         write_atomically(job_run.folder / GISTNET / "README.md", card)
-        report(spec, step, job_run)
+        registered = ""
+        if name := job.training.registered_name:
+            registered = job_run.register_model(job_run.folder / GISTNET, name, net.digest())
+        report(spec, step, registered, job_run)
 
 
 def _with_dtype(base_lm: BaseLMConfig, job_run: JobRun) -> BaseLMConfig:
@@ -116,8 +119,8 @@ def _spec(
     )
 
 
-def report(spec: TrainerSpec, step: int, job_run: JobRun) -> None:
-    """Tables, plots, report."""
+def report(spec: TrainerSpec, step: int, registered: str, job_run: JobRun) -> None:
+    """Tables, plots, report; `registered` is the net's name in MLflow's registry, or empty."""
     losses, fidelity = spec.loss_log.read(), spec.fidelity_log.read()
     plot_losses(losses, job_run.folder / "losses.png")
     if fidelity:
@@ -125,6 +128,8 @@ def report(spec: TrainerSpec, step: int, job_run: JobRun) -> None:
     tables = training_tables(losses, fidelity, spec.window_tokens * spec.training.windows_per_step)
     for table in tables:
         table.show()
-    job_run.finish(training_numbers(losses, fidelity, step), tables)
+    job_run.finish({**training_numbers(losses, fidelity, step), "registered": registered}, tables)
     print(f"net       {job_run.folder / GISTNET} (after {step:,} steps)")
+    if registered:
+        print(f"by name   --gistnet.path {registered}")
     print(f"report    {job_run.folder / 'report.md'}")

@@ -1,6 +1,6 @@
 """Checkpoints of a run on disk, and its losses step by step.
 
-    checkpoints/step-00000100/   what DeepSpeed saved, and `complete.json`, written when all workers had saved theirs
+    checkpoints/step-00000100/   `gistnet/` and `optimiser.safetensors`, whole, and `complete.json`, written behind them
     losses.jsonl                 a line a step; cut back to the checkpoint's step when a run goes on
 
 Without `complete.json` a checkpoint is not there, so that a death in the middle of saving costs the steps since the one
@@ -46,7 +46,10 @@ class Checkpoints:
         return json.loads((self.path(step) / COMPLETE).read_text())
 
     def complete(self, step: int, facts: Mapping[str, Any]) -> None:
-        """All workers have saved: from now on it is there. Its facts are JSON: numbers, texts, lists."""
+        """Everything was saved: from now on it is there, also after a power cut. Its facts are JSON."""
+        for path in [file for file in self.path(step).rglob("*") if file.is_file()]:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
         write_atomically(self.path(step) / COMPLETE, json.dumps(facts))
 
     def drop_old(self, num_kept: int, also: int | None = None) -> None:

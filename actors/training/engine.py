@@ -10,7 +10,6 @@ import contextlib
 import math
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,8 +19,8 @@ from torch.nn.utils import get_total_norm
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
+from actors.training.optimiser_state import OptimiserState, gather, restore, restore_weights
 from actors.training.order import num_passes
-from cluster.errors import ModelError
 from cluster.training_config import TrainingConfig
 
 FINAL_SHARE = 0.1
@@ -31,7 +30,12 @@ FINAL_SHARE = 0.1
 class DeepSpeedEngine:
     """A module under DeepSpeed, on every worker of an initialised process group."""
 
-    def __init__(self, module: nn.Module, config: TrainingConfig) -> None:
+    def __init__(self, module: nn.Module, config: TrainingConfig, state: OptimiserState | None = None) -> None:
+        """Wrap a module with the weights it begins with, and go on from what an optimiser knew when it had them.
+
+        Raises:
+            ModelError: the state is of another net.
+        """
         if not torch.cuda.is_available():
             os.environ["DS_ACCELERATOR"] = "cpu"
         import deepspeed
@@ -43,9 +47,13 @@ class DeepSpeedEngine:
         self.config = config
         self.gradient_norm = 0.0
         """Of the last step, before it was shortened."""
+        self.num_steps = 0 if state is None else state.step
+        """Steps taken since the run's beginning."""
+        first = self.num_steps
+        weights = {name: weight.detach().clone() for name, weight in module.named_parameters()}
         optimiser = AdamW(parameter_groups(module, config.weight_decay), config.learning_rate, (0.9, config.beta2))
         # DeepSpeed's own annotation knows torch's schedulers by a name they have no longer.
-        scheduler: Any = LambdaLR(optimiser, lambda step: learning_rate_share(step, config))
+        scheduler: Any = LambdaLR(optimiser, lambda step: learning_rate_share(first + step, config))
         self._engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=optimiser,
@@ -53,6 +61,8 @@ class DeepSpeedEngine:
             config=deepspeed_config(config, dist.get_world_size()),
             dist_init_required=False,
         )
+        restore_weights(self._engine, module, weights)
+        restore(self._engine, module, state or OptimiserState(0, {}))
 
     def __call__(self, *inputs: Any) -> Any:
         """The module's output."""
@@ -69,6 +79,7 @@ class DeepSpeedEngine:
             # Without ZeRO DeepSpeed shortens gradients and does not say from where.
             self.gradient_norm = float(get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None]))
         self._engine.step()
+        self.num_steps += is_last
         if is_last and self.config.zero_stage > 0:
             self.gradient_norm = float(self._engine.get_global_grad_norm() or 0.0)
         return is_last
@@ -78,24 +89,9 @@ class DeepSpeedEngine:
         """Of the next step."""
         return float(self._engine.get_lr()[0])
 
-    def save(self, path: Path) -> None:
-        """Every worker's part of a checkpoint, into one folder that all see. Returns when all have written theirs."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._engine.save_checkpoint(str(path.parent), tag=path.name, save_latest=False)
-        dist.barrier()
-
-    def load(self, path: Path) -> None:
-        """Go on from a checkpoint.
-
-        Raises:
-            ModelError: it is of another net, optimiser, number of workers or ZeRO stage.
-        """
-        try:
-            loaded, _ = self._engine.load_checkpoint(str(path.parent), tag=path.name)
-        except (RuntimeError, KeyError, ValueError, AssertionError) as error:
-            raise ModelError(_does_not_fit(path, " ".join(str(error).split())[:300])) from error
-        if loaded is None:
-            raise ModelError(_does_not_fit(path, "nothing was found there for this number of workers and ZeRO stage"))
+    def state(self) -> OptimiserState | None:
+        """What the optimiser knows, on worker 0; None on the others. All workers must come."""
+        return gather(self._engine, self.module, self.num_steps)
 
     @contextlib.contextmanager
     def whole_weights(self) -> Iterator[None]:
@@ -133,10 +129,3 @@ def learning_rate_share(step: int, config: TrainingConfig) -> float:
         return (step + 1) / (config.warmup_steps + 1)
     progress = (step - config.warmup_steps) / max(config.num_steps - config.warmup_steps, 1)
     return FINAL_SHARE + (1 - FINAL_SHARE) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-
-
-def _does_not_fit(path: Path, why: str) -> str:
-    return (
-        f"the checkpoint {path} does not fit this run ({why}); give the run another --run.name, or the net, workers "
-        "and ZeRO stage it was made with"
-    )

@@ -22,10 +22,12 @@ FREE_KEYS = frozenset(
         "gpus_per_worker",
         "threads_per_worker",
         "windows_per_pass",
+        "zero_stage",
         "checkpoint_every_steps",
         "keep_checkpoints",
         "validate_every_steps",
         "max_failures",
+        "registered_name",
     )
 )
 """How the work is shared out and looked at; what comes out does not depend on it, but for rounding."""

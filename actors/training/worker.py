@@ -22,6 +22,7 @@ import torch.distributed as dist
 from actors.training.checkpoints import Checkpoints, Divergence, LossLog
 from actors.training.engine import DeepSpeedEngine
 from actors.training.feed import DATASET, FedBatch, fed_batches
+from actors.training.optimiser_state import OptimiserState
 from cluster.config import BaseLMConfig
 from cluster.errors import ModelError
 from cluster.heap import keep_freed_memory
@@ -103,16 +104,21 @@ class Trainer:
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         self.rank = dist.get_rank()
         self.lm = BaseLM.load(spec.base_lm)
-        net = gistnet.to(self.lm.device).train()
         self.first_step = spec.checkpoints.newest_step()
-        if not self.first_step and not any(mean.any() for mean in net.buffers()):
+        state = None
+        if self.first_step:
+            gistnet, state = _resumed(spec.checkpoints.path(self.first_step), gistnet)
+        net = gistnet.to(self.lm.device).train()
+        if state is None and not any(mean.any() for mean in net.buffers()):
             windows = TokenWindows(spec.windows)
             sample = windows.read(np.arange(min(MEAN_WINDOWS, len(windows))))
             measure_means(self.lm, net, self._ids(sample))
         self.objective = Distillation(DensePass(self.lm, net), spec.objective)
-        self.engine = DeepSpeedEngine(self.objective, spec.training)
-        if self.first_step:
-            self.engine.load(spec.checkpoints.path(self.first_step))
+        try:
+            self.engine = DeepSpeedEngine(self.objective, spec.training, state)
+        except ModelError as error:
+            path = spec.checkpoints.path(self.first_step)
+            raise ModelError(f"the checkpoint {path} does not fit this run: {error}") from error
         if self.rank == 0:
             spec.loss_log.cut_back(self.first_step)
             spec.fidelity_log.cut_back(self.first_step)
@@ -208,17 +214,32 @@ class Trainer:
     def _save(self, step: int) -> None:
         spec = self.spec
         path = spec.checkpoints.path(step)
-        self.engine.save(path)
+        state = self.engine.state()
         with self.engine.whole_weights():
             if self.rank == 0:
                 self.objective.gistnet.save(path / GISTNET)
-        if self.rank == 0:
+        if state is not None:
+            state.save(path)
             spec.loss_log.sync()
             spec.fidelity_log.sync()
             measured = spec.fidelity_log.read()
             spec.checkpoints.complete(step, {"step": step, "fidelity": measured[-1] if measured else None})
             spec.checkpoints.drop_old(spec.training.keep_checkpoints, best_step(spec.checkpoints))
         dist.barrier()
+
+
+def _resumed(path: Path, begun: GistNet) -> tuple[GistNet, OptimiserState]:
+    """The net and the optimiser of a checkpoint.
+
+    Raises:
+        ModelError: it is damaged, or of another net than the run was begun with.
+    """
+    net, state = GistNet.load(path / GISTNET), OptimiserState.load(path)
+    if net.spec != begun.spec:
+        raise ModelError(
+            f"the checkpoint {path} is of {net.spec}, this run of {begun.spec}; give it another --run.name"
+        )
+    return net, state
 
 
 class _FidelitySums:

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,8 @@ import psutil
 import pytest
 import torch
 
-from actors.training.checkpoints import Checkpoints, LossLog
+from actors.training.checkpoints import COMPLETE, Checkpoints, LossLog
+from actors.training.optimiser_state import FILE, OptimiserState
 from cluster.config import BaseLMConfig, CorpusConfig, GistNetConfig, RunConfig, TrackingConfig
 from cluster.config_parser import to_yaml
 from cluster.environment import PROJECT_ROOT
@@ -188,21 +190,52 @@ def test_a_killed_driver_changes_nothing(
     assert what_counts(log.read()) == what_counts(undisturbed)
 
 
-@pytest.mark.parametrize(("num_workers", "stage"), [(2, 0), pytest.param(2, 3, marks=pytest.mark.slow)])
+@pytest.fixture(scope="module")
+def two_workers(root: Path, make_job: JobFactory, ray_cluster: RaySession) -> list[dict[str, float]]:
+    run(make_job("two-workers", num_workers=2))
+    return losses(root, "two-workers")
+
+
 def test_workers_share_a_run_without_changing_it(
+    undisturbed: list[dict[str, float]], two_workers: list[dict[str, float]]
+) -> None:
+    assert two_workers[0]["loss"] == pytest.approx(undisturbed[0]["loss"], rel=1e-6)
+    for line, alone in zip(two_workers, undisturbed, strict=True):
+        assert line["loss"] == pytest.approx(alone["loss"], rel=2e-4)  # sums in another order, 30 steps long
+        assert line["gradient_norm"] == pytest.approx(alone["gradient_norm"], rel=1e-2)
+
+
+@pytest.mark.slow
+def test_one_of_two_workers_killed_changes_nothing(
     root: Path,
     make_job: JobFactory,
-    undisturbed: list[dict[str, float]],
+    two_workers: list[dict[str, float]],
+    kill_worker_at: Callable[[Path, int], list[int]],
     ray_cluster: RaySession,
-    num_workers: int,
-    stage: int,
 ) -> None:
-    name = f"shared-{num_workers}-{stage}"
-    run(make_job(name, num_workers=num_workers, zero_stage=stage, num_steps=NUM_STEPS))
-    for line, alone in zip(losses(root, name), undisturbed, strict=True):
-        assert line["loss"] == pytest.approx(alone["loss"], rel=2e-4)
-        assert line["gradient_norm"] == pytest.approx(alone["gradient_norm"], rel=1e-2)
-    assert losses(root, name)[0]["loss"] == pytest.approx(undisturbed[0]["loss"], rel=1e-5)
+    killed = kill_worker_at(root / "runs/killed-of-two", 11)
+    run(make_job("killed-of-two", num_workers=2))
+    assert len(killed) == 1
+    for line, other in zip(losses(root, "killed-of-two"), two_workers, strict=True):
+        assert line["loss"] == pytest.approx(other["loss"], rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_run_goes_on_with_other_workers_and_another_stage(
+    root: Path, make_job: JobFactory, undisturbed: list[dict[str, float]], ray_cluster: RaySession, stage: int
+) -> None:
+    name = f"moved-{stage}"
+    folder = root / "runs" / name
+    shutil.copytree(root / "runs/undisturbed", folder)
+    checkpoints = Checkpoints(folder / "checkpoints")
+    (checkpoints.path(NUM_STEPS) / COMPLETE).unlink()
+    run(make_job(name, num_workers=2, zero_stage=stage))
+    assert checkpoints.newest_step() == NUM_STEPS
+    moved = losses(root, name)
+    assert what_counts(moved[:28]) == what_counts(undisturbed[:28])
+    for line, alone in zip(moved[28:], undisturbed[28:], strict=True):
+        assert line["loss"] == pytest.approx(alone["loss"], rel=1e-5)
 
 
 def test_a_loss_that_is_not_finite_names_the_last_good_checkpoint(
@@ -231,21 +264,31 @@ def test_another_recipe_under_the_same_name_is_refused(
     assert losses(root, "undisturbed") == undisturbed
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("spoil", "why"),
+    [
+        (lambda path: (path / FILE).write_bytes(b"nothing"), rf"{FILE} cannot be read .*delete the folder"),
+        (
+            lambda path: OptimiserState(28, {"another/exp_avg": torch.ones(3)}).save(path),
+            "step-00000028 does not fit this run .*'another/exp_avg'",
+        ),
+    ],
+)
 def test_a_checkpoint_that_does_not_fit_is_refused(
-    root: Path, make_job: JobFactory, undisturbed: list[dict[str, float]], ray_cluster: RaySession
+    root: Path,
+    make_job: JobFactory,
+    undisturbed: list[dict[str, float]],
+    ray_cluster: RaySession,
+    spoil: Callable[[Path], object],
+    why: str,
 ) -> None:
-    """As another net's would be."""
-    run(make_job("spoilt", num_steps=2, checkpoint_every_steps=1))
-    folder = root / "runs/spoilt"
-    newest = Checkpoints(folder / "checkpoints").path(2)
-    (newest / "complete.json").unlink()
-    states = Checkpoints(folder / "checkpoints").path(1) / "mp_rank_00_model_states.pt"
-    content = torch.load(states, weights_only=False)
-    del content["module"]["gistnet.block_constant"]
-    torch.save(content, states)
-    with pytest.raises(ModelError, match="step-00000001 does not fit this run"):
-        run(make_job("spoilt", num_steps=2, checkpoint_every_steps=1))
+    name = f"spoilt-{hashlib.sha256(why.encode()).hexdigest()[:8]}"
+    shutil.copytree(root / "runs/undisturbed", root / "runs" / name)
+    checkpoints = Checkpoints(root / "runs" / name / "checkpoints")
+    (checkpoints.path(NUM_STEPS) / COMPLETE).unlink()
+    spoil(checkpoints.path(28))
+    with pytest.raises(ModelError, match=why):
+        run(make_job(name))
 
 
 def test_one_window_of_validation_text_is_refused(
