@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from actors.training.engine import learning_rate_share, parameter_groups
 from actors.training.order import ReadingOrder
+from actors.training.sources import CorpusWindows
 from actors.training.windows import windows_folder
 from benchmarks.corpus import corpus_files, open_files
 from benchmarks.harness import BenchmarkError, Result, Setting, median_ratio, percentiles, say
@@ -92,7 +93,7 @@ def _bare_loop(job: TrainGistNetJob) -> tuple[np.ndarray, list[float]]:
     lm = BaseLM.load(job.base_lm)
     net = build_gistnet(job.gistnet, lm).train()
     tokenizer = Tokenizer.load(job.base_lm)
-    source = open_files([Path(path) for path in job.corpus.paths])
+    source = CorpusWindows(open_files([Path(path) for path in job.corpus.paths]), job.base_lm)
     windows = TokenWindows(windows_folder(job.windows.folder, source, tokenizer, job.windows.window_tokens))
     measure_means(lm, net, _ids(windows, np.arange(min(8, len(windows)))))
     objective = Distillation(DensePass(lm, net), job.objective)

@@ -20,6 +20,7 @@ SLOTS_PER_SUPER_BLOCK = TOKENS_PER_BLOCK * BLOCKS_PER_SUPER_BLOCK
 
 GistDtype = Literal["float16", "bfloat16", "float32", "int8"]
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
+CorpusSplit = Literal["all", "train", "dev", "held_out"]
 GistNetKind = Literal["windowed", "block", "constant", "last_token", "mean"]
 
 
@@ -138,7 +139,7 @@ class CorpusConfig:
     cache_dir: Path = Path("~/.cache/megacontext/corpora")
     """Where packages are fetched to, once. On a cluster of several machines a folder they all see. Safe to delete."""
 
-    split: Literal["all", "train", "dev", "held_out"] = "all"
+    split: CorpusSplit = "all"
     """Part of the documents to read, 80, 10 and 10% of them, drawn by the hash of their bytes. `all`: no split."""
 
     tags: list[str] = field(default_factory=list)
@@ -147,13 +148,24 @@ class CorpusConfig:
     def validate(self) -> None:
         if self.format == "huggingface":
             require(bool(self.dataset), "corpus.format=huggingface needs corpus.dataset=<id>")
-        else:
-            require(
-                bool(self.paths),
-                "corpus.paths is empty; give files, folders or globs, for example --corpus.paths '[docs]'",
-            )
         require(self.max_document_bytes > 0, "corpus.max_document_bytes must be positive")
         require(bool(self.include), "corpus.include must hold at least one glob; '*' takes every file")
+
+    @property
+    def names_text(self) -> bool:
+        """Whether it says what to read."""
+        return bool(self.paths) or self.format == "huggingface"
+
+    def require_text(self) -> None:
+        """For jobs that cannot do without.
+
+        Raises:
+            ConfigError: no paths.
+        """
+        require(
+            self.names_text,
+            "corpus.paths is empty; give files, folders or globs, for example --corpus.paths '[docs]'",
+        )
 
 
 @dataclass(frozen=True)
@@ -342,6 +354,9 @@ class CompactJob:
     """The tree on disk."""
     compaction: CompactionConfig = field(default_factory=CompactionConfig)
     """Feeds, workers, batches."""
+
+    def validate(self) -> None:
+        self.corpus.require_text()
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from cluster.config import (
     GistNetConfig,
     RayConfig,
     RunConfig,
+    StoreConfig,
     TrackingConfig,
     require,
 )
@@ -157,7 +158,10 @@ class TrainGistNetJob:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     """MLflow."""
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
-    """The text that is trained on. `corpus.split=train` of a corpus whose `dev` split validates."""
+    """The text that is trained on; without paths the documents of the stored context. With `corpus.split=train` the
+    `dev` split of the same text validates."""
+    store: StoreConfig = field(default_factory=StoreConfig)
+    """The store, and its context."""
     base_lm: BaseLMConfig = field(default_factory=BaseLMConfig)
     """The frozen language model."""
     gistnet: GistNetConfig = field(default_factory=GistNetConfig)

@@ -133,6 +133,18 @@ class BaseLM:
         return len(self._layers)
 
     @property
+    def num_layer_weights(self) -> int:
+        """Weights of the loaded layers' matrices."""
+        return sum(p.numel() for layer in self._layers for p in layer.parameters() if p.dim() >= 2)
+
+    @property
+    def attention_width(self) -> int:
+        """Query heads times their size."""
+        config = self._stack.config
+        head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return config.num_attention_heads * head_size
+
+    @property
     def dtype(self) -> torch.dtype:
         """Compute dtype, also of the embeddings."""
         return self._embedding.weight.dtype

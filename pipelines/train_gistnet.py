@@ -1,7 +1,7 @@
 """train gistnet: distil a GistNet from the frozen language model.
 
-    corpus -> tokenised windows on disk -> Ray Data, a feed a worker -> Ray Train workers -> DeepSpeed -> checkpoints
-           -> the trained net: safetensors, config, model card
+    corpus, or a stored context -> tokenised windows on disk -> Ray Data, a feed a worker -> Ray Train workers
+        -> DeepSpeed -> checkpoints -> the trained net: safetensors, config, model card
 
 Run it again after any interruption: it goes on from the newest checkpoint, to the same losses.
 """
@@ -16,9 +16,10 @@ from actors.training.feed import FeedSpec
 from actors.training.fit import fit
 from actors.training.order import ReadingOrder
 from actors.training.recipe import recipe_of, require_same_recipe
+from actors.training.sources import ContextWindows, CorpusWindows, WindowSource
 from actors.training.windows import prepare_windows, windows_folder
 from actors.training.worker import GISTNET, TrainerSpec, best_step
-from cluster.config import BaseLMConfig
+from cluster.config import BaseLMConfig, CorpusSplit
 from cluster.environment import absolute_paths
 from cluster.errors import CorpusError
 from cluster.ray_runtime import ray_session
@@ -28,8 +29,15 @@ from models.base_lm import choose_dtype
 from models.gistnet import GistNet, build_gistnet
 from models.model_files import resolve_model
 from models.tokenizer import Tokenizer
-from pipelines.training_report import model_card, plot_fidelity, plot_losses, training_numbers, training_tables
-from storage.corpus import CorpusSource, open_corpus
+from pipelines.training_report import (
+    model_card,
+    plot_fidelity,
+    plot_losses,
+    plot_speed,
+    training_numbers,
+    training_tables,
+)
+from storage.corpus import open_corpus
 from storage.token_windows import read_manifest
 
 
@@ -38,11 +46,11 @@ def run(job: TrainGistNetJob) -> None:
     files = resolve_model(job.base_lm)
     tokenizer = Tokenizer.load(job.base_lm)
     gistnet = build_gistnet(job.gistnet, files)
-    source = open_corpus(job.corpus)
-    validation = open_corpus(replace(job.corpus, split="dev")) if job.corpus.split == "train" else None
     job = absolute_paths(job)
+    source = open_text(job, job.corpus.split, tokenizer)
+    validation = open_text(job, "dev", tokenizer) if job.corpus.split == "train" else None
     with JobRun.start("train gistnet", job) as job_run:
-        digests = {"base_lm": files.digest, "tokenizer": tokenizer.digest, "corpus": source.digest()}
+        digests = {"base_lm": files.digest, "tokenizer": tokenizer.digest, "text": source.digest()}
         job_run.log_digests(digests)
         base_lm = _with_dtype(job.base_lm, job_run)
         recipe = recipe_of(replace(job, base_lm=base_lm), {**digests, "untrained gistnet": gistnet.digest()})
@@ -77,6 +85,18 @@ def run(job: TrainGistNetJob) -> None:
         report(spec, step, registered, job_run)
 
 
+def open_text(job: TrainGistNetJob, split: CorpusSplit, tokenizer: Tokenizer) -> WindowSource:
+    """The corpus, or without paths the stored context.
+
+    Raises:
+        CorpusError, ConfigError: see `open_corpus`.
+        ContextNotFoundError, IncompatibleTreeError: see `ContextWindows`.
+    """
+    if job.corpus.names_text:
+        return CorpusWindows(open_corpus(replace(job.corpus, split=split)), job.base_lm)
+    return ContextWindows(job.store.root, job.store.context, tokenizer, split)
+
+
 def _with_dtype(base_lm: BaseLMConfig, job_run: JobRun) -> BaseLMConfig:
     """What the frozen model computes in, decided once for all workers and said."""
     if base_lm.dtype != "auto":
@@ -86,11 +106,11 @@ def _with_dtype(base_lm: BaseLMConfig, job_run: JobRun) -> BaseLMConfig:
     return explicit_dtype(base_lm, choice.dtype)
 
 
-def _prepared(job: TrainGistNetJob, source: CorpusSource, tokenizer: Tokenizer, label: str, job_run: JobRun) -> Path:
-    """The folder of a corpus's windows."""
+def _prepared(job: TrainGistNetJob, source: WindowSource, tokenizer: Tokenizer, label: str, job_run: JobRun) -> Path:
+    """The folder of a text's windows."""
     size = job.windows.window_tokens
     folder = windows_folder(job.windows.folder, source, tokenizer, size)
-    windows = prepare_windows(source, job.base_lm, tokenizer, folder, size, label)
+    windows = prepare_windows(source, tokenizer, folder, size, label)
     job_run.log.info(
         "%s windows of %s tokens: %.0f%% of the %s tokens of %s documents",
         f"{len(windows):,}",
@@ -123,9 +143,10 @@ def report(spec: TrainerSpec, step: int, registered: str, job_run: JobRun) -> No
     """Tables, plots, report; `registered` is the net's name in MLflow's registry, or empty."""
     losses, fidelity = spec.loss_log.read(), spec.fidelity_log.read()
     plot_losses(losses, job_run.folder / "losses.png")
+    plot_speed(losses, job_run.folder / "speed.png")
     if fidelity:
         plot_fidelity(fidelity, job_run.folder / "fidelity.png")
-    tables = training_tables(losses, fidelity, spec.window_tokens * spec.training.windows_per_step)
+    tables = training_tables(losses, fidelity)
     for table in tables:
         table.show()
     job_run.finish({**training_numbers(losses, fidelity, step), "registered": registered}, tables)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from actors.training.worker import STAGES
 from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.plots import figure
 from cluster.tables import Table
@@ -19,30 +20,45 @@ NEWEST = 50
 """Steps at the end that a report's losses and times are means of."""
 
 
-def training_tables(losses: Lines, fidelity: Lines, tokens_per_step: int) -> list[Table]:
-    """The last steps, and what gists are worth on validation text, by raw tail."""
+def training_tables(losses: Lines, fidelity: Lines) -> list[Table]:
+    """The last steps, their speed, and what gists are worth on validation text, by raw tail."""
     newest = losses[-NEWEST:]
 
     def mean(name: str) -> float:
         return float(np.mean([line[name] for line in newest])) if newest else float("nan")
 
-    steady = losses[1:][-NEWEST:] or newest
-    step_s = float(np.mean([line["step_s"] for line in steady])) if steady else float("nan")
     rows = [
         {"of the newest steps": f"mean of {len(newest)}", "value": None},
         {"of the newest steps": "loss, nats a token", "value": mean("loss")},
         {"of the newest steps": "KL to the model that read everything raw, nats a token", "value": mean("kl")},
         {"of the newest steps": "NLL, nats a token", "value": mean("nll")},
         {"of the newest steps": "variance share of the gists", "value": mean("spread")},
-        {"of the newest steps": "tokens a second", "value": tokens_per_step / step_s},
-        {"of the newest steps": "waiting for data, share of the time", "value": mean("wait_s") / mean("step_s")},
     ]
-    tables = [Table(rows, "Training")]
+    tables = [Table(rows, "Training"), Table(speed_rows(losses), "Speed, mean of the newest steps")]
     if fidelity:
         tables.append(
             Table(fidelity_rows(fidelity[-1]), f"Validation after {fidelity[-1]['step']:,} steps, nats a token")
         )
     return tables
+
+
+def speed_rows(losses: Lines) -> list[dict[str, Any]]:
+    """Throughput, utilisation, memory, and where the time of a step goes. The first one warms up and is left out."""
+    steady = losses[1:][-NEWEST:] or losses
+    if not steady:
+        return []
+
+    def mean(name: str) -> float:
+        return float(np.mean([line[name] for line in steady]))
+
+    rows = [
+        {"speed": "tokens a second", "value": mean("tokens_s")},
+        {"speed": "utilisation (MFU): needed over possible multiplications", "value": mean("mfu")},
+        {"speed": "most memory of a worker, GiB", "value": max(line["memory_gib"] for line in steady)},
+        {"speed": "seconds a step", "value": mean("step_s")},
+    ]
+    rows += [{"speed": f"of it {stage}", "value": mean(f"{stage}_s") / mean("step_s")} for stage in STAGES]
+    return rows
 
 
 def fidelity_rows(line: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -75,6 +91,7 @@ def training_numbers(losses: Lines, fidelity: Lines, exported_step: int) -> dict
     numbers: dict[str, Any] = {"num_steps": len(losses), "exported_step": exported_step}
     if losses:
         numbers["last_step"] = dict(losses[-1])
+        numbers["speed"] = {row["speed"]: row["value"] for row in speed_rows(losses)}
     if fidelity:
         numbers["validation"] = fidelity_rows(fidelity[-1])
     return numbers
@@ -110,6 +127,23 @@ def plot_losses(losses: Lines, path: Path) -> None:
         right.set(xlabel="step")
         left.legend()
         right.legend()
+
+
+def plot_speed(losses: Lines, path: Path) -> None:
+    """Tokens a second and utilisation step by step, and where the time goes."""
+    with figure(path, "Speed", num_columns=2, size=(11.0, 4.0)) as (left, right):
+        steps = np.array([line["step"] for line in losses])
+        left.plot(steps, [line["tokens_s"] for line in losses], label="tokens a second", color="tab:blue")
+        left.set(xlabel="step", ylabel="tokens a second", ylim=(0, None))
+        other = left.twinx()
+        other.plot(steps, [line["mfu"] for line in losses], label="utilisation", color="tab:orange")
+        other.set(ylabel="utilisation (MFU)", ylim=(0, 1))
+        left.legend(loc="lower left")
+        other.legend(loc="lower right")
+        shares = [[line[f"{stage}_s"] / line["step_s"] for line in losses] for stage in STAGES]
+        right.stackplot(steps, shares, labels=STAGES)
+        right.set(xlabel="step", ylabel="share of a step's time", ylim=(0, 1))
+        right.legend(loc="lower left", ncols=2)
 
 
 def plot_fidelity(fidelity: Lines, path: Path) -> None:

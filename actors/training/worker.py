@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import logging
 import math
+import resource
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import torch.distributed as dist
 
 from actors.training.checkpoints import Checkpoints, Divergence, LossLog
 from actors.training.engine import DeepSpeedEngine
-from actors.training.feed import DATASET, FedBatch, fed_batches
+from actors.training.feed import DATASET, fed_batches
 from actors.training.optimiser_state import OptimiserState
 from cluster.config import BaseLMConfig
 from cluster.errors import ModelError
@@ -31,11 +32,15 @@ from models.base_lm import BaseLM
 from models.gistnet import GistNet
 from models.training.dense_pass import DensePass
 from models.training.distillation import Distillation, Fidelity, StepLosses
+from models.training.flops import flops_per_window, peak_flops
 from models.training.means import measure_means
 from storage.token_windows import TokenWindows
 
 GISTNET = "gistnet"
 """Folder of a checkpoint that holds the net alone, as safetensors."""
+
+STAGES = ("wait", "teacher", "gists", "student", "head", "backward", "optimiser")
+"""Of a step, in order; losses.jsonl has the seconds of each. `wait`: for data."""
 
 MEAN_WINDOWS = 8
 """Windows that an untrained net's means are measured on: 8,192 tokens leave 1% of a state's spread in them."""
@@ -80,15 +85,6 @@ class TrainerSpec:
         return LossLog(self.folder / "fidelity.jsonl")
 
 
-@dataclass
-class _Step:
-    """What the passes of a step came to on this worker."""
-
-    losses: list[StepLosses] = field(default_factory=list)
-    wait_s: float = 0.0
-    started: float = field(default_factory=time.perf_counter)
-
-
 def train(config: dict[str, Any]) -> None:
     """Ray Train's function: `config` holds a `TrainerSpec` and the net to begin with."""
     Trainer(config["spec"], ray.get(config["gistnet_ref"])).run(ray.train.get_dataset_shard(DATASET))
@@ -119,6 +115,9 @@ class Trainer:
         except ModelError as error:
             path = spec.checkpoints.path(self.first_step)
             raise ModelError(f"the checkpoint {path} does not fit this run: {error}") from error
+        self._window_flops = flops_per_window(self.lm, net, spec.window_tokens, distilled=spec.objective.kl_share > 0)
+        dist.barrier()  # all workers measure at the same time, as they compute
+        self._peak_flops = peak_flops(self.lm.device, self.lm.dtype)
         if self.rank == 0:
             spec.loss_log.cut_back(self.first_step)
             spec.fidelity_log.cut_back(self.first_step)
@@ -127,18 +126,25 @@ class Trainer:
     def run(self, iterator: Any) -> None:
         """From the newest checkpoint to the run's end."""
         config = self.spec.training
-        step = _Step()
+        clock = self.objective.clock
+        losses: list[StepLosses] = []
         done = self.first_step
-        for batch in self._timed(fed_batches(iterator, self.spec.window_tokens), step):
+        started = time.perf_counter()
+        clock.restart()
+        for batch in fed_batches(iterator, self.spec.window_tokens):
+            clock.lap("wait")
             if batch.step != done:
                 raise ModelError(f"worker {self.rank} was fed step {batch.step}, the run is at {done}")
-            losses: StepLosses = self.engine(self._ids(batch.tokens), self._seeds(batch.samples))
-            self.engine.backward(losses.loss)
-            step.losses.append(replace(losses, loss=losses.loss.detach()))
-            if not self.engine.step():
+            found: StepLosses = self.engine(self._ids(batch.tokens), self._seeds(batch.samples))
+            self.engine.backward(found.loss)
+            clock.lap("backward")
+            losses.append(replace(found, loss=found.loss.detach()))
+            is_last = self.engine.step()
+            clock.lap("optimiser")
+            if not is_last:
                 continue
             done = batch.step + 1
-            line = self._reduced(done, step)
+            line = self._reduced(done, losses, clock.seconds(), time.perf_counter() - started)
             if not math.isfinite(line["loss"]):
                 # No error of this worker's, or Ray Train would try the same again.
                 if self.rank == 0:
@@ -150,17 +156,8 @@ class Trainer:
                 self._validate(done)
             if self._due(done, config.checkpoint_every_steps) or done == config.num_steps:
                 self._save(done)
-            step.losses, step.wait_s, step.started = [], 0.0, time.perf_counter()
-
-    def _timed(self, batches: Any, step: _Step) -> Any:
-        """The batches, and how long each was waited for."""
-        while True:
-            began = time.perf_counter()
-            batch: FedBatch | None = next(batches, None)
-            if batch is None:
-                return
-            step.wait_s += time.perf_counter() - began
-            yield batch
+            losses, started = [], time.perf_counter()
+            clock.restart()
 
     def _ids(self, tokens: np.ndarray) -> torch.Tensor:
         ids = torch.from_numpy(tokens.astype(np.int64))
@@ -175,19 +172,25 @@ class Trainer:
     def _due(step: int, every: int) -> bool:
         return bool(every) and step % every == 0
 
-    def _reduced(self, step: int, found: _Step) -> dict[str, float]:
-        """A step's line: means over all workers."""
-        count = len(found.losses)
+    def _reduced(
+        self, step: int, found: Sequence[StepLosses], stages: Mapping[str, float], step_s: float
+    ) -> dict[str, float]:
+        """A step's line: means over all workers, and the most memory of any."""
         names = ("loss", "kl", "nll", "spread")
-        sums = [sum(float(getattr(losses, name)) for losses in found.losses) / count for name in names]
-        took = time.perf_counter() - found.started
-        values = torch.tensor([*sums, took, found.wait_s], dtype=torch.float64)
+        own = [sum(float(getattr(losses, name)) for losses in found) / len(found) for name in names]
+        own += [step_s, *(stages.get(stage, 0.0) for stage in STAGES)]
+        values = torch.tensor(own, dtype=torch.float64)
         dist.all_reduce(values)
+        memory = torch.tensor(peak_memory(self.lm.device), dtype=torch.float64)
+        dist.all_reduce(memory, dist.ReduceOp.MAX)
         means = (values / dist.get_world_size()).tolist()
-        line = dict(zip((*names, "step_s", "wait_s"), means, strict=True))
+        tokens_s = self.spec.training.windows_per_step * self.spec.window_tokens / step_s
         return {
             "step": step,
-            **line,
+            **dict(zip((*names, "step_s", *(f"{stage}_s" for stage in STAGES)), means, strict=True)),
+            "tokens_s": tokens_s,
+            "mfu": tokens_s / self.spec.window_tokens * self._window_flops / (self._peak_flops * dist.get_world_size()),
+            "memory_gib": memory.item() / 2**30,
             "gradient_norm": self.engine.gradient_norm,
             "learning_rate": self.engine.learning_rate,
         }
@@ -240,6 +243,13 @@ def _resumed(path: Path, begun: GistNet) -> tuple[GistNet, OptimiserState]:
             f"the checkpoint {path} is of {net.spec}, this run of {begun.spec}; give it another --run.name"
         )
     return net, state
+
+
+def peak_memory(device: torch.device) -> float:
+    """Bytes: the most this process has held on its GPU, or, on a CPU, in memory."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0  # Linux counts KiB
 
 
 class _FidelitySums:

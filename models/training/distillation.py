@@ -23,6 +23,7 @@ from cluster.training_config import ObjectiveConfig
 from models.training.dense_pass import DensePass, ReadWindows
 from models.training.head_loss import head_loss
 from models.training.sight import Sight, random_sight
+from models.training.stage_clock import StageClock
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,8 @@ class Distillation(nn.Module):
         self.gistnet = dense.gistnet
         self.dense = dense
         self.config = config
+        self.clock = StageClock(dense.lm.device)
+        """Laps `teacher`, `gists`, `student` and `head`; whoever steps laps the rest."""
 
     def forward(self, ids: Int64[Tensor, "B T"], seeds: Sequence[Sequence[int]]) -> StepLosses:
         """One step's losses.
@@ -73,9 +76,12 @@ class Distillation(nn.Module):
             seeds: of each window's cuts.
         """
         windows = self.dense.read(ids)
+        self.clock.lap("teacher")
         gists = self.dense.gists(windows)
+        self.clock.lap("gists")
         sight = self._cut(windows, seeds)
         hidden = self.dense.student(windows, gists, sight)
+        self.clock.lap("student")
         scored = torch.ones(hidden.shape[:2], device=hidden.device)
         scored[:, -1] = 0  # what comes after the window is not known
         found = head_loss(
@@ -87,7 +93,9 @@ class Distillation(nn.Module):
             self.config.kl_share,
         )
         seen = scored.flatten() > 0
-        return StepLosses(found.loss, float(found.kl[seen].mean()), float(found.nll[seen].mean()), _spread(gists))
+        losses = StepLosses(found.loss, float(found.kl[seen].mean()), float(found.nll[seen].mean()), _spread(gists))
+        self.clock.lap("head")
+        return losses
 
     @torch.no_grad()
     def fidelity(self, ids: Int64[Tensor, "B T"], seeds: Sequence[Sequence[int]]) -> Fidelity:

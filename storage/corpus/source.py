@@ -65,6 +65,7 @@ def open_corpus(config: CorpusConfig, limits: ShardLimits | None = None) -> Corp
             read at all.
     """
     config.validate()
+    config.require_text()
     source = HuggingFaceCorpus(config) if config.format == "huggingface" else _open_files(config, limits)
     return source if config.split == "all" else SplitCorpus(source, config.split)
 

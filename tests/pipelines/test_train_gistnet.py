@@ -23,13 +23,23 @@ import torch
 
 from actors.training.checkpoints import COMPLETE, Checkpoints, LossLog
 from actors.training.optimiser_state import FILE, OptimiserState
-from cluster.config import BaseLMConfig, CorpusConfig, GistNetConfig, RunConfig, TrackingConfig
+from actors.training.worker import STAGES
+from cluster.config import (
+    BaseLMConfig,
+    CompactJob,
+    CorpusConfig,
+    GistNetConfig,
+    RunConfig,
+    StoreConfig,
+    TrackingConfig,
+)
 from cluster.config_parser import to_yaml
 from cluster.environment import PROJECT_ROOT
 from cluster.errors import ConfigError, CorpusError, ModelError
 from cluster.ray_runtime import RaySession
 from cluster.training_config import ObjectiveConfig, TrainGistNetJob, TrainingConfig, WindowsConfig
 from models.gistnet import GistNet
+from pipelines.compact import run as compact
 from pipelines.train_gistnet import run
 from storage.corpus import split_of
 from tests.actors.helpers import make_text
@@ -108,7 +118,11 @@ def test_a_run_leaves_a_net_a_report_and_its_checkpoints(root: Path, undisturbed
     card = (folder / "gistnet/README.md").read_text()
     assert net.digest() in card
     assert "training.learning_rate" in card
-    assert {path.name for path in folder.glob("*.png")} == {"losses.png", "fidelity.png"}
+    assert {path.name for path in folder.glob("*.png")} == {"losses.png", "fidelity.png", "speed.png"}
+    for line in undisturbed:
+        assert 0 < line["mfu"] < 1.5
+        assert sum(line[f"{stage}_s"] for stage in STAGES) == pytest.approx(line["step_s"], rel=0.1)
+        assert line["memory_gib"] > 0.1
     assert [row["raw tail, tokens"] for row in report["validation"]] == ["0 to 31", "32 to 63", "64 to 95", "all"]
 
 
@@ -257,7 +271,7 @@ def test_another_recipe_under_the_same_name_is_refused(
         ),
         (replace(job, gistnet=GistNetConfig(lm_layers=2, key_layer=1, num_vectors=2)), "digest of untrained gistnet"),
         (replace(job, objective=ObjectiveConfig(max_tail_blocks=2)), "objective.max_tail_blocks: 3 then, 2 now"),
-        (replace(job, corpus=replace(job.corpus, include=["doc1*"])), "digest of corpus"),
+        (replace(job, corpus=replace(job.corpus, include=["doc1*"])), "digest of text"),
     ):
         with pytest.raises(ConfigError, match=f"was begun otherwise .*{what}.* another --run.name"):
             run(other)
@@ -303,6 +317,27 @@ def test_one_window_of_validation_text_is_refused(
     corpus = replace(job.corpus, paths=[str(tmp_path)])
     with pytest.raises(CorpusError, match="fills one window; validation needs two"):
         run(replace(job, corpus=corpus))
+
+
+def test_a_stored_context_is_trained_on(
+    root: Path, make_job: JobFactory, tmp_path: Path, ray_cluster: RaySession
+) -> None:
+    """The same documents, the same run."""
+    job = make_job("from-context", num_steps=3)
+    store = StoreConfig(root=tmp_path / "store")
+    compact(
+        CompactJob(
+            run=RunConfig(dir=root / "runs"),
+            tracking=job.tracking,
+            corpus=replace(job.corpus, split="all"),
+            base_lm=job.base_lm,
+            gistnet=GistNetConfig(kind="last_token"),
+            store=store,
+        )
+    )
+    run(replace(job, corpus=CorpusConfig(split="train"), store=store))
+    run(make_job("from-corpus", num_steps=3))
+    assert what_counts(losses(root, "from-context")) == what_counts(losses(root, "from-corpus"))
 
 
 def test_bad_input_is_refused_before_ray_is_asked(root: Path, make_job: JobFactory, ray_cluster: RaySession) -> None:

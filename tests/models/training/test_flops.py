@@ -1,0 +1,55 @@
+"""The count of a step's multiplications, against what torch counts; and what is measured beside it."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from cluster.config import TOKENS_PER_BLOCK as K
+from cluster.config import GistNetConfig
+from cluster.training_config import ObjectiveConfig
+from models.base_lm import BaseLM
+from models.gistnet import build_gistnet
+from models.training.dense_pass import DensePass
+from models.training.distillation import Distillation
+from models.training.flops import flops_per_window, peak_flops
+from models.training.stage_clock import StageClock
+
+
+@pytest.mark.parametrize("kl_share", [1.0, 0.0])
+def test_the_count_is_torchs_but_for_attention(tiny_lm: BaseLM, kl_share: float) -> None:
+    net = build_gistnet(GistNetConfig(lm_layers=2, key_layer=1), tiny_lm).train()
+    objective = Distillation(DensePass(tiny_lm, net), ObjectiveConfig(kl_share=kl_share))
+    num_tokens = 8 * K
+    with FlopCounterMode(display=False) as counter:  # knows no attention kernels of CPUs
+        objective(torch.randint(0, 100, (1, num_tokens)), [[0]]).loss.backward()
+    entries = 8 + num_tokens - K
+    attention = 2 * tiny_lm.num_layers * tiny_lm.attention_width * (num_tokens**2 + 3 * entries**2)
+    unused = sum(p.numel() for n, p in net.named_parameters() if p.dim() >= 2 and p.grad is None)
+    counted = flops_per_window(tiny_lm, net, num_tokens, distilled=kl_share > 0) - attention - 6 * unused * 8
+    assert counter.get_total_flops() == pytest.approx(counted, rel=0.05)
+
+
+def test_the_peak_is_no_less_than_a_products_own_speed() -> None:
+    left = torch.randn(512, 512)
+    torch.mm(left, left)
+    started = time.perf_counter()
+    torch.mm(left, left)
+    own = 2 * 512**3 / (time.perf_counter() - started)
+    assert own < 3 * peak_flops(torch.device("cpu"), torch.float32)
+
+
+def test_laps_add_up_and_begin_anew() -> None:
+    clock = StageClock(torch.device("cpu"))
+    for stage, seconds in (("a", 0.02), ("b", 0.04), ("a", 0.02)):
+        time.sleep(seconds)
+        clock.lap(stage)
+    found = clock.seconds()
+    assert list(found) == ["a", "b"]
+    assert found["a"] >= 0.04
+    assert found["b"] >= 0.04
+    clock.restart()
+    assert clock.seconds() == {}
