@@ -60,7 +60,12 @@ class ObjectiveConfig:
     kl_share: float = 1.0
     """Weight of KL to the model that read everything raw, 0 to 1; the rest is that of the NLL of the text."""
 
+    repeat_share: float = 0.0
+    """Weight of saying a block again from its gist alone (autoencoding), 0 to 1; the rest is that of what is predicted
+    behind gists. 1 asks for nothing else, and is quicker: a net to begin another run with, as its `gistnet.path`."""
+
     def validate(self) -> None:
+        require(0 <= self.repeat_share <= 1, "objective.repeat_share must be from 0 to 1")
         require(self.max_tail_blocks >= 1, "objective.max_tail_blocks must be at least 1")
         require(0 <= self.shown_share <= 1, "objective.shown_share must be from 0 to 1")
         require(0 <= self.kl_share <= 1, "objective.kl_share must be from 0 to 1")

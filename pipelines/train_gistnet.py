@@ -18,7 +18,7 @@ from actors.training.order import ReadingOrder
 from actors.training.recipe import recipe_of, require_same_recipe
 from actors.training.sources import ContextWindows, CorpusWindows, WindowSource
 from actors.training.windows import prepare_windows, windows_folder
-from actors.training.worker import GISTNET, TrainerSpec, best_step
+from actors.training.worker import GISTNET, TrainerSpec
 from cluster.config import BaseLMConfig, CorpusSplit
 from cluster.environment import absolute_paths
 from cluster.errors import CorpusError
@@ -73,7 +73,7 @@ def run(job: TrainGistNetJob) -> None:
             feed = FeedSpec(folder, order, training.windows_per_pass, training.num_steps)
             if spec.checkpoints.newest_step() < job.training.num_steps:
                 fit(spec, gistnet, feed, num_cpus, job_run)
-        step = best_step(spec.checkpoints) or spec.checkpoints.newest_step()
+        step = spec.best_step() or spec.checkpoints.newest_step()
         net = GistNet.load(spec.checkpoints.path(step) / GISTNET)
         net.save(job_run.folder / GISTNET)
         job_run.log_digests({"gistnet": net.digest()})

@@ -25,20 +25,28 @@ def training_tables(losses: Lines, fidelity: Lines) -> list[Table]:
     newest = losses[-NEWEST:]
 
     def mean(name: str) -> float:
-        return float(np.mean([line[name] for line in newest])) if newest else float("nan")
+        return float(np.mean([line[name] for line in newest]))
 
-    rows = [
-        {"of the newest steps": f"mean of {len(newest)}", "value": None},
-        {"of the newest steps": "loss, nats a token", "value": mean("loss")},
-        {"of the newest steps": "KL to the model that read everything raw, nats a token", "value": mean("kl")},
-        {"of the newest steps": "NLL, nats a token", "value": mean("nll")},
-        {"of the newest steps": "variance share of the gists", "value": mean("spread")},
+    names = {
+        "loss": "loss, nats a token",
+        "kl": "KL to the model that read everything raw, nats a token",
+        "nll": "NLL behind gists, nats a token",
+        "repeat": "NLL of a block behind its own gist alone, nats a token",
+        "spread": "variance share of the gists",
+    }
+    rows: list[dict[str, Any]] = [{"of the newest steps": f"mean of {len(newest)}", "value": None}]
+    rows += [
+        {"of the newest steps": text, "value": mean(name)}
+        for name, text in names.items()
+        if newest and name in newest[0]
     ]
     tables = [Table(rows, "Training"), Table(speed_rows(losses), "Speed, mean of the newest steps")]
     if fidelity:
-        tables.append(
-            Table(fidelity_rows(fidelity[-1]), f"Validation after {fidelity[-1]['step']:,} steps, nats a token")
-        )
+        last = fidelity[-1]
+        tables.append(Table(fidelity_rows(last), f"Validation after {last['step']:,} steps, nats a token"))
+        own, other = last["repeat_own"], last["repeat_shuffled"]
+        row = {"own gist": own, "another block's": other, "difference": other - own}
+        tables.append(Table([row], "Saying a block again from its gist alone, nats a token"))
     return tables
 
 
@@ -94,6 +102,7 @@ def training_numbers(losses: Lines, fidelity: Lines, exported_step: int) -> dict
         numbers["speed"] = {row["speed"]: row["value"] for row in speed_rows(losses)}
     if fidelity:
         numbers["validation"] = fidelity_rows(fidelity[-1])
+        numbers["repeating"] = {name: fidelity[-1][name] for name in ("repeat_own", "repeat_shuffled")}
     return numbers
 
 
@@ -115,10 +124,12 @@ def model_card(net: GistNet, lm_id: str, recipe: Mapping[str, Any], fidelity: Li
 
 
 def plot_losses(losses: Lines, path: Path) -> None:
-    """KL and NLL step by step, and how different gists are."""
+    """Losses step by step, and how different gists are."""
     with figure(path, "Training", num_columns=2, size=(11.0, 4.0)) as (left, right):
         steps = np.array([line["step"] for line in losses])
-        for name in ("kl", "nll"):
+        for name in ("kl", "nll", "repeat"):
+            if name not in losses[0]:
+                continue
             values = np.array([line[name] for line in losses])
             left.plot(steps, values, alpha=0.25)
             left.plot(steps, _smoothed(values), label=name, color=left.lines[-1].get_color())

@@ -15,7 +15,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedErr
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from actors.training.feed import DATASET, FEED_CPUS, FeedSpec, StepsConfig
-from actors.training.worker import TrainerSpec, train
+from actors.training.worker import TrainerSpec, resumed, train
 from cluster.errors import MegaContextError, ModelError, ResourceError
 from cluster.ray_calls import check_resources
 from cluster.run import JobRun
@@ -43,6 +43,9 @@ def fit(spec: TrainerSpec, gistnet: GistNet, feed: FeedSpec, num_cpus: float, jo
     config = spec.training
     resources = worker_resources(config.num_workers, config.gpus_per_worker, num_cpus)
     check_resources([resources] * config.num_workers, "training")
+    if newest := spec.checkpoints.newest_step():
+        # Every worker would find out, and Ray Train would try it again.
+        resumed(spec.checkpoints.path(newest), gistnet)
     spec.divergence.forget()
     trainer = TorchTrainer(
         train,

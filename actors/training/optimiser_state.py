@@ -42,6 +42,19 @@ class OptimiserState:
         save_file(dict(self.moments), unfinished, {"step": str(self.step)})
         os.replace(unfinished, folder / FILE)
 
+    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Compare with a module's weights, by name.
+
+        Raises:
+            ModelError: moments of a weight that is not among them, or is of another shape.
+        """
+        for name, moment in self.moments.items():
+            shape = shapes.get(name.rpartition("/")[0])
+            if shape is None:
+                raise ModelError(f"it knows weights that this net does not have, {name!r} among them")
+            if tuple(moment.shape) != shape:
+                raise ModelError(f"{name!r} is of a weight of shape {tuple(moment.shape)}, this net's is {shape}")
+
     @classmethod
     def load(cls, folder: Path) -> OptimiserState:
         """Read what `save` wrote.
@@ -81,13 +94,7 @@ def restore(engine: Any, module: nn.Module, state: OptimiserState) -> None:
     Raises:
         ModelError: moments of weights of other names or shapes.
     """
-    expected = {f"{name}/{key}": tuple(_shape(p)) for name, p in _trained(module) for key in MOMENTS}
-    unknown = sorted(set(state.moments) - set(expected))
-    if unknown:
-        raise ModelError(f"it knows weights that this net does not have, {unknown[0]!r} among them")
-    for name, moment in state.moments.items():
-        if tuple(moment.shape) != expected[name]:
-            raise ModelError(f"{name!r} is of a weight of shape {tuple(moment.shape)}, this net's is {expected[name]}")
+    state.check({name: tuple(_shape(parameter)) for name, parameter in _trained(module)})
     optimiser = engine.basic_optimizer
     for flat in _own_shards(engine):
         optimiser.state[flat] = {

@@ -79,6 +79,10 @@ class TrainerSpec:
         """Of the run."""
         return Divergence(self.folder / "diverged")
 
+    def best_step(self) -> int | None:
+        """The checkpoint that is best by what the run asks for; None before any was measured."""
+        return best_step(self.checkpoints, by_repeating=self.objective.repeat_share == 1)
+
     @property
     def fidelity_log(self) -> LossLog:
         """What was measured on the validation windows."""
@@ -103,19 +107,15 @@ class Trainer:
         self.first_step = spec.checkpoints.newest_step()
         state = None
         if self.first_step:
-            gistnet, state = _resumed(spec.checkpoints.path(self.first_step), gistnet)
+            gistnet, state = resumed(spec.checkpoints.path(self.first_step), gistnet)
         net = gistnet.to(self.lm.device).train()
         if state is None and not any(mean.any() for mean in net.buffers()):
             windows = TokenWindows(spec.windows)
             sample = windows.read(np.arange(min(MEAN_WINDOWS, len(windows))))
             measure_means(self.lm, net, self._ids(sample))
         self.objective = Distillation(DensePass(self.lm, net), spec.objective)
-        try:
-            self.engine = DeepSpeedEngine(self.objective, spec.training, state)
-        except ModelError as error:
-            path = spec.checkpoints.path(self.first_step)
-            raise ModelError(f"the checkpoint {path} does not fit this run: {error}") from error
-        self._window_flops = flops_per_window(self.lm, net, spec.window_tokens, distilled=spec.objective.kl_share > 0)
+        self.engine = DeepSpeedEngine(self.objective, spec.training, state)
+        self._window_flops = flops_per_window(self.lm, net, spec.window_tokens, spec.objective)
         dist.barrier()  # all workers measure at the same time, as they compute
         self._peak_flops = peak_flops(self.lm.device, self.lm.dtype)
         if self.rank == 0:
@@ -176,16 +176,16 @@ class Trainer:
         self, step: int, found: Sequence[StepLosses], stages: Mapping[str, float], step_s: float
     ) -> dict[str, float]:
         """A step's line: means over all workers, and the most memory of any."""
-        names = ("loss", "kl", "nll", "spread")
+        names = ("loss", "kl", "nll", "repeat", "spread")
         own = [sum(float(getattr(losses, name)) for losses in found) / len(found) for name in names]
         own += [step_s, *(stages.get(stage, 0.0) for stage in STAGES)]
-        values = torch.tensor(own, dtype=torch.float64)
+        values = torch.tensor(own, dtype=torch.float64, device=self.lm.device)
         dist.all_reduce(values)
-        memory = torch.tensor(peak_memory(self.lm.device), dtype=torch.float64)
+        memory = torch.tensor(peak_memory(self.lm.device), dtype=torch.float64, device=self.lm.device)
         dist.all_reduce(memory, dist.ReduceOp.MAX)
         means = (values / dist.get_world_size()).tolist()
         tokens_s = self.spec.training.windows_per_step * self.spec.window_tokens / step_s
-        return {
+        line = {
             "step": step,
             **dict(zip((*names, "step_s", *(f"{stage}_s" for stage in STAGES)), means, strict=True)),
             "tokens_s": tokens_s,
@@ -194,6 +194,8 @@ class Trainer:
             "gradient_norm": self.engine.gradient_norm,
             "learning_rate": self.engine.learning_rate,
         }
+        # What the objective does not ask for is left out.
+        return {name: value for name, value in line.items() if name == "loss" or not math.isnan(value)}
 
     def _validate(self, step: int) -> None:
         """Every worker measures its share; worker 0 writes down the mean."""
@@ -205,7 +207,7 @@ class Trainer:
         # Pairs, because a window's shuffled gists are its partner's.
         pairs = [chosen[first : first + 2] for first in range(0, len(chosen) - 1, 2)]
         self.objective.eval()
-        sums = _FidelitySums(spec.objective.max_tail_blocks)
+        sums = _FidelitySums(spec.objective.max_tail_blocks, self.lm.device)
         for number in range(self.rank, len(pairs), dist.get_world_size()):
             seeds = [(spec.training.seed, int(window)) for window in pairs[number]]
             sums.add(self.objective.fidelity(self._ids(self._validation.read(pairs[number])), seeds))
@@ -227,11 +229,11 @@ class Trainer:
             spec.fidelity_log.sync()
             measured = spec.fidelity_log.read()
             spec.checkpoints.complete(step, {"step": step, "fidelity": measured[-1] if measured else None})
-            spec.checkpoints.drop_old(spec.training.keep_checkpoints, best_step(spec.checkpoints))
+            spec.checkpoints.drop_old(spec.training.keep_checkpoints, spec.best_step())
         dist.barrier()
 
 
-def _resumed(path: Path, begun: GistNet) -> tuple[GistNet, OptimiserState]:
+def resumed(path: Path, begun: GistNet) -> tuple[GistNet, OptimiserState]:
     """The net and the optimiser of a checkpoint.
 
     Raises:
@@ -242,6 +244,12 @@ def _resumed(path: Path, begun: GistNet) -> tuple[GistNet, OptimiserState]:
         raise ModelError(
             f"the checkpoint {path} is of {net.spec}, this run of {begun.spec}; give it another --run.name"
         )
+    try:
+        state.check({f"{GISTNET}.{name}": tuple(weight.shape) for name, weight in net.named_parameters()})
+    except ModelError as error:
+        raise ModelError(
+            f"the checkpoint {path} does not fit this run: {error}; delete it to go on from an older one"
+        ) from error
     return net, state
 
 
@@ -257,31 +265,44 @@ class _FidelitySums:
 
     NAMES = ("full", "own", "shuffled", "mean_gist")
 
-    def __init__(self, num_groups: int) -> None:
-        self._counts = torch.zeros(num_groups, dtype=torch.float64)
-        self._sums = torch.zeros(len(self.NAMES), num_groups, dtype=torch.float64)
+    REPEATS = ("repeat_own", "repeat_shuffled")
+
+    def __init__(self, num_groups: int, device: torch.device) -> None:
+        self._counts = torch.zeros(num_groups, dtype=torch.float64, device=device)
+        self._sums = torch.zeros(len(self.NAMES), num_groups, dtype=torch.float64, device=device)
+        self._repeats = torch.zeros(1 + len(self.REPEATS), dtype=torch.float64, device=device)
 
     def add(self, found: Fidelity) -> None:
-        counts = torch.tensor(found.num_tokens, dtype=torch.float64)
+        """Of windows of equal length."""
+        counts = self._counts.new_tensor(found.num_tokens)
         self._counts += counts
         for number, name in enumerate(self.NAMES):
-            self._sums[number] += torch.nan_to_num(torch.tensor(getattr(found, name), dtype=torch.float64)) * counts
+            self._sums[number] += self._counts.new_tensor(getattr(found, name)).nan_to_num() * counts
+        self._repeats += self._repeats.new_tensor([1.0, *(getattr(found, name) for name in self.REPEATS)])
 
-    def reduced(self) -> dict[str, list[float]]:
+    def reduced(self) -> dict[str, Any]:
         """Means over all workers' windows."""
-        dist.all_reduce(self._counts)
-        dist.all_reduce(self._sums)
+        for sums in (self._counts, self._sums, self._repeats):
+            dist.all_reduce(sums)
         # Of few windows no token may have the longest tails; 0 / 0 would be in every mean over all tails.
         means = (self._sums / self._counts.clamp(min=1)).tolist()
-        return {"num_tokens": self._counts.tolist(), **dict(zip(self.NAMES, means, strict=True))}
+        repeats = (self._repeats[1:] / self._repeats[0].clamp(min=1)).tolist()
+        return {
+            "num_tokens": self._counts.tolist(),
+            **dict(zip(self.NAMES, means, strict=True)),
+            **dict(zip(self.REPEATS, repeats, strict=True)),
+        }
 
 
-def best_step(checkpoints: Checkpoints) -> int | None:
-    """The checkpoint whose gists cost least against raw text, over all tails; None before any was measured."""
+def best_step(checkpoints: Checkpoints, *, by_repeating: bool = False) -> int | None:
+    """The checkpoint whose gists cost least on validation text; None before any was measured.
+
+    By the NLL of what is predicted behind gists, over all tails, or by that of blocks that are said again.
+    """
     found = {}
     for step in checkpoints.steps():
         measured = checkpoints.facts(step)["fidelity"]
         if measured is not None and measured["step"] == step:
-            weights = measured["num_tokens"]
-            found[step] = float(np.average(measured["own"], weights=weights))
+            behind = float(np.average(measured["own"], weights=measured["num_tokens"]))
+            found[step] = measured["repeat_own"] if by_repeating else behind
     return min(found, key=lambda step: found[step]) if found else None

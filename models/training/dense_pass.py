@@ -34,8 +34,9 @@ class ReadWindows:
     embeddings: Float[Tensor, "B T D"]
     states: dict[int, Float[Tensor, "B T D"]]
     """After the layers the net reads."""
-    teacher: Float[Tensor, "B S D"]
-    """States before the head at the second block's first token and after, everything before seen raw."""
+    teacher: Float[Tensor, "B S D"] | None
+    """States before the head at the second block's first token and after, everything before seen raw. None where nobody
+    asked for them."""
 
     @property
     def targets(self) -> Int64[Tensor, "B S"]:
@@ -55,8 +56,12 @@ class DensePass:
         self.lm = lm
         self.gistnet = gistnet
 
-    def read(self, ids: Int64[Tensor, "B T"]) -> ReadWindows:
+    def read(self, ids: Int64[Tensor, "B T"], *, teacher: bool = True) -> ReadWindows:
         """The windows raw, as teacher and as input of the net.
+
+        Args:
+            ids: windows of whole blocks.
+            teacher: False: only the layers that the net reads.
 
         Raises:
             ModelError: windows of less than two blocks, or not of whole ones.
@@ -66,8 +71,11 @@ class DensePass:
             raise ModelError(f"a window for training is at least two blocks of {K} tokens, not {num_tokens} tokens")
         with torch.no_grad():
             embeddings = self.lm.embed(ids)
-            final, states = self.lm.final_states(embeddings, layers=self.gistnet.lm_layers)
-        return ReadWindows(ids, embeddings, states, final[:, K:])
+            layers = self.gistnet.lm_layers
+            if teacher:
+                final, states = self.lm.final_states(embeddings, layers=layers)
+                return ReadWindows(ids, embeddings, states, final[:, K:])
+            return ReadWindows(ids, embeddings, self.lm.hidden_states(embeddings, layers) if layers else {}, None)
 
     def gists(self, windows: ReadWindows) -> Float32[Tensor, "B n m D"]:
         """The net's gists of every block."""
@@ -108,3 +116,20 @@ class DensePass:
             attention_mask=sight.mask(num_vectors).to(device),
         )
         return final[:, num_blocks * num_vectors :]
+
+    def repeat(self, windows: ReadWindows, gists: Float32[Tensor, "B n m D"]) -> Float[Tensor, "Bn K D"]:
+        """States before the head that predict each block's tokens from its gist and its tokens so far, nothing else.
+
+        The block stands where the next one would: what is asked for is to say it again.
+        """
+        num_vectors, dim = gists.shape[2:]
+        groups = gists.reshape(-1, num_vectors, dim).to(self.lm.dtype)
+        tokens = windows.embeddings.reshape(-1, K, dim)[:, :-1]
+        device = windows.ids.device
+        places = torch.cat(
+            (torch.full((num_vectors,), K - 1, device=device), 2 * torch.arange(K, 2 * K - 1, device=device))
+        )
+        final, _ = self.lm.final_states(
+            torch.cat((groups, tokens), dim=1), positions=Positions(places.expand(len(groups), -1))
+        )
+        return final[:, num_vectors - 1 :]

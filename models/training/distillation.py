@@ -3,6 +3,9 @@
 A step takes a batch of windows, cuts each into many Working Contexts (`sight`), and returns named losses. Distances
 between two readers are measured as KL(teacher || student) of the next token, the teacher having read everything raw
 (Hinton et al. 2015, "Distilling the knowledge in a neural network", at temperature 1), or as NLL of what really came.
+Besides, or at first instead, the model may be asked to say a block again from its gist alone (Ge et al. 2023,
+"In-context Autoencoder for Context Compression in a Large Language Model"): a denser signal at less cost, of how to
+write what the frozen model can read.
 
 Shapes: B windows of n blocks, K = 32 tokens a block, S = (n - 1)·K entries that predict, m vectors a gist, D hidden
 size.
@@ -21,7 +24,7 @@ from torch import Tensor, nn
 from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.training_config import ObjectiveConfig
 from models.training.dense_pass import DensePass, ReadWindows
-from models.training.head_loss import head_loss
+from models.training.head_loss import HeadLoss, head_loss
 from models.training.sight import Sight, random_sight
 from models.training.stage_clock import StageClock
 
@@ -33,7 +36,11 @@ class StepLosses:
     loss: Float32[Tensor, ""]
     """To be minimised; the only one with a gradient."""
     kl: float
+    """NaN where the teacher was not asked."""
     nll: float
+    """NaN where nothing was predicted behind gists."""
+    repeat: float
+    """NLL of blocks behind their own gist alone; NaN where it was not asked for."""
     spread: float
     """Variance share of the gists: mean square distance to their mean, over their mean square length. Near 0 a net says
     the same of everything."""
@@ -54,6 +61,10 @@ class Fidelity:
     """Gists of another window of the batch."""
     mean_gist: list[float]
     """The batch's mean gist everywhere: what is common to all text."""
+    repeat_own: float
+    """NLL of all blocks' tokens, each block behind its own gist alone."""
+    repeat_shuffled: float
+    """Behind the gist of another window's block."""
 
 
 class Distillation(nn.Module):
@@ -75,27 +86,44 @@ class Distillation(nn.Module):
             ids: windows.
             seeds: of each window's cuts.
         """
-        windows = self.dense.read(ids)
+        share = self.config.repeat_share
+        windows = self.dense.read(ids, teacher=share < 1)
         self.clock.lap("teacher")
         gists = self.dense.gists(windows)
         self.clock.lap("gists")
-        sight = self._cut(windows, seeds)
-        hidden = self.dense.student(windows, gists, sight)
-        self.clock.lap("student")
-        scored = torch.ones(hidden.shape[:2], device=hidden.device)
-        scored[:, -1] = 0  # what comes after the window is not known
-        found = head_loss(
-            hidden.flatten(0, 1),
-            windows.targets.flatten(),
-            scored.flatten() / scored.sum(),
-            self.dense.lm.head_weight,
-            windows.teacher.flatten(0, 1) if self.config.kl_share else None,
-            self.config.kl_share,
+        behind = self._behind_gists(windows, gists, seeds) if share < 1 else None
+        again = self._repeated(windows, gists) if share > 0 else None
+        # Not 0 times the other: what was not asked for is not there.
+        parts = [(1 - share, behind), (share, again)]
+        loss = torch.stack([weight * found.loss for weight, found in parts if found is not None]).sum()
+        losses = StepLosses(
+            loss,
+            float("nan") if behind is None or not self.config.kl_share else float(behind.kl.mean()),
+            float("nan") if behind is None else float(behind.nll.mean()),
+            float("nan") if again is None else float(again.nll.mean()),
+            _spread(gists),
         )
-        seen = scored.flatten() > 0
-        losses = StepLosses(found.loss, float(found.kl[seen].mean()), float(found.nll[seen].mean()), _spread(gists))
         self.clock.lap("head")
         return losses
+
+    def _behind_gists(self, windows: ReadWindows, gists: Tensor, seeds: Sequence[Sequence[int]]) -> HeadLoss:
+        """Every token but the last, whose successor is not known, behind the gists of some Working Context."""
+        hidden = self.dense.student(windows, gists, self._cut(windows, seeds))[:, :-1]
+        self.clock.lap("student")
+        assert windows.teacher is not None
+        return head_loss(
+            hidden.flatten(0, 1),
+            windows.targets[:, :-1].flatten(),
+            _equal_weights(hidden),
+            self.dense.lm.head_weight,
+            windows.teacher[:, :-1].flatten(0, 1) if self.config.kl_share else None,
+            self.config.kl_share,
+        )
+
+    def _repeated(self, windows: ReadWindows, gists: Tensor) -> HeadLoss:
+        hidden = self.dense.repeat(windows, gists)
+        self.clock.lap("student")
+        return head_loss(hidden.flatten(0, 1), windows.ids.flatten(), _equal_weights(hidden), self.dense.lm.head_weight)
 
     @torch.no_grad()
     def fidelity(self, ids: Int64[Tensor, "B T"], seeds: Sequence[Sequence[int]]) -> Fidelity:
@@ -107,11 +135,13 @@ class Distillation(nn.Module):
         common = gists.mean(dim=(0, 1), keepdim=True).expand_as(gists)
         readers = {"own": gists, "shuffled": gists.roll(1, dims=0), "mean_gist": common}
         nll = {name: self._nll(windows, self.dense.student(windows, shown, sight)) for name, shown in readers.items()}
+        assert windows.teacher is not None
         nll["full"] = self._nll(windows, windows.teacher)
         groups = [places == group for group in range(self.config.max_tail_blocks)]
         counts = [int(group.sum()) for group in groups]
         means = {name: [_mean(values, group) for group in groups] for name, values in nll.items()}
-        return Fidelity(counts, **means)
+        repeats = [float(self._repeated(windows, readers[name]).nll.mean()) for name in ("own", "shuffled")]
+        return Fidelity(counts, **means, repeat_own=repeats[0], repeat_shuffled=repeats[1])
 
     def _cut(self, windows: ReadWindows, seeds: Sequence[Sequence[int]]) -> Sight:
         config = self.config
@@ -132,9 +162,15 @@ class Distillation(nn.Module):
 
     def _nll(self, windows: ReadWindows, hidden: Tensor) -> Float32[Tensor, "B S-1"]:
         hidden, targets = hidden[:, :-1], windows.targets[:, :-1]
-        weights = torch.ones(targets.numel(), device=hidden.device)
+        weights = _equal_weights(hidden)
         found = head_loss(hidden.flatten(0, 1), targets.flatten(), weights, self.dense.lm.head_weight)
         return found.nll.view(targets.shape).cpu()
+
+
+def _equal_weights(hidden: Float32[Tensor, "B S D"]) -> Float32[Tensor, " BS"]:
+    """So that the loss is a mean over entries."""
+    count = hidden.shape[0] * hidden.shape[1]
+    return torch.full((count,), 1 / count, device=hidden.device)
 
 
 def _tail_tokens(sight: Sight) -> Int64[Tensor, "B S"]:

@@ -12,14 +12,15 @@ import time
 import torch
 
 from cluster.config import TOKENS_PER_BLOCK as K
+from cluster.training_config import ObjectiveConfig
 from models.base_lm import BaseLM
 from models.gistnet import GistNet
 
 PEAK_SIZE, PEAK_REPEATS = 1536, 6
 
 
-def flops_per_window(lm: BaseLM, net: GistNet, window_tokens: int, *, distilled: bool) -> float:
-    """Floating-point operations of a dense pass over one window and its backward pass; a multiply-add counts two.
+def flops_per_window(lm: BaseLM, net: GistNet, window_tokens: int, objective: ObjectiveConfig) -> float:
+    """Floating-point operations of one window's forward and backward passes; a multiply-add counts two.
 
     The frozen model's weights get no gradient, so its backward pass costs what its forward pass does. Attention is
     counted as causal, half of all pairs, and its backward pass as twice that. Element-wise work counts nothing.
@@ -28,21 +29,36 @@ def flops_per_window(lm: BaseLM, net: GistNet, window_tokens: int, *, distilled:
         lm: the frozen model.
         net: the trained net.
         window_tokens: T.
-        distilled: whether the teacher's logits are needed.
+        objective: what is asked for.
     """
     num_blocks = window_tokens // K
-    entries = num_blocks * net.num_vectors + window_tokens - K
-    attended = 4 * lm.num_layers * lm.attention_width
-
-    def attention(length: int) -> float:
-        return attended * length * length / 2
-
-    layers = 2.0 * lm.num_layer_weights
-    teacher = layers * window_tokens + attention(window_tokens)
-    student = 2 * layers * entries + 3 * attention(entries)
-    head = 2.0 * lm.head_weight.numel() * (window_tokens - K) * (3 if distilled else 2)
     matrices = sum(parameter.numel() for parameter in net.parameters() if parameter.dim() >= 2)
-    return teacher + student + head + 6.0 * matrices * num_blocks
+    found = 6.0 * matrices * num_blocks
+    if objective.repeat_share < 1:
+        entries = num_blocks * net.num_vectors + window_tokens - K
+        found += _forward(lm, window_tokens) + _forward_and_backward(lm, entries)
+        found += _head(lm, window_tokens - K, 3 if objective.kl_share else 2)
+    else:
+        found += _forward(lm, window_tokens) * (net.lm_layer or 0) / lm.num_layers
+    if objective.repeat_share > 0:
+        found += num_blocks * _forward_and_backward(lm, net.num_vectors + K - 1) + _head(lm, window_tokens, 2)
+    return found
+
+
+def _forward(lm: BaseLM, length: int) -> float:
+    return 2.0 * lm.num_layer_weights * length + _attention(lm, length)
+
+
+def _forward_and_backward(lm: BaseLM, length: int) -> float:
+    return 4.0 * lm.num_layer_weights * length + 3 * _attention(lm, length)
+
+
+def _attention(lm: BaseLM, length: int) -> float:
+    return 2.0 * lm.num_layers * lm.attention_width * length * length
+
+
+def _head(lm: BaseLM, length: int, num_products: int) -> float:
+    return 2.0 * lm.head_weight.numel() * length * num_products
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:

@@ -284,7 +284,7 @@ def test_another_recipe_under_the_same_name_is_refused(
         (lambda path: (path / FILE).write_bytes(b"nothing"), rf"{FILE} cannot be read .*delete the folder"),
         (
             lambda path: OptimiserState(28, {"another/exp_avg": torch.ones(3)}).save(path),
-            "step-00000028 does not fit this run .*'another/exp_avg'",
+            "step-00000028 does not fit this run: .*'another/exp_avg'.* delete it",
         ),
     ],
 )

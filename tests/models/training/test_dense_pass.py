@@ -108,16 +108,36 @@ def test_a_sight_of_raw_tokens_alone_equals_the_teacher_but_for_the_first_block(
         expected, _ = tiny_lm.final_states(tiny_lm.embed(ids[:, K:]), positions=torch.arange(K, n * K)[None])
     close(states, expected)
     whole, _ = tiny_lm.final_states(tiny_lm.embed(ids))
+    assert windows.teacher is not None
     close(windows.teacher, whole[:, K:])
     assert windows.targets.shape == windows.teacher.shape[:2]
     assert (windows.targets[:, :-1] == ids[:, K + 1 :]).all()
+
+
+@pytest.mark.parametrize("num_vectors", [1, 2])
+def test_a_block_is_said_again_from_its_gist_alone(tiny_lm: BaseLM, num_vectors: int) -> None:
+    dense = dense_pass(tiny_lm, num_vectors)
+    windows = dense.read(some_ids(tiny_lm), teacher=False)
+    assert windows.teacher is None
+    with torch.no_grad():
+        gists = dense.gists(windows)
+        found = dense.repeat(windows, gists).unflatten(0, (2, NUM_BLOCKS))
+        for row, block in ((0, 0), (1, 3)):
+            tokens = windows.embeddings[row, block * K : (block + 1) * K]
+            entries = torch.cat((gists[row, block], tokens))[None]
+            places = torch.cat((torch.full((num_vectors,), K - 1), 2 * torch.arange(K, 2 * K)))[None]
+            expected, _ = tiny_lm.final_states(entries, positions=Positions(places))
+            close(found[row, block], expected[0, num_vectors - 1 : -1])
+    with_teacher = dense.read(some_ids(tiny_lm))
+    for layer, states in windows.states.items():
+        close(states, with_teacher.states[layer])
 
 
 def test_only_the_net_learns_and_by_the_true_gradient(tiny_lm: BaseLM) -> None:
     dense = dense_pass(tiny_lm)
     windows = dense.read(some_ids(tiny_lm))
     sight = random_sight(2, NUM_BLOCKS, np.random.default_rng(2), max_tail_blocks=2, shown_share=0.3)
-
+    assert windows.teacher is not None
     probe = torch.randn(windows.teacher.shape, generator=torch.Generator().manual_seed(4))
 
     def loss() -> Tensor:

@@ -45,11 +45,13 @@ def test_losses_are_means_over_all_tokens_but_the_last(tiny_lm: BaseLM, kl_share
     windows = goal.dense.read(ids)
     gists = goal.dense.gists(windows).detach()
     student = (goal.dense.student(windows, gists, sight) @ tiny_lm.head_weight.T).log_softmax(-1)[:, :-1]
+    assert windows.teacher is not None
     teacher = (windows.teacher @ tiny_lm.head_weight.T).log_softmax(-1)[:, :-1]
     nll = float(F.nll_loss(student.flatten(0, 1), ids[:, K + 1 :].flatten()))
     kl = float(F.kl_div(student, teacher, log_target=True, reduction="none").sum(-1).mean())
     assert found.nll == pytest.approx(nll, abs=1e-4)
-    assert found.kl == (pytest.approx(kl, abs=1e-4) if kl_share else 0)
+    assert found.kl == pytest.approx(kl, abs=1e-4) if kl_share else math.isnan(found.kl)
+    assert math.isnan(found.repeat)
     assert float(found.loss.detach()) == pytest.approx(kl_share * kl + (1 - kl_share) * nll, abs=1e-4)
 
 
@@ -68,6 +70,7 @@ def test_fidelity_is_by_raw_tokens_of_tail(tiny_lm: BaseLM) -> None:
     assert found.own != found.shuffled
     assert all(math.isfinite(value) for value in (*found.own, *found.mean_gist))
     windows = goal.dense.read(some_ids(tiny_lm))
+    assert windows.teacher is not None
     logits = windows.teacher[:, :-1] @ tiny_lm.head_weight.T
     whole = float(F.cross_entropy(logits.flatten(0, 1), windows.targets[:, :-1].flatten()))
     assert np.average(found.full, weights=found.num_tokens) == pytest.approx(whole, abs=1e-4)
@@ -95,3 +98,34 @@ def test_descending_brings_the_student_nearer_to_the_teacher(tiny_lm: BaseLM) ->
         optimiser.step()
         losses.append(found.kl)
     assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_repeating_is_weighed_against_what_is_behind(tiny_lm: BaseLM, share: float) -> None:
+    goal, ids = objective(tiny_lm, repeat_share=share), some_ids(tiny_lm)
+    found = goal(ids, seeds(2))
+    windows = goal.dense.read(ids)
+    logits = goal.dense.repeat(windows, goal.dense.gists(windows)).detach() @ tiny_lm.head_weight.T
+    again = float(F.cross_entropy(logits.flatten(0, 1), ids.flatten()))
+    behind = float(objective(tiny_lm)(ids, seeds(2)).loss.detach())
+    assert found.repeat == pytest.approx(again, abs=1e-4)
+    assert float(found.loss.detach()) == pytest.approx(share * again + (1 - share) * behind, abs=1e-4)
+    assert math.isnan(found.nll) == (share == 1)
+    measured = goal.fidelity(ids, seeds(2))
+    assert measured.repeat_own == pytest.approx(again, abs=1e-4)
+    assert measured.repeat_shuffled != measured.repeat_own
+
+
+def test_repeating_can_be_learned(tiny_lm: BaseLM) -> None:
+    goal, ids = objective(tiny_lm, repeat_share=1.0), some_ids(tiny_lm)
+    optimiser = torch.optim.Adam(goal.dense.gistnet.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(12):
+        optimiser.zero_grad()
+        found = goal(ids, seeds(3))
+        found.loss.backward()
+        optimiser.step()
+        losses.append(found.repeat)
+    assert losses[-1] < losses[0] - 0.02
+    measured = goal.fidelity(ids, seeds(0))
+    assert measured.repeat_own < measured.repeat_shuffled

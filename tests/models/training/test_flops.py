@@ -19,17 +19,23 @@ from models.training.flops import flops_per_window, peak_flops
 from models.training.stage_clock import StageClock
 
 
-@pytest.mark.parametrize("kl_share", [1.0, 0.0])
-def test_the_count_is_torchs_but_for_attention(tiny_lm: BaseLM, kl_share: float) -> None:
+@pytest.mark.parametrize(("kl_share", "repeat_share"), [(1.0, 0.0), (0.0, 0.0), (1.0, 0.5), (1.0, 1.0)])
+def test_the_count_is_torchs_but_for_attention(tiny_lm: BaseLM, kl_share: float, repeat_share: float) -> None:
+    config = ObjectiveConfig(kl_share=kl_share, repeat_share=repeat_share)
     net = build_gistnet(GistNetConfig(lm_layers=2, key_layer=1), tiny_lm).train()
-    objective = Distillation(DensePass(tiny_lm, net), ObjectiveConfig(kl_share=kl_share))
-    num_tokens = 8 * K
+    num_blocks = 8
     with FlopCounterMode(display=False) as counter:  # knows no attention kernels of CPUs
-        objective(torch.randint(0, 100, (1, num_tokens)), [[0]]).loss.backward()
-    entries = 8 + num_tokens - K
-    attention = 2 * tiny_lm.num_layers * tiny_lm.attention_width * (num_tokens**2 + 3 * entries**2)
-    unused = sum(p.numel() for n, p in net.named_parameters() if p.dim() >= 2 and p.grad is None)
-    counted = flops_per_window(tiny_lm, net, num_tokens, distilled=kl_share > 0) - attention - 6 * unused * 8
+        ids = torch.randint(0, 100, (1, num_blocks * K))
+        Distillation(DensePass(tiny_lm, net), config)(ids, [[0]]).loss.backward()
+    unused = sum(p.numel() for p in net.parameters() if p.dim() >= 2 and p.grad is None)
+    entries = num_blocks + (num_blocks - 1) * K
+    if repeat_share < 1:
+        attended = (num_blocks * K) ** 2 + 3 * entries**2
+    else:
+        attended = (num_blocks * K) ** 2 * 2 / tiny_lm.num_layers
+    attended += 3 * num_blocks * K**2 if repeat_share else 0
+    attention = 2 * tiny_lm.num_layers * tiny_lm.attention_width * attended
+    counted = flops_per_window(tiny_lm, net, num_blocks * K, config) - attention - 6 * unused * num_blocks
     assert counter.get_total_flops() == pytest.approx(counted, rel=0.05)
 
 
