@@ -25,8 +25,9 @@ class WindowsConfig:
     """How the corpus is cut for training."""
 
     window_tokens: int = SLOTS_PER_SUPER_BLOCK
-    """Tokens of a window, a power of two from 64 to 1,024. Gists are made of windows of 1,024; shorter ones are cheaper
-    and teach less of what long left context does."""
+    """Tokens of a window, a power of two from 64 to 8,192, and no more than the model was trained for. Gists are made
+    of windows of 1,024; shorter ones are cheaper and teach less of what long left context does. From 2,048 on gists of
+    LOD2 (1,024 tokens each) are trained, too; the attention of long windows makes a token dearer."""
 
     folder: Path = Path("data/windows")
     """Where tokenised windows are kept, 4 bytes a token, a folder for each corpus and tokenizer. Safe to delete. On a
@@ -36,7 +37,7 @@ class WindowsConfig:
     """Windows of the validation corpus that gists are measured on. More: smaller error bars, longer pauses."""
 
     def validate(self) -> None:
-        allowed = [2**power for power in range(6, 11)]
+        allowed = [2**power for power in range(6, 14)]
         require(
             self.window_tokens in allowed,
             f"windows.window_tokens={self.window_tokens} must be one of {', '.join(map(str, allowed))}",

@@ -21,7 +21,7 @@ from actors.training.windows import prepare_windows, windows_folder
 from actors.training.worker import GISTNET, TrainerSpec
 from cluster.config import BaseLMConfig, CorpusSplit
 from cluster.environment import absolute_paths
-from cluster.errors import CorpusError
+from cluster.errors import ConfigError, CorpusError
 from cluster.ray_runtime import ray_session
 from cluster.run import JobRun, write_atomically
 from cluster.training_config import TrainGistNetJob
@@ -46,6 +46,11 @@ def run(job: TrainGistNetJob) -> None:
     files = resolve_model(job.base_lm)
     tokenizer = Tokenizer.load(job.base_lm)
     gistnet = build_gistnet(job.gistnet, files)
+    if job.windows.window_tokens > files.trained_context:
+        raise ConfigError(
+            f"windows.window_tokens={job.windows.window_tokens} is more than the {files.trained_context} tokens that "
+            f"{files.model_id} was trained for"
+        )
     job = absolute_paths(job)
     source = open_text(job, job.corpus.split, tokenizer)
     validation = open_text(job, "dev", tokenizer) if job.corpus.split == "train" else None

@@ -47,6 +47,8 @@ def training_tables(losses: Lines, fidelity: Lines) -> list[Table]:
         own, other = last["repeat_own"], last["repeat_shuffled"]
         row = {"own gist": own, "another block's": other, "difference": other - own}
         tables.append(Table([row], "Saying a block again from its gist alone, nats a token"))
+        if "node_content" in last:
+            tables.append(Table([{"content_nats": last["node_content"]}], "LOD2 gists, behind all else the same"))
     return tables
 
 
@@ -103,6 +105,8 @@ def training_numbers(losses: Lines, fidelity: Lines, exported_step: int) -> dict
     if fidelity:
         numbers["validation"] = fidelity_rows(fidelity[-1])
         numbers["repeating"] = {name: fidelity[-1][name] for name in ("repeat_own", "repeat_shuffled")}
+        if "node_content" in fidelity[-1]:
+            numbers["node_content_nats"] = fidelity[-1]["node_content"]
     return numbers
 
 

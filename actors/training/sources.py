@@ -123,7 +123,7 @@ class _CutShards:
         for shard in batch["what"]:
             items = packer.pack(pickle.loads(shard.as_py()).read())
             parts = ((window.tokens, window.last) for window in items if isinstance(window, Window))
-            yield from _tables(parts, self.window_tokens)
+            yield from _tables(_joined(parts, self.window_tokens), self.window_tokens)
 
 
 @dataclass(frozen=True)
@@ -148,6 +148,16 @@ class _CutDocuments:
         for one in documents:
             tokens, _ = reader.tokens(one.first_block, one.num_blocks)
             yield tokens.reshape(-1)[: one.num_tokens], True
+
+
+def _joined(parts: Iterable[tuple[np.ndarray, bool]], window_tokens: int) -> Iterator[tuple[np.ndarray, bool]]:
+    """A packer's windows of 1,024 tokens as longer ones; shorter ones are parts of them."""
+    held: list[np.ndarray] = []
+    for tokens, last in parts:
+        held.append(tokens)
+        if last or sum(map(len, held)) >= window_tokens:
+            yield np.concatenate(held), last
+            held = []
 
 
 def _tables(parts: Iterable[tuple[np.ndarray, bool]], window_tokens: int) -> Iterator[pa.Table]:

@@ -31,7 +31,7 @@ def prepare_windows(
         source: the text.
         tokenizer: of its tokens, for its digest.
         folder: of `windows_folder`; one process at a time fills it.
-        window_tokens: of every window; divides 1,024.
+        window_tokens: of every window; divides 1,024, or is a multiple of it.
         label: what the text is for, in the progress display.
 
     Raises:
@@ -51,7 +51,7 @@ def prepare_windows(
 
 
 def _cut(source: WindowSource, tokenizer: Tokenizer, folder: Path, window_tokens: int, label: str) -> None:
-    assert SLOTS_PER_SUPER_BLOCK % window_tokens == 0
+    assert SLOTS_PER_SUPER_BLOCK % window_tokens == 0 or window_tokens % SLOTS_PER_SUPER_BLOCK == 0
     origin = {"text": source.digest(), "tokenizer": tokenizer.digest}
     num_documents = num_tokens = 0
     with TokenWindowWriter(folder, window_tokens, origin) as writer, Progress(None, "windows", label) as progress:

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from actors.training.checkpoints import Checkpoints, Divergence, LossLog
 from actors.training.engine import DeepSpeedEngine
 from actors.training.feed import DATASET, fed_batches
+from actors.training.fidelity import FidelitySums, best_step
 from actors.training.optimiser_state import OptimiserState
 from cluster.config import BaseLMConfig
 from cluster.errors import ModelError
@@ -31,7 +32,7 @@ from cluster.training_config import ObjectiveConfig, TrainingConfig
 from models.base_lm import BaseLM
 from models.gistnet import GistNet
 from models.training.dense_pass import DensePass
-from models.training.distillation import Distillation, Fidelity, StepLosses
+from models.training.distillation import Distillation, StepLosses
 from models.training.flops import flops_per_window, peak_flops
 from models.training.means import measure_means
 from storage.token_windows import TokenWindows
@@ -207,7 +208,7 @@ class Trainer:
         # Pairs, because a window's shuffled gists are its partner's.
         pairs = [chosen[first : first + 2] for first in range(0, len(chosen) - 1, 2)]
         self.objective.eval()
-        sums = _FidelitySums(spec.objective.max_tail_blocks, self.lm.device)
+        sums = FidelitySums(spec.objective.max_tail_blocks, self.lm.device)
         for number in range(self.rank, len(pairs), dist.get_world_size()):
             seeds = [(spec.training.seed, int(window)) for window in pairs[number]]
             sums.add(self.objective.fidelity(self._ids(self._validation.read(pairs[number])), seeds))
@@ -258,51 +259,3 @@ def peak_memory(device: torch.device) -> float:
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0  # Linux counts KiB
-
-
-class _FidelitySums:
-    """Sums over windows and workers, by tail."""
-
-    NAMES = ("full", "own", "shuffled", "mean_gist")
-
-    REPEATS = ("repeat_own", "repeat_shuffled")
-
-    def __init__(self, num_groups: int, device: torch.device) -> None:
-        self._counts = torch.zeros(num_groups, dtype=torch.float64, device=device)
-        self._sums = torch.zeros(len(self.NAMES), num_groups, dtype=torch.float64, device=device)
-        self._repeats = torch.zeros(1 + len(self.REPEATS), dtype=torch.float64, device=device)
-
-    def add(self, found: Fidelity) -> None:
-        """Of windows of equal length."""
-        counts = self._counts.new_tensor(found.num_tokens)
-        self._counts += counts
-        for number, name in enumerate(self.NAMES):
-            self._sums[number] += self._counts.new_tensor(getattr(found, name)).nan_to_num() * counts
-        self._repeats += self._repeats.new_tensor([1.0, *(getattr(found, name) for name in self.REPEATS)])
-
-    def reduced(self) -> dict[str, Any]:
-        """Means over all workers' windows."""
-        for sums in (self._counts, self._sums, self._repeats):
-            dist.all_reduce(sums)
-        # Of few windows no token may have the longest tails; 0 / 0 would be in every mean over all tails.
-        means = (self._sums / self._counts.clamp(min=1)).tolist()
-        repeats = (self._repeats[1:] / self._repeats[0].clamp(min=1)).tolist()
-        return {
-            "num_tokens": self._counts.tolist(),
-            **dict(zip(self.NAMES, means, strict=True)),
-            **dict(zip(self.REPEATS, repeats, strict=True)),
-        }
-
-
-def best_step(checkpoints: Checkpoints, *, by_repeating: bool = False) -> int | None:
-    """The checkpoint whose gists cost least on validation text; None before any was measured.
-
-    By the NLL of what is predicted behind gists, over all tails, or by that of blocks that are said again.
-    """
-    found = {}
-    for step in checkpoints.steps():
-        measured = checkpoints.facts(step)["fidelity"]
-        if measured is not None and measured["step"] == step:
-            behind = float(np.average(measured["own"], weights=measured["num_tokens"]))
-            found[step] = measured["repeat_own"] if by_repeating else behind
-    return min(found, key=lambda step: found[step]) if found else None

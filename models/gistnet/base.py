@@ -183,10 +183,19 @@ class GistNet(nn.Module, abc.ABC):
             digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
         return digest.hexdigest()
 
-    def forward(self, *args: Any) -> tuple[Float32[Tensor, "G m D"], Float32[Tensor, "G D_key"]]:
-        """Gists and keys of blocks, as `forward_tokens`: what hooks on modules (DeepSpeed's) see."""
+    def forward(self, *args: Any, parents: bool = False) -> tuple[Tensor, ...]:
+        """Gists and keys of blocks, as `forward_tokens`: what hooks on modules (DeepSpeed's) see.
+
+        Args:
+            args: of `forward_tokens`.
+            parents: gists and keys of the LOD2 nodes above every 32 blocks, too, in the same call.
+        """
         output = self.forward_tokens(*args)
-        return output.gists, output.keys
+        if not parents:
+            return output.gists, output.keys
+        children = (part.unflatten(0, (-1, TOKENS_PER_BLOCK)) for part in (output.gists, output.keys))
+        above = self.forward_nodes(*children, lod=2)
+        return output.gists, output.keys, above.gists, above.keys
 
     def forward_tokens(
         self,

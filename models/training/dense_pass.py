@@ -1,12 +1,13 @@
 """A dense pass: what a frozen model predicts of a window from gists of it, everywhere at once.
 
     window -> one pass of the frozen LM, without gradients -> the teacher's states, and the states the GistNet reads
-           -> GistNet -> gists
+           -> GistNet -> gists, of blocks and, where a window is longer than a super-block, of LOD2 nodes
            -> one pass over gists and raw tokens under a mask (`Sight`) -> the student's states
 
 Gradients flow from the student's states through the frozen LM into the gists, and so into the net.
 
-Shapes: B windows of n blocks, T = n·K tokens, m vectors a gist, D hidden size, S = (n - 1)·K entries that predict.
+Shapes: B windows of n blocks, T = n·K tokens, q = T / 1,024 nodes, m vectors a gist, D hidden size, S = (n - 1)·K
+entries that predict.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from models.gistnet import GistNet
 from models.gistnet.build import check_fits
 from models.positions import Positions
 from models.training.sight import Sight
+from models.window_encoder import WINDOW_TOKENS
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,27 @@ class ReadWindows:
     def targets(self) -> Int64[Tensor, "B S"]:
         """What comes after each of those entries; the last one's is unknown and repeats its own id."""
         return torch.cat((self.ids[:, K + 1 :], self.ids[:, -1:]), dim=1)
+
+
+@dataclass(frozen=True)
+class Gists:
+    """What stands for windows."""
+
+    blocks: Float32[Tensor, "B n m D"]
+    nodes: Float32[Tensor, "B q m D"] | None = None
+    """Of LOD2; None for windows of one super-block, in which nothing comes behind it."""
+
+    def rolled(self, *, blocks: bool = True) -> Gists:
+        """Every window's gists are its neighbour's; without `blocks` only those of nodes."""
+        nodes = None if self.nodes is None else self.nodes.roll(1, dims=0)
+        return Gists(self.blocks.roll(1, dims=0) if blocks else self.blocks, nodes)
+
+    def averaged(self) -> Gists:
+        """Every gist is the mean of its level."""
+        return Gists(
+            _mean(self.blocks),
+            None if self.nodes is None else _mean(self.nodes),
+        )
 
 
 class DensePass:
@@ -64,66 +87,87 @@ class DensePass:
             teacher: False: only the layers that the net reads.
 
         Raises:
-            ModelError: windows of less than two blocks, or not of whole ones.
+            ModelError: windows of less than two blocks, or not of whole ones; longer than a super-block and not of
+                whole ones, or than the LM was trained for.
         """
         num_tokens = ids.shape[1]
         if num_tokens % K or num_tokens < 2 * K:
             raise ModelError(f"a window for training is at least two blocks of {K} tokens, not {num_tokens} tokens")
+        if num_tokens > WINDOW_TOKENS and (num_tokens % WINDOW_TOKENS or num_tokens > self.lm.trained_context):
+            raise ModelError(
+                f"a window for training beyond {WINDOW_TOKENS} tokens is a multiple of that and at most the "
+                f"{self.lm.trained_context} that {self.lm.model_id} was trained for, not {num_tokens}"
+            )
         with torch.no_grad():
             embeddings = self.lm.embed(ids)
             layers = self.gistnet.lm_layers
+            alone = num_tokens <= WINDOW_TOKENS
+            states: dict[int, Tensor] = {}
+            final = None
             if teacher:
-                final, states = self.lm.final_states(embeddings, layers=layers)
-                return ReadWindows(ids, embeddings, states, final[:, K:])
-            return ReadWindows(ids, embeddings, self.lm.hidden_states(embeddings, layers) if layers else {}, None)
+                final, states = self.lm.final_states(embeddings, layers=layers if alone else ())
+                final = final[:, K:]
+            if layers and not states:
+                # As gists are made at compaction: a window of 1,024 tokens does not see the one before.
+                pieces = embeddings.reshape(-1, min(num_tokens, WINDOW_TOKENS), embeddings.shape[-1])
+                states = {n: s.reshape(embeddings.shape) for n, s in self.lm.hidden_states(pieces, layers).items()}
+            return ReadWindows(ids, embeddings, states, final)
 
-    def gists(self, windows: ReadWindows) -> Float32[Tensor, "B n m D"]:
-        """The net's gists of every block."""
+    def gists(self, windows: ReadWindows) -> Gists:
+        """The net's gists of every block, and of the nodes above them where there is more than one."""
         num_rows, num_tokens, dim = windows.embeddings.shape
         num_blocks = num_tokens // K
         blocks = (num_rows * num_blocks, K, dim)
         lengths = torch.full((num_rows * num_blocks,), K, device=windows.ids.device)
         net = self.gistnet
         # Called as a module, not by `forward_tokens`: that is where DeepSpeed gathers weights it has sharded.
-        gists, _ = net(
+        made = net(
             windows.embeddings.reshape(blocks),
             lengths,
             None if net.lm_layer is None else windows.states[net.lm_layer].reshape(blocks),
             None if net.key_layer is None else windows.states[net.key_layer].reshape(blocks),
+            parents=num_tokens > WINDOW_TOKENS,
         )
-        return gists.unflatten(0, (num_rows, num_blocks))
+        blocks_gists = made[0].unflatten(0, (num_rows, num_blocks))
+        return Gists(blocks_gists, made[2].unflatten(0, (num_rows, -1)) if len(made) > 2 else None)
 
-    def student(self, windows: ReadWindows, gists: Float32[Tensor, "B n m D"], sight: Sight) -> Float[Tensor, "B S D"]:
+    def student(self, windows: ReadWindows, gists: Gists, sight: Sight) -> Float[Tensor, "B S D"]:
         """States before the head at the second block's first token and after, by what each block sees.
 
         Raises:
             ModelError: gists or a sight of other windows.
         """
-        num_rows, num_blocks, num_vectors, dim = gists.shape
-        if (num_rows, num_blocks * K) != tuple(windows.ids.shape) or sight.gist.shape[:2] != (num_rows, num_blocks):
+        num_rows, num_blocks, num_vectors, _ = gists.blocks.shape
+        num_nodes = 0 if gists.nodes is None else gists.nodes.shape[1]
+        fits = (num_rows, num_blocks * K) == tuple(windows.ids.shape)
+        if not fits or sight.gist.shape[:2] != (num_rows, num_blocks) or sight.num_nodes != num_nodes:
             raise ModelError(
-                f"gists {tuple(gists.shape)} and a sight {sight.gist.shape} are not of windows "
-                f"{tuple(windows.ids.shape)}"
+                f"gists {tuple(gists.blocks.shape)} with {num_nodes} nodes and a sight {sight.gist.shape} with "
+                f"{sight.num_nodes} are not of windows {tuple(windows.ids.shape)}"
             )
         device = windows.ids.device
-        centres = 2 * K * torch.arange(num_blocks, device=device) + K - 1
-        tokens = 2 * torch.arange(K, num_blocks * K, device=device)
-        places = torch.cat((centres.repeat_interleave(num_vectors), tokens))
-        entries = torch.cat((gists.reshape(num_rows, -1, dim).to(self.lm.dtype), windows.embeddings[:, K:]), dim=1)
+        parts, places = [], []
+        for vectors, size in ((gists.nodes, WINDOW_TOKENS), (gists.blocks, K)):
+            if vectors is not None:
+                parts.append(vectors.flatten(1, 2).to(self.lm.dtype))
+                centres = 2 * size * torch.arange(vectors.shape[1], device=device) + size - 1
+                places.append(centres.repeat_interleave(num_vectors))
+        parts.append(windows.embeddings[:, K:])
+        places.append(2 * torch.arange(K, num_blocks * K, device=device))
         final, _ = self.lm.final_states(
-            entries,
-            positions=Positions(places.expand(num_rows, -1)),
+            torch.cat(parts, dim=1),
+            positions=Positions(torch.cat(places).expand(num_rows, -1)),
             attention_mask=sight.mask(num_vectors).to(device),
         )
-        return final[:, num_blocks * num_vectors :]
+        return final[:, (num_nodes + num_blocks) * num_vectors :]
 
-    def repeat(self, windows: ReadWindows, gists: Float32[Tensor, "B n m D"]) -> Float[Tensor, "Bn K D"]:
+    def repeat(self, windows: ReadWindows, gists: Gists) -> Float[Tensor, "Bn K D"]:
         """States before the head that predict each block's tokens from its gist and its tokens so far, nothing else.
 
         The block stands where the next one would: what is asked for is to say it again.
         """
-        num_vectors, dim = gists.shape[2:]
-        groups = gists.reshape(-1, num_vectors, dim).to(self.lm.dtype)
+        num_vectors, dim = gists.blocks.shape[2:]
+        groups = gists.blocks.reshape(-1, num_vectors, dim).to(self.lm.dtype)
         tokens = windows.embeddings.reshape(-1, K, dim)[:, :-1]
         device = windows.ids.device
         places = torch.cat(
@@ -133,3 +177,7 @@ class DensePass:
             torch.cat((groups, tokens), dim=1), positions=Positions(places.expand(len(groups), -1))
         )
         return final[:, num_vectors - 1 :]
+
+
+def _mean(vectors: Float32[Tensor, "B n m D"]) -> Float32[Tensor, "B n m D"]:
+    return vectors.mean(dim=(0, 1), keepdim=True).expand_as(vectors)

@@ -14,7 +14,7 @@ size.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.training_config import ObjectiveConfig
-from models.training.dense_pass import DensePass, ReadWindows
+from models.training.dense_pass import DensePass, Gists, ReadWindows
 from models.training.head_loss import HeadLoss, head_loss
 from models.training.sight import Sight, random_sight
 from models.training.stage_clock import StageClock
@@ -65,6 +65,10 @@ class Fidelity:
     """NLL of all blocks' tokens, each block behind its own gist alone."""
     repeat_shuffled: float
     """Behind the gist of another window's block."""
+    num_behind_nodes: int = 0
+    """Tokens that see some LOD2 gist; 0 where windows are too short for any."""
+    node_content: float = float("nan")
+    """Of those, behind another window's LOD2 gists minus behind its own, all else the same."""
 
 
 class Distillation(nn.Module):
@@ -101,12 +105,12 @@ class Distillation(nn.Module):
             float("nan") if behind is None or not self.config.kl_share else float(behind.kl.mean()),
             float("nan") if behind is None else float(behind.nll.mean()),
             float("nan") if again is None else float(again.nll.mean()),
-            _spread(gists),
+            _spread(gists.blocks),
         )
         self.clock.lap("head")
         return losses
 
-    def _behind_gists(self, windows: ReadWindows, gists: Tensor, seeds: Sequence[Sequence[int]]) -> HeadLoss:
+    def _behind_gists(self, windows: ReadWindows, gists: Gists, seeds: Sequence[Sequence[int]]) -> HeadLoss:
         """Every token but the last, whose successor is not known, behind the gists of some Working Context."""
         hidden = self.dense.student(windows, gists, self._cut(windows, seeds))[:, :-1]
         self.clock.lap("student")
@@ -120,7 +124,7 @@ class Distillation(nn.Module):
             self.config.kl_share,
         )
 
-    def _repeated(self, windows: ReadWindows, gists: Tensor) -> HeadLoss:
+    def _repeated(self, windows: ReadWindows, gists: Gists) -> HeadLoss:
         hidden = self.dense.repeat(windows, gists)
         self.clock.lap("student")
         return head_loss(hidden.flatten(0, 1), windows.ids.flatten(), _equal_weights(hidden), self.dense.lm.head_weight)
@@ -132,8 +136,7 @@ class Distillation(nn.Module):
         gists = self.dense.gists(windows)
         sight = self._cut(windows, seeds)
         places = _tail_tokens(sight)[:, :-1] // K
-        common = gists.mean(dim=(0, 1), keepdim=True).expand_as(gists)
-        readers = {"own": gists, "shuffled": gists.roll(1, dims=0), "mean_gist": common}
+        readers = {"own": gists, "shuffled": gists.rolled(), "mean_gist": gists.averaged()}
         nll = {name: self._nll(windows, self.dense.student(windows, shown, sight)) for name, shown in readers.items()}
         assert windows.teacher is not None
         nll["full"] = self._nll(windows, windows.teacher)
@@ -141,7 +144,20 @@ class Distillation(nn.Module):
         counts = [int(group.sum()) for group in groups]
         means = {name: [_mean(values, group) for group in groups] for name, values in nll.items()}
         repeats = [float(self._repeated(windows, readers[name]).nll.mean()) for name in ("own", "shuffled")]
-        return Fidelity(counts, **means, repeat_own=repeats[0], repeat_shuffled=repeats[1])
+        found = Fidelity(
+            counts,
+            means["full"],
+            means["own"],
+            means["shuffled"],
+            means["mean_gist"],
+            repeat_own=repeats[0],
+            repeat_shuffled=repeats[1],
+        )
+        if gists.nodes is None:
+            return found
+        behind = torch.from_numpy(sight.sees_nodes()[:, 1:]).repeat_interleave(K, dim=1)[:, :-1]
+        others = self._nll(windows, self.dense.student(windows, gists.rolled(blocks=False), sight))
+        return replace(found, num_behind_nodes=int(behind.sum()), node_content=_mean(others - nll["own"], behind))
 
     def _cut(self, windows: ReadWindows, seeds: Sequence[Sequence[int]]) -> Sight:
         config = self.config

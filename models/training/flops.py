@@ -15,6 +15,7 @@ from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.training_config import ObjectiveConfig
 from models.base_lm import BaseLM
 from models.gistnet import GistNet
+from models.window_encoder import WINDOW_TOKENS
 
 PEAK_SIZE, PEAK_REPEATS = 1536, 6
 
@@ -34,12 +35,15 @@ def flops_per_window(lm: BaseLM, net: GistNet, window_tokens: int, objective: Ob
     num_blocks = window_tokens // K
     matrices = sum(parameter.numel() for parameter in net.parameters() if parameter.dim() >= 2)
     found = 6.0 * matrices * num_blocks
+    num_nodes = window_tokens // WINDOW_TOKENS if window_tokens > WINDOW_TOKENS else 0
+    lower = _forward(lm, min(window_tokens, WINDOW_TOKENS)) * (net.lm_layer or 0) / lm.num_layers
     if objective.repeat_share < 1:
-        entries = num_blocks * net.num_vectors + window_tokens - K
-        found += _forward(lm, window_tokens) + _forward_and_backward(lm, entries)
+        entries = (num_nodes + num_blocks) * net.num_vectors + window_tokens - K
+        # Beyond a super-block the net's states are not on the teacher's way.
+        found += _forward(lm, window_tokens) + num_nodes * lower + _forward_and_backward(lm, entries)
         found += _head(lm, window_tokens - K, 3 if objective.kl_share else 2)
     else:
-        found += _forward(lm, window_tokens) * (net.lm_layer or 0) / lm.num_layers
+        found += max(1, num_nodes) * lower
     if objective.repeat_share > 0:
         found += num_blocks * _forward_and_backward(lm, net.num_vectors + K - 1) + _head(lm, window_tokens, 2)
     return found

@@ -1,10 +1,11 @@
 """Who sees what in a dense pass: many Working Contexts over one window of text, cut in different places.
 
 A window of n blocks is read once with all its gists and all its raw tokens in one sequence. A mask decides what each
-block's tokens see of what came before: a block as its gist, as raw tokens, or (in an overlay) as both. So every block
-is the raw tail of some Working Context of the blocks before it, and every token a horizon behind one.
+block's tokens see of what came before: a block as its gist, as raw tokens, or (in an overlay) as both; 32 blocks that
+begin at a super-block also as the one gist of their LOD2 node. So every block is the raw tail of some Working Context
+of the blocks before it, and every token a horizon behind one.
 
-Shapes: B windows, n blocks each, m vectors a gist, K = 32 tokens a block.
+Shapes: B windows, n blocks and q = ⌊n / 32⌋ nodes each, m vectors a gist, K = 32 tokens a block.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
+from cluster.config import BLOCKS_PER_SUPER_BLOCK
 from cluster.config import TOKENS_PER_BLOCK as K
 
 
@@ -29,6 +31,8 @@ class Sight:
     """`[b, i, j]`: the tokens of block i see the gist of block j."""
     raw: Bool[np.ndarray, "B n n"]
     """The same of block j's raw tokens."""
+    node: Bool[np.ndarray, "B n q"] | None = None
+    """The same of the gist of the j-th 32 blocks. None: of no node."""
 
     @property
     def num_blocks(self) -> int:
@@ -38,7 +42,22 @@ class Sight:
     @classmethod
     def stacked(cls, parts: Sequence[Sight]) -> Sight:
         """Rows of several sights of equally many blocks, one after the other."""
-        return cls(np.concatenate([p.gist for p in parts]), np.concatenate([p.raw for p in parts]))
+        nodes = [part.node for part in parts if part.node is not None]
+        return cls(
+            np.concatenate([p.gist for p in parts]),
+            np.concatenate([p.raw for p in parts]),
+            np.concatenate(nodes) if nodes else None,
+        )
+
+    @property
+    def num_nodes(self) -> int:
+        """Nodes that stand in the sequence."""
+        return 0 if self.node is None else self.node.shape[2]
+
+    def sees_nodes(self) -> Bool[np.ndarray, "B n"]:
+        """Whether the tokens of each block see some node."""
+        seen = np.zeros(self.gist.shape[:2], bool)
+        return seen if self.node is None else seen | self.node.any(axis=2)
 
     def tail_tokens(self) -> Int64[np.ndarray, "B n"]:
         """Raw tokens that stand unbroken before the first token of each block."""
@@ -49,19 +68,33 @@ class Sight:
         return K * (np.arange(self.num_blocks) - 1 - newest)
 
     def mask(self, num_vectors: int) -> Bool[Tensor, "B 1 T T"]:
-        """The attention mask of a sequence of all gists (n·m entries, the oldest first) and then all raw tokens of
-        the blocks from the second on. True: the row's entry sees the column's.
+        """The attention mask of a sequence of the gists of all nodes (q·m entries, the oldest first), of all blocks
+        (n·m entries) and then all raw tokens of the blocks from the second on. True: the row's entry sees the column's.
 
-        A gist sees itself and the gists before it, as it would among nothing but gists.
+        A gist sees itself and what would stand before it in a Working Context of gists: a node's the nodes before it,
+        a block's the nodes before its super-block and the blocks of it before itself.
         """
         num_rows, n, _ = self.gist.shape
-        gists, tokens = n * num_vectors, (n - 1) * K
-        mask = np.zeros((num_rows, 1, gists + tokens, gists + tokens), bool)
-        mask[:, :, :gists, :gists] = np.tril(np.ones((gists, gists), bool))
-        mask[:, 0, gists:, :gists] = self.gist[:, 1:].repeat(K, axis=1).repeat(num_vectors, axis=2)
-        mask[:, 0, gists:, gists:] = self.raw[:, 1:, 1:].repeat(K, axis=1).repeat(K, axis=2)
+        m, q = num_vectors, self.num_nodes
+        nodes, gists, tokens = q * m, n * m, (n - 1) * K
+        raw_from = nodes + gists
+        mask = np.zeros((num_rows, 1, raw_from + tokens, raw_from + tokens), bool)
+        mask[:, :, :nodes, :nodes] = np.tril(np.ones((nodes, nodes), bool))
+        before = np.tril(np.ones((gists, gists), bool))
+        if q:
+            super_block = np.arange(n) // BLOCKS_PER_SUPER_BLOCK
+            own = (super_block[:, None] == super_block[None]).repeat(m, axis=0).repeat(m, axis=1)
+            mask[:, :, nodes:raw_from, nodes:raw_from] = before & own
+            older = super_block[:, None] > np.arange(q)[None]
+            mask[:, :, nodes:raw_from, :nodes] = older.repeat(m, axis=0).repeat(m, axis=1)
+            assert self.node is not None
+            mask[:, 0, raw_from:, :nodes] = self.node[:, 1:].repeat(K, axis=1).repeat(m, axis=2)
+        else:
+            mask[:, :, :gists, :gists] = before
+        mask[:, 0, raw_from:, nodes:raw_from] = self.gist[:, 1:].repeat(K, axis=1).repeat(m, axis=2)
+        mask[:, 0, raw_from:, raw_from:] = self.raw[:, 1:, 1:].repeat(K, axis=1).repeat(K, axis=2)
         inside = np.kron(np.eye(n - 1, dtype=bool), np.tril(np.ones((K, K), bool)))
-        mask[:, 0, gists:, gists:] |= inside
+        mask[:, 0, raw_from:, raw_from:] |= inside
         return torch.from_numpy(mask)
 
 
@@ -76,7 +109,9 @@ def random_sight(
 ) -> Sight:
     """Windows cut into chunks of 1 … `max_tail_blocks` blocks at random.
 
-    A block sees the earlier blocks of its chunk as raw tokens, as a raw tail, and the chunks before as gists.
+    A block sees the earlier blocks of its chunk as raw tokens, as a raw tail, and the chunks before as gists. Of the
+    super-blocks that ended before its chunk, so many as are drawn for the chunk, the oldest ones, are seen as nodes
+    instead, from none to all.
 
     Args:
         num_rows: B.
@@ -84,7 +119,8 @@ def random_sight(
         rng: draws the cuts.
         max_tail_blocks: of a chunk.
         shown_share: of the blocks before a chunk that all of it sees as raw tokens, too, as if they had been expanded.
-        overlay: whether the gist of a block that is shown raw is seen beside it; otherwise instead of it.
+        overlay: whether the gist of a block that is shown raw is seen beside it; otherwise raw tokens stand instead of
+            it, and none within a node.
     """
     chunk_of = np.empty((num_rows, num_blocks), np.int64)
     for row in chunk_of:
@@ -98,5 +134,26 @@ def random_sight(
     shown = np.take_along_axis(draws, chunk_of[:, :, None].repeat(num_blocks, axis=2), axis=1) & earlier_chunk
     shown[:, :, 0] = False
     tail = before & ~earlier_chunk
-    gist = earlier_chunk if overlay else earlier_chunk & ~shown
-    return Sight(gist, tail | shown)
+    node, under_node = _nodes(chunk_of, rng)
+    gist = earlier_chunk & ~under_node
+    if not overlay:
+        shown &= ~under_node
+        gist &= ~shown
+    return Sight(gist, tail | shown, node)
+
+
+def _nodes(
+    chunk_of: Int64[np.ndarray, "B n"], rng: np.random.Generator
+) -> tuple[Bool[np.ndarray, "B n q"] | None, Bool[np.ndarray, "B n n"]]:
+    """Which nodes the tokens of each block see, and which blocks they therefore do not see the gists of."""
+    num_rows, n = chunk_of.shape
+    q = n // BLOCKS_PER_SUPER_BLOCK
+    if n <= BLOCKS_PER_SUPER_BLOCK:
+        return None, np.zeros((num_rows, n, n), bool)
+    first_of_chunk = (chunk_of[:, :, None] > chunk_of[:, None, :]).sum(axis=2)  # blocks before each block's chunk
+    ended = first_of_chunk // BLOCKS_PER_SUPER_BLOCK
+    draws = np.take_along_axis(rng.random((num_rows, n)), chunk_of, axis=1)  # one a chunk
+    as_nodes = np.floor(draws * (ended + 1)).astype(np.int64)
+    node = np.arange(q) < as_nodes[:, :, None]
+    under = np.arange(n) < BLOCKS_PER_SUPER_BLOCK * as_nodes[:, :, None]
+    return node, under

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from actors.training.checkpoints import COMPLETE, Checkpoints, Divergence, LossLog
-from actors.training.worker import best_step
+from actors.training.fidelity import best_step
 
 
 def saved(checkpoints: Checkpoints, *steps: int, complete: bool = True, own: float | None = None) -> None:

@@ -32,7 +32,7 @@ def corpus(tmp_path: Path) -> CorpusConfig:
     return CorpusConfig(paths=[str(folder)])
 
 
-@pytest.mark.parametrize("size", [64, 1024])
+@pytest.mark.parametrize("size", [64, 1024, 2048])
 def test_every_whole_window_of_every_document_in_order(
     corpus: CorpusConfig, tiny_lm_config: BaseLMConfig, tmp_path: Path, ray_cluster: RaySession, size: int
 ) -> None:

@@ -13,8 +13,9 @@ from cluster.errors import ModelError
 from models.base_lm import BaseLM
 from models.gistnet import build_gistnet
 from models.positions import Positions
-from models.training.dense_pass import DensePass, ReadWindows
+from models.training.dense_pass import DensePass, Gists, ReadWindows
 from models.training.sight import Sight, random_sight
+from models.window_encoder import WindowEncoder
 
 NUM_BLOCKS = 6
 
@@ -36,11 +37,11 @@ def some_ids(lm: BaseLM, num_rows: int = 2, num_blocks: int = NUM_BLOCKS) -> Ten
     return torch.randint(0, lm.vocab_size, (num_rows, num_blocks * K), generator=torch.Generator().manual_seed(1))
 
 
-def seen_alone(dense: DensePass, windows: ReadWindows, gists: Tensor, sight: Sight, row: int, block: int) -> Tensor:
+def seen_alone(dense: DensePass, windows: ReadWindows, gists: Gists, sight: Sight, row: int, block: int) -> Tensor:
     """States of one block's tokens, from a pass over nothing but what they see and themselves."""
-    m = gists.shape[2]
+    m = gists.blocks.shape[2]
     parts = [
-        (gists[row, other], torch.full((m,), 2 * K * other + K - 1))
+        (gists.blocks[row, other], torch.full((m,), 2 * K * other + K - 1))
         for other in range(block)
         if sight.gist[row, block, other]
     ]
@@ -86,7 +87,7 @@ def test_blocks_that_are_shown_stand_as_their_own_chunk_read_them(tiny_lm: BaseL
         mask = torch.ones(1, 1, 3 + 2 * K, 3 + 2 * K, dtype=torch.bool).tril()
         mask[0, 0, 3 : 3 + K, 1:3] = False
         tokens = torch.cat((torch.arange(K, 2 * K), torch.arange(3 * K, 4 * K)))
-        entries = torch.cat((gists[0, :3, 0], windows.embeddings[0, tokens]))[None]
+        entries = torch.cat((gists.blocks[0, :3, 0], windows.embeddings[0, tokens]))[None]
         expected, _ = tiny_lm.final_states(
             entries, positions=Positions(torch.cat((places, 2 * tokens))[None]), attention_mask=mask
         )
@@ -115,6 +116,57 @@ def test_a_sight_of_raw_tokens_alone_equals_the_teacher_but_for_the_first_block(
 
 
 @pytest.mark.parametrize("num_vectors", [1, 2])
+def test_long_windows_are_seen_as_nodes_and_the_newest_blocks(tiny_lm: BaseLM, num_vectors: int) -> None:
+    """Super-blocks before as LOD2 gists, blocks of the own one as gists, then the chunk: against a pass of its own."""
+    n, per_node, m = 64, 32, num_vectors
+    dense = dense_pass(tiny_lm, m)
+    windows = dense.read(some_ids(tiny_lm, 1, n))
+    before = np.tril(np.ones((1, n, n), bool), -1)
+    super_block = np.arange(n) // per_node
+    node = (super_block[:, None] > np.arange(2)[None])[None]
+    sight = Sight(before & (super_block[:, None] == super_block[None])[None], np.zeros((1, n, n), bool), node)
+    with torch.no_grad():
+        gists = dense.gists(windows)
+        assert gists.nodes is not None
+        assert gists.nodes.shape == (1, 2, m, tiny_lm.hidden_size)
+        found = dense.student(windows, gists, sight).unflatten(1, (n - 1, K))
+        for block in (5, 32, 40, 63):
+            old, first = super_block[block], super_block[block] * per_node
+            tokens = torch.arange(block * K, (block + 1) * K)
+            entries = (gists.nodes[0, :old].flatten(0, 1), gists.blocks[0, first:block].flatten(0, 1))
+            places = torch.cat(
+                (
+                    (2 * 1024 * torch.arange(int(old)) + 1023).repeat_interleave(m),
+                    (2 * K * torch.arange(int(first), block) + K - 1).repeat_interleave(m),
+                    2 * tokens,
+                )
+            )
+            expected, _ = tiny_lm.final_states(
+                torch.cat((*entries, windows.embeddings[0, tokens]))[None], positions=Positions(places[None])
+            )
+            close(found[0, block - 1], expected[0, -K:])
+
+
+def test_gists_of_long_windows_are_those_of_the_compactor(tiny_lm: BaseLM) -> None:
+    """A window of 1,024 tokens does not see the one before; a node is made of its 32 children."""
+    dense = dense_pass(tiny_lm)
+    ids = some_ids(tiny_lm, 1, 64)
+    encoder = WindowEncoder(tiny_lm, dense.gistnet)
+    encoded = encoder.encode_windows([ids[0, first : first + 1024].numpy().astype(np.uint32) for first in (0, 1024)])
+    with torch.no_grad():
+        gists = dense.gists(dense.read(ids))
+        without_teacher = dense.gists(dense.read(ids, teacher=False))
+    expected = torch.from_numpy(np.concatenate([window.gists for window in encoded]))
+    close(gists.blocks[0, :, 0], expected)
+    close(without_teacher.blocks, gists.blocks)
+    keys = torch.from_numpy(np.stack([window.keys for window in encoded]))
+    with torch.no_grad():
+        above = dense.gistnet.forward_nodes(expected.view(2, 32, 1, -1), keys, 2).gists
+    assert gists.nodes is not None
+    close(gists.nodes[0], above)
+
+
+@pytest.mark.parametrize("num_vectors", [1, 2])
 def test_a_block_is_said_again_from_its_gist_alone(tiny_lm: BaseLM, num_vectors: int) -> None:
     dense = dense_pass(tiny_lm, num_vectors)
     windows = dense.read(some_ids(tiny_lm), teacher=False)
@@ -124,7 +176,7 @@ def test_a_block_is_said_again_from_its_gist_alone(tiny_lm: BaseLM, num_vectors:
         found = dense.repeat(windows, gists).unflatten(0, (2, NUM_BLOCKS))
         for row, block in ((0, 0), (1, 3)):
             tokens = windows.embeddings[row, block * K : (block + 1) * K]
-            entries = torch.cat((gists[row, block], tokens))[None]
+            entries = torch.cat((gists.blocks[row, block], tokens))[None]
             places = torch.cat((torch.full((num_vectors,), K - 1), 2 * torch.arange(K, 2 * K)))[None]
             expected, _ = tiny_lm.final_states(entries, positions=Positions(places))
             close(found[row, block], expected[0, num_vectors - 1 : -1])
@@ -163,6 +215,9 @@ def test_what_does_not_fit_is_refused(tiny_lm: BaseLM) -> None:
     dense = dense_pass(tiny_lm)
     for num_tokens in (K, 3 * K + 1):
         with pytest.raises(ModelError, match="at least two blocks"):
+            dense.read(torch.zeros(1, num_tokens, dtype=torch.int64))
+    for num_tokens in (1024 + K, 4096):  # the tiny model was trained for 2,048
+        with pytest.raises(ModelError, match="multiple of that"):
             dense.read(torch.zeros(1, num_tokens, dtype=torch.int64))
     windows = dense.read(some_ids(tiny_lm))
     gists = dense.gists(windows)

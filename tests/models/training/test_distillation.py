@@ -43,8 +43,9 @@ def test_losses_are_means_over_all_tokens_but_the_last(tiny_lm: BaseLM, kl_share
     cuts = [np.random.default_rng(seed) for seed in seeds(4)]
     sight = Sight.stacked([random_sight(1, NUM_BLOCKS, rng, max_tail_blocks=2, shown_share=0.4) for rng in cuts])
     windows = goal.dense.read(ids)
-    gists = goal.dense.gists(windows).detach()
-    student = (goal.dense.student(windows, gists, sight) @ tiny_lm.head_weight.T).log_softmax(-1)[:, :-1]
+    with torch.no_grad():
+        hidden = goal.dense.student(windows, goal.dense.gists(windows), sight)
+    student = (hidden @ tiny_lm.head_weight.T).log_softmax(-1)[:, :-1]
     assert windows.teacher is not None
     teacher = (windows.teacher @ tiny_lm.head_weight.T).log_softmax(-1)[:, :-1]
     nll = float(F.nll_loss(student.flatten(0, 1), ids[:, K + 1 :].flatten()))
@@ -129,3 +130,19 @@ def test_repeating_can_be_learned(tiny_lm: BaseLM) -> None:
     assert losses[-1] < losses[0] - 0.02
     measured = goal.fidelity(ids, seeds(0))
     assert measured.repeat_own < measured.repeat_shuffled
+
+
+def test_nodes_are_learned_and_measured_where_they_are_seen(tiny_lm: BaseLM) -> None:
+    goal = objective(tiny_lm)
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, tiny_lm.vocab_size, (2, 2048), generator=generator)
+    goal(ids, seeds(1, 2)).loss.backward()
+    gradient = goal.dense.gistnet.get_parameter("node_constant").grad
+    assert gradient is not None
+    assert gradient.abs().max() > 0
+    found = goal.fidelity(ids, seeds(1, 2))
+    assert 0 < found.num_behind_nodes < 2 * 1024
+    assert found.node_content != 0
+    short = goal.fidelity(ids[:, :1024], seeds(1, 2))
+    assert short.num_behind_nodes == 0
+    assert math.isnan(short.node_content)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -68,6 +69,57 @@ def test_the_mask_says_the_same_of_every_entry(drawn: tuple[Sight, int, bool], n
         else:
             expected = sight.raw[row, i, j] or (i == j and place <= at)
         assert mask[row, 0, seeing, seen] == expected
+
+
+@pytest.mark.parametrize("overlay", [True, False])
+@pytest.mark.parametrize("num_vectors", [1, 2])
+def test_older_super_blocks_are_seen_as_nodes(overlay: bool, num_vectors: int) -> None:
+    n, m, q = 70, num_vectors, 2
+    rng = np.random.default_rng(3)
+    sight = random_sight(4, n, rng, max_tail_blocks=4, shown_share=0.3, overlay=overlay)
+    assert sight.node is not None
+    assert sight.num_nodes == q
+    seen = {0: 0, 1: 0, 2: 0}
+    for row in range(4):
+        for i in range(n):
+            nodes = int(sight.node[row, i].sum())
+            assert (sight.node[row, i] == (np.arange(q) < nodes)).all()
+            assert 32 * nodes <= i
+            seen[nodes] += 1
+            under = np.arange(n) < 32 * nodes
+            represented = under | sight.gist[row, i] | sight.raw[row, i]
+            assert (represented == (np.arange(n) < i)).all()
+            assert not sight.gist[row, i][under].any()
+            if not overlay:
+                assert not sight.raw[row, i][under].any()
+    assert min(seen.values()) > 0
+    assert (sight.sees_nodes() == sight.node.any(axis=2)).all()
+    mask = sight.mask(m).numpy()
+    entries = [("node", j // m, j % m) for j in range(q * m)] + [("gist", j // m, j % m) for j in range(n * m)]
+    entries += [("raw", j // K, j % K) for j in range(K, n * K)]
+    assert mask.shape == (4, 1, len(entries), len(entries))
+    # Of gists all pairs, of raw entries a sample.
+    num_gists = (q + n) * m
+    pairs = [(a, b) for a in range(num_gists) for b in range(num_gists + 3)]
+    pairs += [(int(a), int(b)) for a, b in rng.integers(num_gists, len(entries), (1500, 2))]
+    pairs += [(int(a), int(b)) for a, b in rng.integers((num_gists, 0), (len(entries), num_gists), (1500, 2))]
+    for seeing, other in pairs:
+        (kind, i, at), (what, j, place) = entries[seeing], entries[other]
+        expected = {
+            ("node", "node"): (j, place) <= (i, at),
+            ("gist", "node"): kind == "gist" and j < i // 32,
+            ("gist", "gist"): i // 32 == j // 32 and (j, place) <= (i, at),
+            ("raw", "node"): kind == "raw" and what == "node" and bool(sight.node[0, i, j]),
+            ("raw", "gist"): kind == "raw" and what == "gist" and bool(sight.gist[0, i, j]),
+            ("raw", "raw"): kind == what == "raw" and bool(sight.raw[0, i, j] or (i == j and place <= at)),
+        }.get((kind, what), False)
+        assert mask[0, 0, seeing, other] == expected, (entries[seeing], entries[other])
+
+
+def test_windows_of_one_super_block_have_no_nodes() -> None:
+    sight = random_sight(1, 32, np.random.default_rng(0), max_tail_blocks=2)
+    assert sight.node is None
+    assert not sight.sees_nodes().any()
 
 
 def test_chunks_of_all_lengths_come_up_and_shares_are_met() -> None:
