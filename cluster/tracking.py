@@ -10,6 +10,7 @@ import getpass
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +31,8 @@ RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 _METRICS_PER_BATCH = 1000
 _PARAMS_PER_BATCH = 100
 _PARAM_LENGTH = 6000
+_METRIC_NAME = re.compile(r"[^\w\-. :/]")
+"""What may not be part of one; a report's own words, as `p50, ms`, may hold it."""
 
 # MLflow's defaults, 7 retries of 120 s, would hold a job up for a quarter of an hour.
 _HTTP_LIMITS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
@@ -127,7 +130,8 @@ class MLflowTracker:
         from mlflow.entities import Metric
 
         now_ms = int(time.time() * 1000)
-        metrics = [Metric(k, float(v), now_ms, step or 0) for k, v in values.items() if math.isfinite(v)]
+        finite = {_METRIC_NAME.sub("_", k): float(v) for k, v in values.items() if math.isfinite(v)}
+        metrics = [Metric(name, value, now_ms, step or 0) for name, value in finite.items()]
         for start in range(0, len(metrics), _METRICS_PER_BATCH):
             batch = metrics[start : start + _METRICS_PER_BATCH]
             self._submit(lambda batch=batch: self._client.log_batch(self.run_id, metrics=batch))

@@ -101,7 +101,9 @@ def training_numbers(losses: Lines, fidelity: Lines, exported_step: int) -> dict
     numbers: dict[str, Any] = {"num_steps": len(losses), "exported_step": exported_step}
     if losses:
         numbers["last_step"] = dict(losses[-1])
-        numbers["speed"] = {row["speed"]: row["value"] for row in speed_rows(losses)}
+        values = [row["value"] for row in speed_rows(losses)]
+        names = ("tokens_s", "mfu", "memory_gib", "step_s", *(f"{stage}_share" for stage in STAGES))
+        numbers["speed"] = dict(zip(names, values, strict=True))
     if fidelity:
         numbers["validation"] = fidelity_rows(fidelity[-1])
         numbers["repeating"] = {name: fidelity[-1][name] for name in ("repeat_own", "repeat_shuffled")}

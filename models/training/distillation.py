@@ -115,7 +115,7 @@ class Distillation(nn.Module):
         hidden = self.dense.student(windows, gists, self._cut(windows, seeds))[:, :-1]
         self.clock.lap("student")
         assert windows.teacher is not None
-        return head_loss(
+        found = head_loss(
             hidden.flatten(0, 1),
             windows.targets[:, :-1].flatten(),
             _equal_weights(hidden),
@@ -123,6 +123,8 @@ class Distillation(nn.Module):
             windows.teacher[:, :-1].flatten(0, 1) if self.config.kl_share else None,
             self.config.kl_share,
         )
+        self.clock.lap("head")
+        return found
 
     def _repeated(self, windows: ReadWindows, gists: Gists) -> HeadLoss:
         hidden = self.dense.repeat(windows, gists)

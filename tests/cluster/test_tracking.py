@@ -27,7 +27,7 @@ def test_opening_is_quiet_and_takes_any_number_and_length_of_parameters(
     params = {f"key.{index}": index for index in range(250)} | {"long": "x" * 10_000, "paths": ["a", "b"]}
     tracker = open_tracker(TrackingConfig(experiment="own"), run_dir, "many", params, {"a": "b"})
     assert isinstance(tracker, MLflowTracker)
-    tracker.log_metrics({"fine": 1.0, "nan": float("nan"), "inf": float("inf")})
+    tracker.log_metrics({"fine": 1.0, "nan": float("nan"), "inf": float("inf"), "share (0, 1)": 0.5})
     tracker.close("FINISHED")
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -37,7 +37,7 @@ def test_opening_is_quiet_and_takes_any_number_and_length_of_parameters(
     assert run.data.params["key.249"] == "249"
     assert run.data.params["paths"] == '["a", "b"]'
     assert len(run.data.params["long"]) == 6000
-    assert run.data.metrics == {"fine": 1.0}
+    assert run.data.metrics == {"fine": 1.0, "share _0_ 1_": 0.5}
     assert run.data.tags["a"] == "b"
 
 
