@@ -32,8 +32,9 @@ from cluster.config import (
     RunConfig,
     StoreConfig,
     TrackingConfig,
+    validate_sections,
 )
-from cluster.config_parser import to_yaml
+from cluster.config_parser import parse_job, to_yaml
 from cluster.environment import PROJECT_ROOT
 from cluster.errors import ConfigError, CorpusError, ModelError
 from cluster.ray_runtime import RaySession
@@ -338,6 +339,33 @@ def test_a_stored_context_is_trained_on(
     run(replace(job, corpus=CorpusConfig(split="train"), store=store))
     run(make_job("from-corpus", num_steps=3))
     assert what_counts(losses(root, "from-context")) == what_counts(losses(root, "from-corpus"))
+
+
+@pytest.mark.slow
+def test_the_recipe_for_eight_gpus_runs_on_a_tiny_model_and_two_workers(
+    root: Path, tiny_lm_config: BaseLMConfig, tmp_path: Path, ray_cluster: RaySession
+) -> None:
+    """Everything of it but the sizes and the devices."""
+    for index in range(24):
+        (tmp_path / f"doc{index}.txt").write_text(make_text(index, 900))
+    job = parse_job(TrainGistNetJob, ["--config", "configs/train_gistnet_8gpu.yaml"], "dry run")
+    validate_sections(job)
+    assert (job.training.num_workers, job.training.gpus_per_worker, job.base_lm.device) == (8, 1, "cuda")
+    few = {"num_workers": 2, "gpus_per_worker": 0, "windows_per_step": 4, "num_steps": 2, "threads_per_worker": 1}
+    job = replace(
+        job,
+        run=RunConfig(name="eight-gpus", dir=root / "runs"),
+        tracking=TrackingConfig(enabled=False),
+        corpus=replace(job.corpus, paths=[str(tmp_path)]),
+        base_lm=tiny_lm_config,
+        gistnet=replace(job.gistnet, lm_layers=2, key_layer=1),
+        windows=replace(job.windows, window_tokens=2048, folder=root / "windows", num_validation=2),
+        training=replace(job.training, **few),
+    )
+    run(job)
+    assert [line["step"] for line in losses(root, "eight-gpus")] == [1, 2]
+    report = json.loads((root / "runs/eight-gpus/report.json").read_text())
+    assert report["node_content_nats"] != 0
 
 
 def test_bad_input_is_refused_before_ray_is_asked(root: Path, make_job: JobFactory, ray_cluster: RaySession) -> None:
