@@ -6,16 +6,27 @@ configuration wants the folder of a net. Versions are files of a run, put there 
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
+import tempfile
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+from filelock import FileLock
 
 from cluster.config import BaseLMConfig, GistNetConfig, TrackingConfig
 from cluster.errors import ConfigError, TrackingError
+from cluster.log import get_logger, quiet_libraries
 
 SCHEME = "models:/"
 DIGEST_TAG = "megacontext.digest"
+
+# MLflow's defaults, 7 retries of 120 s, would hold a job up for a quarter of an hour.
+_HTTP_LIMITS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
 
 _NAME = re.compile(r"models:/(?P<name>[^/@]+)(/(?P<version>\d+|latest)|@(?P<alias>[^/@]+))")
 
@@ -25,6 +36,16 @@ JobT = TypeVar("JobT")
 def tracking_uri(config: TrackingConfig, run_dir: Path) -> str:
     """Of MLflow's server or database."""
     return config.uri or f"sqlite:///{run_dir}/mlflow.db"
+
+
+def mlflow_client(uri: str) -> Any:
+    """MLflow's client of one server or database, for runs and registry, that gives up after some 20 s."""
+    for name, value in _HTTP_LIMITS.items():
+        os.environ.setdefault(name, value)
+    from mlflow import MlflowClient
+
+    quiet_libraries()  # MLflow turns its loggers up when it is imported
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
 def with_local_nets(job: JobT) -> JobT:
@@ -69,12 +90,11 @@ def local_net(name: str, uri: str, cache: Path) -> Path:
         raise ConfigError(
             f"{name} names no registered net: write {SCHEME}NAME/VERSION, {SCHEME}NAME/latest or {SCHEME}NAME@ALIAS"
         )
-    from mlflow import MlflowClient
+    client = mlflow_client(uri)
     from mlflow.artifacts import download_artifacts
     from mlflow.exceptions import MlflowException
     from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
 
-    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
     try:
         if alias := match["alias"]:
             version = client.get_model_version_by_alias(match["name"], alias)
@@ -85,10 +105,18 @@ def local_net(name: str, uri: str, cache: Path) -> Path:
             version = max(found, key=lambda one: int(one.version))
         else:
             version = client.get_model_version(match["name"], match["version"])
-        target = cache / version.tags.get(DIGEST_TAG, f"{match['name']}-{version.version}")[:32]
-        target.mkdir(parents=True, exist_ok=True)
-        # Files of this machine are not copied: then it is another folder that comes back.
-        return Path(download_artifacts(artifact_uri=version.source, dst_path=str(target), tracking_uri=uri))
+        get_logger("registry").info("%s is version %s", name, version.version)
+        if version.source.startswith("file:"):
+            return Path(url2pathname(urlsplit(version.source).path))
+        # A version's files never change: fetched once, and there only when all of them are.
+        folder = cache / hashlib.sha256(f"{uri}\0{version.name}\0{version.version}".encode()).hexdigest()[:16]
+        if not folder.exists():
+            cache.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder.with_suffix(".lock")), tempfile.TemporaryDirectory(dir=cache) as unfinished:
+                if not folder.exists():
+                    fetched = download_artifacts(artifact_uri=version.source, dst_path=unfinished, tracking_uri=uri)
+                    Path(fetched).rename(folder)
+        return folder
     except MlflowException as error:
         missing = error.error_code in {ErrorCode.Name(RESOURCE_DOES_NOT_EXIST), "INVALID_PARAMETER_VALUE"}
         if missing:

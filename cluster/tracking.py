@@ -9,12 +9,11 @@ from __future__ import annotations
 import getpass
 import json
 import math
-import os
 import re
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -22,8 +21,8 @@ from filelock import FileLock
 
 from cluster.config import TrackingConfig
 from cluster.errors import TrackingError
-from cluster.log import get_logger, quiet_libraries
-from cluster.registry import DIGEST_TAG, SCHEME, tracking_uri
+from cluster.log import get_logger
+from cluster.registry import DIGEST_TAG, SCHEME, mlflow_client, tracking_uri
 
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -33,9 +32,6 @@ _PARAMS_PER_BATCH = 100
 _PARAM_LENGTH = 6000
 _METRIC_NAME = re.compile(r"[^\w\-. :/]")
 """What may not be part of one; a report's own words, as `p50, ms`, may hold it."""
-
-# MLflow's defaults, 7 retries of 120 s, would hold a job up for a quarter of an hour.
-_HTTP_LIMITS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
 
 log = get_logger("tracking")
 
@@ -93,16 +89,12 @@ class MLflowTracker:
         Raises:
             TrackingError: the server cannot be reached or refuses; after 20 s at most.
         """
-        for name, value in _HTTP_LIMITS.items():
-            os.environ.setdefault(name, value)
         self.uri = tracking_uri(config, run_dir)
         is_local = self.uri.startswith("sqlite:")
         try:
-            from mlflow import MlflowClient
+            self._client = mlflow_client(self.uri)
             from mlflow.entities import Param
 
-            quiet_libraries()  # MLflow turns its loggers up when it is imported
-            self._client = MlflowClient(tracking_uri=self.uri)
             # Two jobs that start together would both create the tables of a new database.
             with FileLock(run_dir / ".mlflow.lock", timeout=120) if is_local else nullcontext():
                 experiment = self._client.get_experiment_by_name(config.experiment)
@@ -156,23 +148,34 @@ class MLflowTracker:
             digest: of the net; the same digest gets no second version.
 
         Returns:
-            `models:/<name>/<version>`; empty where the server was lost.
+            `models:/<name>/<version>`; empty, with a warning, where the registry refused or the server was lost.
         """
         found: list[str] = []
-        self._submit(lambda: found.append(self._registered(folder, name, digest)))
+
+        def register() -> None:
+            try:
+                found.append(self._registered(folder, name, digest))
+            except Exception as error:  # the net is on disk; the run goes on without an entry
+                log.warning("%s could not be registered at %s: %s", name, self.uri, _first_line(error))
+
+        self._submit(register)
         self._writer.submit(lambda: None).result()  # everything before it is done
         return found[0] if found else ""
 
     def _registered(self, folder: Path, name: str, digest: str) -> str:
         from mlflow.exceptions import MlflowException
+        from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
 
         known = self._client.search_model_versions(f"name='{name}'")
         for version in known:
             if version.tags.get(DIGEST_TAG) == digest:
                 return f"{SCHEME}{name}/{version.version}"
         self._client.log_artifacts(self.run_id, str(folder), folder.name)
-        with suppress(MlflowException):  # it has versions already
+        try:
             self._client.create_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != ErrorCode.Name(RESOURCE_ALREADY_EXISTS):
+                raise
         source = f"{self._client.get_run(self.run_id).info.artifact_uri}/{folder.name}"
         version = self._client.create_model_version(name, source, self.run_id, {DIGEST_TAG: digest})
         return f"{SCHEME}{name}/{version.version}"

@@ -141,6 +141,10 @@ class TrainingConfig:
             require(getattr(self, name) >= 1, f"training.{name} must be at least 1")
         for name in ("gpus_per_worker", "threads_per_worker", "warmup_steps", "weight_decay", "validate_every_steps"):
             require(getattr(self, name) >= 0, f"training.{name} must be 0 or more")
+        require(
+            all(c.isalnum() or c in "-_." for c in self.registered_name),
+            f"training.registered_name={self.registered_name!r} may hold letters, digits, '-', '_' and '.'",
+        )
         require(self.learning_rate > 0, "training.learning_rate must be positive")
         require(self.clip_norm > 0, "training.clip_norm must be positive")
         require(0 <= self.beta2 < 1, "training.beta2 must be from 0 to below 1")

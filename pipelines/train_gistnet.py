@@ -15,7 +15,7 @@ from actors.plan import explicit_dtype
 from actors.training.feed import FeedSpec
 from actors.training.fit import fit
 from actors.training.order import ReadingOrder
-from actors.training.recipe import recipe_of, require_same_recipe
+from actors.training.recipe import BEGUN_NET, CONTEXT_VERSION, begun_with, recipe_of, require_same_recipe
 from actors.training.sources import ContextWindows, CorpusWindows, WindowSource
 from actors.training.windows import prepare_windows, windows_folder
 from actors.training.worker import GISTNET, TrainerSpec
@@ -54,11 +54,12 @@ def run(job: TrainGistNetJob) -> None:
     job = absolute_paths(job)
     source = open_text(job, job.corpus.split, tokenizer)
     validation = open_text(job, "dev", tokenizer) if job.corpus.split == "train" else None
+    version = {CONTEXT_VERSION: source.version} if isinstance(source, ContextWindows) else {}
     with JobRun.start("train gistnet", job) as job_run:
         digests = {"base_lm": files.digest, "tokenizer": tokenizer.digest, "text": source.digest()}
         job_run.log_digests(digests)
         base_lm = _with_dtype(job.base_lm, job_run)
-        recipe = recipe_of(replace(job, base_lm=base_lm), {**digests, "untrained gistnet": gistnet.digest()})
+        recipe = version | recipe_of(replace(job, base_lm=base_lm), {**digests, BEGUN_NET: gistnet.digest()})
         require_same_recipe(job_run.folder, recipe)
         with ray_session(job.ray) as session:
             folder = _prepared(job, source, tokenizer, "cutting the text", job_run)
@@ -99,7 +100,9 @@ def open_text(job: TrainGistNetJob, split: CorpusSplit, tokenizer: Tokenizer) ->
     """
     if job.corpus.names_text:
         return CorpusWindows(open_corpus(replace(job.corpus, split=split)), job.base_lm)
-    return ContextWindows(job.store.root, job.store.context, tokenizer, split)
+    # A run goes on with the version it was begun with, whatever was written since.
+    version = begun_with(job.run.dir / (job.run.name or "train-gistnet"), CONTEXT_VERSION)
+    return ContextWindows(job.store.root, job.store.context, tokenizer, split, version)
 
 
 def _with_dtype(base_lm: BaseLMConfig, job_run: JobRun) -> BaseLMConfig:

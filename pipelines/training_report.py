@@ -41,14 +41,17 @@ def training_tables(losses: Lines, fidelity: Lines) -> list[Table]:
         if newest and name in newest[0]
     ]
     tables = [Table(rows, "Training"), Table(speed_rows(losses), "Speed, mean of the newest steps")]
-    if fidelity:
-        last = fidelity[-1]
-        tables.append(Table(fidelity_rows(last), f"Validation after {last['step']:,} steps, nats a token"))
-        own, other = last["repeat_own"], last["repeat_shuffled"]
-        row = {"own gist": own, "another block's": other, "difference": other - own}
-        tables.append(Table([row], "Saying a block again from its gist alone, nats a token"))
-        if "node_content" in last:
-            tables.append(Table([{"content_nats": last["node_content"]}], "LOD2 gists, behind all else the same"))
+    return [*tables, *(fidelity_tables(fidelity[-1]) if fidelity else [])]
+
+
+def fidelity_tables(line: Mapping[str, Any]) -> list[Table]:
+    """What one validation found, on text that was not trained on."""
+    tables = [Table(fidelity_rows(line), f"Validation after {line['step']:,} steps, nats a token")]
+    own, other = line["repeat_own"], line["repeat_shuffled"]
+    row = {"own gist": own, "another block's": other, "difference": other - own}
+    tables.append(Table([row], "Saying a block again from its gist alone, nats a token"))
+    if "node_content" in line:
+        tables.append(Table([{"content_nats": line["node_content"]}], "LOD2 gists, behind all else the same"))
     return tables
 
 
@@ -117,14 +120,13 @@ def model_card(net: GistNet, lm_id: str, recipe: Mapping[str, Any], fidelity: Li
     measured = [line for line in fidelity if line["step"] <= step]
     parts = [
         f"# GistNet {net.net_id} for {lm_id}",
-        f"Makes {net.num_vectors} vector(s) of size {net.dim} of every {K} tokens, and a routing key. Distilled from "
-        f"the frozen model for {step:,} steps; of no use to another one. sha256 {net.digest()}.",
+        f"Makes {net.num_vectors} vector(s) of size {net.dim} of every {K} tokens, and a routing key. Trained before "
+        f"the frozen model for {step:,} steps, the best of those that were kept; of no use to another model. sha256 "
+        f"{net.digest()}.",
         "Load it with `--gistnet.path <this folder>`.",
     ]
     if measured:
-        rows = fidelity_rows(measured[-1])
-        title = f"On text it was not trained on, after {measured[-1]['step']:,} steps, nats a token"
-        parts.append(Table(rows, title).markdown())
+        parts += [table.markdown() for table in fidelity_tables(measured[-1])]
     parts.append(Table([{"key": key, "value": str(value)} for key, value in recipe.items()], "Made with").markdown())
     return "\n\n".join(parts) + "\n"
 
@@ -164,15 +166,21 @@ def plot_speed(losses: Lines, path: Path) -> None:
 
 
 def plot_fidelity(fidelity: Lines, path: Path) -> None:
-    """What gists say of the text, by raw tail, over training."""
+    """What gists say of the text over training: by raw tail, of LOD2, and when a block is to be said again."""
     steps = [line["step"] for line in fidelity]
-    with figure(path, "Validation: own gists over shuffled ones", size=(8.0, 4.0)) as axes:
+    with figure(path, "Validation: own gists over shuffled ones", num_columns=2, size=(12.0, 4.0)) as (axes, right):
         for group in range(len(fidelity[-1]["num_tokens"])):
             content = [line["shuffled"][group] - line["own"][group] for line in fidelity]
             axes.plot(steps, content, marker="o", label=f"tail of {K * group} to {K * group + K - 1} tokens")
         axes.axhline(0, color="black", linewidth=0.8)
+        if all("node_content" in line for line in fidelity):
+            axes.plot(steps, [line["node_content"] for line in fidelity], marker="s", label="LOD2, all else the same")
         axes.set(xlabel="step", ylabel="content_nats, nats a token")
         axes.legend()
+        for name, label in (("repeat_own", "own gist"), ("repeat_shuffled", "another block's")):
+            right.plot(steps, [line[name] for line in fidelity], marker="o", label=label)
+        right.set(xlabel="step", ylabel="a block behind its gist alone, nats a token")
+        right.legend()
 
 
 def _smoothed(values: np.ndarray, over: int = 20) -> np.ndarray:

@@ -19,7 +19,7 @@ from torch.nn.utils import get_total_norm
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from actors.training.optimiser_state import OptimiserState, gather, restore, restore_weights
+from actors.training.optimiser_state import OptimiserState, gather, restore
 from actors.training.order import num_passes
 from cluster.training_config import TrainingConfig
 
@@ -50,7 +50,6 @@ class DeepSpeedEngine:
         self.num_steps = 0 if state is None else state.step
         """Steps taken since the run's beginning."""
         first = self.num_steps
-        weights = {name: weight.detach().clone() for name, weight in module.named_parameters()}
         optimiser = AdamW(parameter_groups(module, config.weight_decay), config.learning_rate, (0.9, config.beta2))
         # DeepSpeed's own annotation knows torch's schedulers by a name they have no longer.
         scheduler: Any = LambdaLR(optimiser, lambda step: learning_rate_share(first + step, config))
@@ -61,7 +60,6 @@ class DeepSpeedEngine:
             config=deepspeed_config(config, dist.get_world_size()),
             dist_init_required=False,
         )
-        restore_weights(self._engine, module, weights)
         restore(self._engine, module, state or OptimiserState(0, {}))
 
     def __call__(self, *inputs: Any) -> Any:

@@ -15,6 +15,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedErr
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from actors.training.feed import DATASET, FEED_CPUS, FeedSpec, StepsConfig
+from actors.training.fidelity import OVER_ALL
 from actors.training.worker import TrainerSpec, resumed, train
 from cluster.errors import MegaContextError, ModelError, ResourceError
 from cluster.ray_calls import check_resources
@@ -122,8 +123,9 @@ def _watched(spec: TrainerSpec, job_run: JobRun) -> Iterator[None]:
                     if line["step"] > validated:
                         validated = line["step"]
                         own, shuffled = (np.average(line[k], weights=line["num_tokens"]) for k in ("own", "shuffled"))
-                        values = {"validation.nll": float(own), "validation.content_nats": float(shuffled - own)}
-                        job_run.log_metrics(values, validated)
+                        values = {"nll": float(own), "content_nats": float(shuffled - own)}
+                        values |= {name: line[name] for name in OVER_ALL if name in line}
+                        job_run.log_metrics({f"validation.{k}": v for k, v in values.items()}, validated)
                 if last_look:
                     return
 

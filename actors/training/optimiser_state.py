@@ -88,9 +88,6 @@ def gather(engine: Any, module: nn.Module, step: int) -> OptimiserState | None:
 def restore(engine: Any, module: nn.Module, state: OptimiserState) -> None:
     """Hand every worker its shard; weights are the module's before it was given to DeepSpeed.
 
-    A fresh run is restored too, from no moments at step 0: under ZeRO 3 DeepSpeed begins with a step of zero gradients,
-    which would count.
-
     Raises:
         ModelError: moments of weights of other names or shapes.
     """
@@ -102,20 +99,14 @@ def restore(engine: Any, module: nn.Module, state: OptimiserState) -> None:
             **{key: torch.zeros_like(flat) for key in MOMENTS},
         }
     if engine.zero_optimization_stage() in {1, 2}:
-        # Otherwise done behind the first step: until then no weight knows where its moments are.
+        # Until now no weight knows where its moments are. DeepSpeed would tell all of them when the first of its groups
+        # has taken a step, and the moments of the others are not there yet: so a fresh run comes here, too.
         engine.optimizer._lazy_init_hp_params_optimizer_state()
     for name, parameter in _trained(module):
         for key in MOMENTS:
             moment = state.moments.get(f"{name}/{key}")
             if moment is not None:
                 _set(engine, parameter, key, moment.to(parameter.device))
-
-
-def restore_weights(engine: Any, module: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Undo what DeepSpeed's first step of zero gradients did to the weights that ZeRO 3 shards (decay)."""
-    if engine.zero_optimization_stage() == 3:
-        for name, parameter in _trained(module):
-            _set(engine, parameter, None, weights[name])
 
 
 def _trained(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -153,13 +144,9 @@ def _gathered(engine: Any, module: nn.Module) -> Iterator[tuple[str, str, Tensor
                 yield name, key, whole.detach().to("cpu", torch.float32).clone()
 
 
-def _set(engine: Any, parameter: nn.Parameter, key: str | None, whole: Tensor) -> None:
-    """One moment of a weight, or with no key the weight itself."""
-    from deepspeed.utils import (
-        safe_set_full_optimizer_state,
-        safe_set_local_fp32_param,
-        safe_set_local_optimizer_state,
-    )
+def _set(engine: Any, parameter: nn.Parameter, key: str, whole: Tensor) -> None:
+    """One moment of a weight."""
+    from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
     stage = engine.zero_optimization_stage()
     if stage == 3:
@@ -167,11 +154,7 @@ def _set(engine: Any, parameter: nn.Parameter, key: str | None, whole: Tensor) -
         size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
         padded = torch.zeros(size * dist.get_world_size(), device=whole.device)
         padded[: whole.numel()] = whole.flatten()
-        shard = padded[size * dist.get_rank() :][:size]
-        if key is None:
-            safe_set_local_fp32_param(parameter, shard)
-        else:
-            safe_set_local_optimizer_state(parameter, shard, key)
+        safe_set_local_optimizer_state(parameter, padded[size * dist.get_rank() :][:size], key)
     elif stage == 0:
         engine.basic_optimizer.state[parameter][key].copy_(whole)
     else:

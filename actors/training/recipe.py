@@ -14,6 +14,8 @@ from cluster.run import write_atomically
 from cluster.training_config import TrainGistNetJob
 
 RECIPE = "recipe.json"
+BEGUN_NET = "untrained gistnet"
+CONTEXT_VERSION = "context version"
 
 FREE_KEYS = frozenset(
     f"training.{name}"
@@ -56,4 +58,13 @@ def require_same_recipe(folder: Path, recipe: Mapping[str, Any]) -> None:
     differing = [key for key in {**begun, **recipe} if begun.get(key) != recipe.get(key)]
     if differing:
         listed = "; ".join(f"{key}: {begun.get(key)!r} then, {recipe.get(key)!r} now" for key in sorted(differing))
-        raise ConfigError(f"the run in {folder} was begun otherwise ({listed}); give this one another --run.name")
+        hint = ""
+        if f"digest of {BEGUN_NET}" in differing:
+            hint = "; if gistnet.path is models:/.../latest or an alias, give the version that the run was begun with"
+        raise ConfigError(f"the run in {folder} was begun otherwise ({listed}); give this one another --run.name{hint}")
+
+
+def begun_with(folder: Path, key: str) -> Any:
+    """A value of the recipe that a run was begun with; None where it was not."""
+    path = folder / RECIPE
+    return json.loads(path.read_text()).get(key) if path.exists() else None

@@ -6,6 +6,7 @@ Both are read by Ray Data tasks, in order, and give the same windows of the same
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import pickle
 from collections.abc import Iterable, Iterator
@@ -19,6 +20,7 @@ import ray.data
 
 from actors.feeds import MAX_INPUT_BLOCKS, PACKER_CPUS, task_tokenizer
 from actors.packing import Packer, Window
+from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.config import BaseLMConfig, CorpusSplit
 from cluster.errors import CorpusError, IncompatibleTreeError
 from cluster.ray_data import stream_in_order
@@ -29,6 +31,8 @@ from storage.store import Store
 
 DOCUMENTS_PER_TASK = 64
 TOKENS_PER_TABLE = 2**18
+TOKENS_PER_READ = 2**17
+"""Of a stored document: a multiple of every window's length."""
 
 
 class WindowSource(Protocol):
@@ -68,10 +72,15 @@ class CorpusWindows:
 
 
 class ContextWindows:
-    """Documents of a context as its newest version has them."""
+    """Documents of a context as one version has them."""
 
-    def __init__(self, root: Path, context: str, tokenizer: Tokenizer, split: CorpusSplit) -> None:
+    def __init__(
+        self, root: Path, context: str, tokenizer: Tokenizer, split: CorpusSplit, version: int | None = None
+    ) -> None:
         """Look the documents up; nothing is read.
+
+        Args:
+            version: sequence number; None: the newest.
 
         Raises:
             ContextNotFoundError: no such context.
@@ -85,10 +94,10 @@ class ContextWindows:
                 f"context {context!r} was made with tokenizer {made_with[:12]}…, base_lm has {tokenizer.digest[:12]}…; "
                 "take the model it was made for, or another context"
             )
-        # Pinned as long as this lives, so that the tasks find the version.
-        self._reader = store.open_reader(context)
+        with contextlib.closing(store.open_reader(context, seq=version)) as reader:
+            self.version = reader.version.seq
+            documents = reader.documents()
         self._root, self._context, self._split = root, context, split
-        documents = self._reader.documents()
         self._documents = [one for one in documents if split == "all" or split_of(one.meta.content_sha256) == split]
         if not self._documents:
             raise CorpusError(f"{self.describe()} has no documents; the whole context has {len(documents):,}")
@@ -108,7 +117,12 @@ class ContextWindows:
             {"what": pickle.dumps(self._documents[first : first + DOCUMENTS_PER_TASK])}
             for first in range(0, len(self._documents), DOCUMENTS_PER_TASK)
         ]
-        return _run(groups, _CutDocuments(self._root, self._context, self._reader.version.seq, window_tokens))
+        task = _CutDocuments(self._root, self._context, self.version, window_tokens)
+        # The version is kept while tasks read it, however long that takes.
+        with contextlib.closing(Store(self._root).open_reader(self._context, seq=self.version)) as pin:
+            for table in _run(groups, task):
+                pin.renew()
+                yield table
 
 
 @dataclass(frozen=True)
@@ -146,8 +160,10 @@ class _CutDocuments:
     @staticmethod
     def _parts(reader: Any, documents: list[DocumentInfo]) -> Iterator[tuple[np.ndarray, bool]]:
         for one in documents:
-            tokens, _ = reader.tokens(one.first_block, one.num_blocks)
-            yield tokens.reshape(-1)[: one.num_tokens], True
+            for first in range(0, one.num_tokens, TOKENS_PER_READ):
+                size = min(TOKENS_PER_READ, one.num_tokens - first)
+                tokens, _ = reader.tokens(one.first_block + first // K, -(-size // K))
+                yield tokens.reshape(-1)[:size], first + size == one.num_tokens
 
 
 def _joined(parts: Iterable[tuple[np.ndarray, bool]], window_tokens: int) -> Iterator[tuple[np.ndarray, bool]]:

@@ -37,14 +37,17 @@ from models.training.flops import flops_per_window, peak_flops
 from models.training.means import measure_means
 from storage.token_windows import TokenWindows
 
+TRAINED_MODULE = "gistnet"
+"""Attribute of `Distillation` that holds the net."""
+
 GISTNET = "gistnet"
 """Folder of a checkpoint that holds the net alone, as safetensors."""
 
 STAGES = ("wait", "teacher", "gists", "student", "head", "backward", "optimiser")
 """Of a step, in order; losses.jsonl has the seconds of each. `wait`: for data."""
 
-MEAN_WINDOWS = 8
-"""Windows that an untrained net's means are measured on: 8,192 tokens leave 1% of a state's spread in them."""
+MEAN_TOKENS = 8192
+"""Tokens that an untrained net's means are measured on: so many leave 1% of a state's spread in them."""
 
 
 @dataclass(frozen=True)
@@ -112,11 +115,11 @@ class Trainer:
         net = gistnet.to(self.lm.device).train()
         if state is None and not any(mean.any() for mean in net.buffers()):
             windows = TokenWindows(spec.windows)
-            sample = windows.read(np.arange(min(MEAN_WINDOWS, len(windows))))
-            measure_means(self.lm, net, self._ids(sample))
+            count = max(1, MEAN_TOKENS // spec.window_tokens)
+            measure_means(self.lm, net, self._ids(windows.read(np.arange(min(count, len(windows))))))
         self.objective = Distillation(DensePass(self.lm, net), spec.objective)
-        self.engine = DeepSpeedEngine(self.objective, spec.training, state)
         self._window_flops = flops_per_window(self.lm, net, spec.window_tokens, spec.objective)
+        self.engine = DeepSpeedEngine(self.objective, spec.training, state)
         dist.barrier()  # all workers measure at the same time, as they compute
         self._peak_flops = peak_flops(self.lm.device, self.lm.dtype)
         if self.rank == 0:
@@ -146,7 +149,8 @@ class Trainer:
                 continue
             done = batch.step + 1
             line = self._reduced(done, losses, clock.seconds(), time.perf_counter() - started)
-            if not math.isfinite(line["loss"]):
+            # DeepSpeed calls the length of a gradient that is not finite -1.
+            if not math.isfinite(line["loss"]) or not 0 <= line["gradient_norm"] < math.inf:
                 # No error of this worker's, or Ray Train would try the same again.
                 if self.rank == 0:
                     self.spec.divergence.happened(done)
@@ -177,7 +181,8 @@ class Trainer:
         self, step: int, found: Sequence[StepLosses], stages: Mapping[str, float], step_s: float
     ) -> dict[str, float]:
         """A step's line: means over all workers, and the most memory of any."""
-        names = ("loss", "kl", "nll", "repeat", "spread")
+        # What the objective does not ask for is in no step's losses.
+        names = [name for name in ("loss", "kl", "nll", "repeat", "spread") if getattr(found[0], name) is not None]
         own = [sum(float(getattr(losses, name)) for losses in found) / len(found) for name in names]
         own += [step_s, *(stages.get(stage, 0.0) for stage in STAGES)]
         values = torch.tensor(own, dtype=torch.float64, device=self.lm.device)
@@ -186,7 +191,7 @@ class Trainer:
         dist.all_reduce(memory, dist.ReduceOp.MAX)
         means = (values / dist.get_world_size()).tolist()
         tokens_s = self.spec.training.windows_per_step * self.spec.window_tokens / step_s
-        line = {
+        return {
             "step": step,
             **dict(zip((*names, "step_s", *(f"{stage}_s" for stage in STAGES)), means, strict=True)),
             "tokens_s": tokens_s,
@@ -195,8 +200,6 @@ class Trainer:
             "gradient_norm": self.engine.gradient_norm,
             "learning_rate": self.engine.learning_rate,
         }
-        # What the objective does not ask for is left out.
-        return {name: value for name, value in line.items() if name == "loss" or not math.isnan(value)}
 
     def _validate(self, step: int) -> None:
         """Every worker measures its share; worker 0 writes down the mean."""
@@ -209,9 +212,14 @@ class Trainer:
         pairs = [chosen[first : first + 2] for first in range(0, len(chosen) - 1, 2)]
         self.objective.eval()
         sums = FidelitySums(spec.objective.max_tail_blocks, self.lm.device)
-        for number in range(self.rank, len(pairs), dist.get_world_size()):
-            seeds = [(spec.training.seed, int(window)) for window in pairs[number]]
-            sums.add(self.objective.fidelity(self._ids(self._validation.read(pairs[number])), seeds))
+        workers = dist.get_world_size()
+        for first in range(0, len(pairs), workers):
+            # All come equally often: under ZeRO 3 every pass gathers weights from all. Who is left over does one again.
+            pair = pairs[(first + self.rank) % len(pairs)]
+            seeds = [(spec.training.seed, int(window)) for window in pair]
+            found = self.objective.fidelity(self._ids(self._validation.read(pair)), seeds)
+            if first + self.rank < len(pairs):
+                sums.add(found)
         self.objective.train()
         line = sums.reduced()
         if self.rank == 0:
@@ -240,13 +248,16 @@ def resumed(path: Path, begun: GistNet) -> tuple[GistNet, OptimiserState]:
     Raises:
         ModelError: it is damaged, or of another net than the run was begun with.
     """
-    net, state = GistNet.load(path / GISTNET), OptimiserState.load(path)
+    try:
+        net, state = GistNet.load(path / GISTNET), OptimiserState.load(path)
+    except ModelError as error:
+        raise ModelError(f"{error}; delete {path} to go on from an older checkpoint") from error
     if net.spec != begun.spec:
         raise ModelError(
             f"the checkpoint {path} is of {net.spec}, this run of {begun.spec}; give it another --run.name"
         )
     try:
-        state.check({f"{GISTNET}.{name}": tuple(weight.shape) for name, weight in net.named_parameters()})
+        state.check({f"{TRAINED_MODULE}.{name}": tuple(weight.shape) for name, weight in net.named_parameters()})
     except ModelError as error:
         raise ModelError(
             f"the checkpoint {path} does not fit this run: {error}; delete it to go on from an older one"

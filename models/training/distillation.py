@@ -35,13 +35,13 @@ class StepLosses:
 
     loss: Float32[Tensor, ""]
     """To be minimised; the only one with a gradient."""
-    kl: float
-    """NaN where the teacher was not asked."""
-    nll: float
-    """NaN where nothing was predicted behind gists."""
-    repeat: float
-    """NLL of blocks behind their own gist alone; NaN where it was not asked for."""
-    spread: float
+    kl: Float32[Tensor, ""] | None
+    """None where the teacher was not asked."""
+    nll: Float32[Tensor, ""] | None
+    """None where nothing was predicted behind gists."""
+    repeat: Float32[Tensor, ""] | None
+    """NLL of blocks behind their own gist alone; None where it was not asked for."""
+    spread: Float32[Tensor, ""]
     """Variance share of the gists: mean square distance to their mean, over their mean square length. Near 0 a net says
     the same of everything."""
 
@@ -91,7 +91,7 @@ class Distillation(nn.Module):
             seeds: of each window's cuts.
         """
         share = self.config.repeat_share
-        windows = self.dense.read(ids, teacher=share < 1)
+        windows = self.dense.read(ids, teacher=share < 1 and self.config.kl_share > 0)
         self.clock.lap("teacher")
         gists = self.dense.gists(windows)
         self.clock.lap("gists")
@@ -102,9 +102,9 @@ class Distillation(nn.Module):
         loss = torch.stack([weight * found.loss for weight, found in parts if found is not None]).sum()
         losses = StepLosses(
             loss,
-            float("nan") if behind is None or not self.config.kl_share else float(behind.kl.mean()),
-            float("nan") if behind is None else float(behind.nll.mean()),
-            float("nan") if again is None else float(again.nll.mean()),
+            None if behind is None or windows.teacher is None else behind.kl.mean(),
+            None if behind is None else behind.nll.mean(),
+            None if again is None else again.nll.mean(),
             _spread(gists.blocks),
         )
         self.clock.lap("head")
@@ -114,13 +114,12 @@ class Distillation(nn.Module):
         """Every token but the last, whose successor is not known, behind the gists of some Working Context."""
         hidden = self.dense.student(windows, gists, self._cut(windows, seeds))[:, :-1]
         self.clock.lap("student")
-        assert windows.teacher is not None
         found = head_loss(
             hidden.flatten(0, 1),
             windows.targets[:, :-1].flatten(),
             _equal_weights(hidden),
             self.dense.lm.head_weight,
-            windows.teacher[:, :-1].flatten(0, 1) if self.config.kl_share else None,
+            None if windows.teacher is None else windows.teacher[:, :-1].flatten(0, 1),
             self.config.kl_share,
         )
         self.clock.lap("head")
@@ -201,6 +200,7 @@ def _mean(values: Float32[Tensor, "B S"], where: Bool[Tensor, "B S"]) -> float:
     return float(values[where].mean())
 
 
-def _spread(gists: Float32[Tensor, "B n m D"]) -> float:
+def _spread(gists: Float32[Tensor, "B n m D"]) -> Float32[Tensor, ""]:
     gists = gists.detach()
-    return float((gists - gists.mean(dim=(0, 1))).square().mean() / gists.square().mean())
+    # An untrained constant is zero everywhere.
+    return (gists - gists.mean(dim=(0, 1))).square().mean() / gists.square().mean().clamp(min=1e-30)

@@ -7,9 +7,11 @@ device in the same run, not a data sheet's.
 
 from __future__ import annotations
 
+import copy
 import time
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.training_config import ObjectiveConfig
@@ -17,7 +19,7 @@ from models.base_lm import BaseLM
 from models.gistnet import GistNet
 from models.window_encoder import WINDOW_TOKENS
 
-PEAK_SIZE, PEAK_REPEATS = 1536, 6
+PEAK_REPEATS = 6
 
 
 def flops_per_window(lm: BaseLM, net: GistNet, window_tokens: int, objective: ObjectiveConfig) -> float:
@@ -33,20 +35,41 @@ def flops_per_window(lm: BaseLM, net: GistNet, window_tokens: int, objective: Ob
         objective: what is asked for.
     """
     num_blocks = window_tokens // K
-    matrices = sum(parameter.numel() for parameter in net.parameters() if parameter.dim() >= 2)
-    found = 6.0 * matrices * num_blocks
     num_nodes = window_tokens // WINDOW_TOKENS if window_tokens > WINDOW_TOKENS else 0
+    # Behind a net's own forward pass: gradients of its weights and of what they multiply.
+    found = 3.0 * (num_blocks * _of_block(net) + num_nodes * _of_node(net))
     lower = _forward(lm, min(window_tokens, WINDOW_TOKENS)) * (net.lm_layer or 0) / lm.num_layers
-    if objective.repeat_share < 1:
-        entries = (num_nodes + num_blocks) * net.num_vectors + window_tokens - K
-        # Beyond a super-block the net's states are not on the teacher's way.
-        found += _forward(lm, window_tokens) + num_nodes * lower + _forward_and_backward(lm, entries)
-        found += _head(lm, window_tokens - K, 3 if objective.kl_share else 2)
+    distilled = objective.repeat_share < 1 and objective.kl_share > 0
+    if distilled:
+        # Within a super-block the net's states lie on the teacher's way.
+        found += _forward(lm, window_tokens) + num_nodes * lower
     else:
         found += max(1, num_nodes) * lower
+    if objective.repeat_share < 1:
+        entries = (num_nodes + num_blocks) * net.num_vectors + window_tokens - K
+        found += _forward_and_backward(lm, entries) + _head(lm, window_tokens - K, 3 if distilled else 2)
     if objective.repeat_share > 0:
         found += num_blocks * _forward_and_backward(lm, net.num_vectors + K - 1) + _head(lm, window_tokens, 2)
     return found
+
+
+def _of_block(net: GistNet) -> float:
+    """Forward pass of one block, counted by torch on a copy without memory."""
+    states = torch.empty(1, K, net.dim, device="meta")
+    hidden = None if net.lm_layer is None else states
+    key_states = None if net.spec.key_layer is None else states
+    length = torch.ones(1, dtype=torch.int64, device="meta")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        copy.deepcopy(net).to("meta").forward_tokens(states, length, hidden, key_states)
+    return counter.get_total_flops()
+
+
+def _of_node(net: GistNet) -> float:
+    gists = torch.empty(1, K, net.num_vectors, net.dim, device="meta")
+    keys = torch.empty(1, K, net.key_dim, device="meta")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        copy.deepcopy(net).to("meta").forward_nodes(gists, keys, 2)
+    return counter.get_total_flops()
 
 
 def _forward(lm: BaseLM, length: int) -> float:
@@ -66,14 +89,16 @@ def _head(lm: BaseLM, length: int, num_products: int) -> float:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """The most floating-point operations a second of a square matrix product, on this process's threads."""
-    left = torch.randn(PEAK_SIZE, PEAK_SIZE, device=device).to(dtype)
+    """The most floating-point operations a second of a square matrix product, on this process's threads or its GPU."""
+    size, at_a_time = (8192, 8) if device.type == "cuda" else (1536, 1)  # enough to fill it, and to hide its start
+    left = torch.randn(size, size, device=device).to(dtype)
     best_s = float("inf")
     for _ in range(PEAK_REPEATS):
         started = _now(device)
-        torch.mm(left, left)
+        for _ in range(at_a_time):
+            torch.mm(left, left)
         best_s = min(best_s, _now(device) - started)
-    return 2.0 * PEAK_SIZE**3 / best_s
+    return 2.0 * at_a_time * size**3 / best_s
 
 
 def _now(device: torch.device) -> float:

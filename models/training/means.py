@@ -12,12 +12,16 @@ from torch import Tensor
 from models.base_lm import BaseLM
 from models.gistnet import GistNet
 from models.gistnet.base import rms_normalised
+from models.window_encoder import WINDOW_TOKENS
 
 
 @torch.no_grad()
 def measure_means(lm: BaseLM, net: GistNet, ids: Int64[Tensor, "B T"]) -> None:
-    """Set a net's means to those of these windows: of their embeddings, and of the states it reads."""
-    embeddings = lm.embed(ids)
+    """Set a net's means to those of these windows: of their embeddings, and of the states it reads.
+
+    Windows longer than 1,024 tokens are read as several, as the net reads them.
+    """
+    embeddings = lm.embed(ids.reshape(-1, min(ids.shape[1], WINDOW_TOKENS)))
     net.embedding_mean.copy_(_mean(embeddings))
     if net.lm_layer is None:
         return

@@ -8,7 +8,7 @@ import torch
 
 
 class StageClock:
-    """Laps of one step after the other. On CUDA the stages are timed on the device, without waiting for it in between.
+    """Laps of one step after the other. On CUDA the stages are timed on the device: no lap waits for it.
 
     Stages that are lapped several times a step are added up.
     """

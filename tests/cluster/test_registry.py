@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 
+from cluster import registry
 from cluster.config import BaseLMConfig, CompactJob, GistNetConfig, RunConfig, TrackingConfig
 from cluster.errors import ConfigError, TrackingError
 from cluster.gist_evaluation_config import EvaluateGistJob
@@ -78,7 +80,10 @@ def test_a_job_without_registered_nets_is_left_alone(tmp_path: Path) -> None:
     assert not (tmp_path / "nothing-here").exists()
 
 
-def test_a_registry_that_does_not_answer_is_said(tmp_path: Path) -> None:
+def test_a_registry_that_does_not_answer_is_said_soon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in registry._HTTP_LIMITS:
+        monkeypatch.delenv(name, raising=False)
+    started = time.monotonic()
     job = CompactJob(
         run=RunConfig(dir=tmp_path),
         tracking=TrackingConfig(uri="http://127.0.0.1:9"),
@@ -86,3 +91,17 @@ def test_a_registry_that_does_not_answer_is_said(tmp_path: Path) -> None:
     )
     with pytest.raises(TrackingError, match="127.0.0.1:9"):
         with_local_nets(job)
+    assert time.monotonic() - started < 60
+
+
+def test_a_name_that_the_registry_refuses_costs_a_warning_and_nothing_else(
+    run_dir: Path, uri: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracker = MLflowTracker(TrackingConfig(), run_dir, "refused", {}, {})
+    assert tracker.register_model(run_dir / "run-0/gistnet", "a/b", "c" * 64) == ""
+    tracker.log_metrics({"after": 1.0})
+    tracker.close("FINISHED")
+    assert "a/b could not be registered" in caplog.text
+    run = MlflowClient(tracking_uri=uri).get_run(tracker.run_id)
+    assert run.data.metrics == {"after": 1.0}
+    assert run.info.status == "FINISHED"

@@ -22,6 +22,7 @@ import pytest
 import torch
 
 from actors.training.checkpoints import COMPLETE, Checkpoints, LossLog
+from actors.training.fidelity import BY_TAIL
 from actors.training.optimiser_state import FILE, OptimiserState
 from actors.training.worker import STAGES
 from cluster.config import (
@@ -38,6 +39,7 @@ from cluster.config_parser import parse_job, to_yaml
 from cluster.environment import PROJECT_ROOT
 from cluster.errors import ConfigError, CorpusError, ModelError
 from cluster.ray_runtime import RaySession
+from cluster.registry import with_local_nets
 from cluster.training_config import ObjectiveConfig, TrainGistNetJob, TrainingConfig, WindowsConfig
 from models.gistnet import GistNet
 from pipelines.compact import run as compact
@@ -212,12 +214,19 @@ def two_workers(root: Path, make_job: JobFactory, ray_cluster: RaySession) -> li
 
 
 def test_workers_share_a_run_without_changing_it(
-    undisturbed: list[dict[str, float]], two_workers: list[dict[str, float]]
+    root: Path, undisturbed: list[dict[str, float]], two_workers: list[dict[str, float]]
 ) -> None:
     assert two_workers[0]["loss"] == pytest.approx(undisturbed[0]["loss"], rel=1e-6)
     for line, alone in zip(two_workers, undisturbed, strict=True):
         assert line["loss"] == pytest.approx(alone["loss"], rel=2e-4)  # sums in another order, 30 steps long
         assert line["gradient_norm"] == pytest.approx(alone["gradient_norm"], rel=1e-2)
+    names = ("undisturbed", "two-workers")
+    one, two = (LossLog(root / "runs" / name / "fidelity.jsonl").read() for name in names)
+    assert [line["step"] for line in one] == [10, 20, 30]
+    for line, other in zip(one, two, strict=True):
+        assert line["num_tokens"] == other["num_tokens"]
+        for name in (*BY_TAIL, "repeat_own", "repeat_shuffled"):
+            assert other[name] == pytest.approx(line[name], rel=1e-3), name
 
 
 @pytest.mark.slow
@@ -287,6 +296,7 @@ def test_another_recipe_under_the_same_name_is_refused(
             lambda path: OptimiserState(28, {"another/exp_avg": torch.ones(3)}).save(path),
             "step-00000028 does not fit this run: .*'another/exp_avg'.* delete it",
         ),
+        (lambda path: (path / "gistnet/model.safetensors").write_bytes(b"nothing"), "delete .*step-00000028 to go on"),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_is_refused(
@@ -336,9 +346,59 @@ def test_a_stored_context_is_trained_on(
             store=store,
         )
     )
-    run(replace(job, corpus=CorpusConfig(split="train"), store=store))
+    from_context = replace(job, corpus=CorpusConfig(split="train"), store=store)
+    run(from_context)
     run(make_job("from-corpus", num_steps=3))
     assert what_counts(losses(root, "from-context")) == what_counts(losses(root, "from-corpus"))
+    # A context that has grown since is another text, to another run: this one goes on.
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more/doc.txt").write_text(make_text(77, 900))
+    compact(
+        CompactJob(
+            run=RunConfig(name="more", dir=root / "runs"),
+            tracking=job.tracking,
+            corpus=CorpusConfig(paths=[str(tmp_path / "more")]),
+            base_lm=job.base_lm,
+            gistnet=GistNetConfig(kind="last_token"),
+            store=store,
+        )
+    )
+    run(from_context)
+    with pytest.raises(ConfigError, match="training.seed: 0 then, 1 now"):
+        run(replace(from_context, training=replace(job.training, seed=1)))
+
+
+@pytest.mark.slow
+def test_a_net_is_found_by_the_name_it_was_registered_by(
+    root: Path, make_job: JobFactory, ray_cluster: RaySession
+) -> None:
+    """Of a run that only repeats; a run that begins from it knows it by name."""
+    job = make_job("repeats", num_steps=2)
+    job = replace(job, objective=ObjectiveConfig(repeat_share=1.0), tracking=TrackingConfig())
+    run(job)
+    report = json.loads((root / "runs/repeats/report.json").read_text())
+    assert report["registered"] == "models:/gistnet/1"
+    assert {"loss", "repeat", "spread"} < set(report["last_step"])
+    assert not {"kl", "nll"} & set(report["last_step"])
+    goes_on = replace(make_job("goes-on", num_steps=2), tracking=TrackingConfig())
+    goes_on = with_local_nets(replace(goes_on, gistnet=GistNetConfig(path="models:/gistnet/latest")))
+    assert GistNet.load(goes_on.gistnet.path).digest() == report["digests"]["gistnet"]
+    run(goes_on)
+    again = json.loads((root / "runs/goes-on/report.json").read_text())
+    assert again["registered"] == "models:/gistnet/2"
+
+
+@pytest.mark.slow
+def test_the_learned_constant_is_trained_by_three_workers_in_shards(
+    root: Path, make_job: JobFactory, ray_cluster: RaySession
+) -> None:
+    """A net that begins at zero; and fewer pairs of validation windows than workers."""
+    job = make_job("constant", num_steps=2, windows_per_step=3, num_workers=3, zero_stage=3)
+    job = replace(job, gistnet=GistNetConfig(kind="constant"), objective=ObjectiveConfig(repeat_share=0.5))
+    run(job)
+    lines = losses(root, "constant")
+    assert lines[0]["spread"] == 0
+    assert {"kl", "nll", "repeat"} < set(lines[0])
 
 
 @pytest.mark.slow

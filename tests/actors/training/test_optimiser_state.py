@@ -22,7 +22,7 @@ HALF, WHOLE = 4, 8
 def in_workers(num_workers: int, folder: Path, runs: list[str]) -> None:
     """`sharded_steps` on several workers."""
     command = [sys.executable, "-m", "tests.actors.training.sharded_steps"]
-    arguments = [str(num_workers), str(folder / f"rendezvous-{num_workers}"), *runs]
+    arguments = [str(num_workers), str(folder / f"rendezvous-{num_workers}-{len(runs)}"), *runs]
     workers = [
         subprocess.Popen([*command, str(rank), *arguments], cwd=PROJECT_ROOT, stderr=subprocess.PIPE, text=True)
         for rank in range(num_workers)
@@ -34,14 +34,21 @@ def in_workers(num_workers: int, folder: Path, runs: list[str]) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs of every stage on one and two workers, each begun fresh and each gone on from half of one-worker stage 0."""
+    """Runs of every stage on one and two workers, each begun fresh, each gone on from half of one-worker stage 0;
+    of every stage on one worker gone on from its own half; and of stage 0 from half of two-worker stage 3."""
     folder = tmp_path_factory.mktemp("moments")
     for workers in (1, 2):
         runs = [f"0,,{HALF},{folder}/half", f"0,,{WHOLE},{folder}/whole"] if workers == 1 else []
         for stage in STAGES:
             runs.append(f"{stage},,{WHOLE},{folder}/fresh-{workers}-{stage}")
             runs.append(f"{stage},{folder}/half,{WHOLE},{folder}/resumed-{workers}-{stage}")
+            if workers == 1:
+                runs.append(f"{stage},,{HALF},{folder}/half-1-{stage}")
+                runs.append(f"{stage},{folder}/half-1-{stage},{WHOLE},{folder}/same-1-{stage}")
+        if workers == 2:
+            runs.append(f"3,,{HALF},{folder}/half-2-3")
         in_workers(workers, folder, runs)
+    in_workers(1, folder, [f"0,{folder}/half-2-3,{WHOLE},{folder}/back-1-0"])
     return folder
 
 
@@ -58,15 +65,21 @@ def test_every_stage_and_number_of_workers_comes_to_the_same(
 ) -> None:
     expected, found = everything(folder / "whole"), everything(folder / f"{begun}-{workers}-{stage}")
     assert set(found) == set(expected)
-    assert len(expected) == 3 * 4  # four weights, two moments each
+    assert len(expected) == 3 * 5  # five weights, two moments each
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
     assert OptimiserState.load(folder / f"{begun}-{workers}-{stage}").step == WHOLE
 
 
+def test_shards_of_two_workers_go_on_as_one(folder: Path) -> None:
+    expected, found = everything(folder / "whole"), everything(folder / "back-1-0")
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_going_on_is_bit_for_bit_on_one_worker(folder: Path, stage: int) -> None:
-    fresh, resumed = (everything(folder / f"{begun}-1-{stage}") for begun in ("fresh", "resumed"))
+    fresh, resumed = (everything(folder / f"{begun}-1-{stage}") for begun in ("fresh", "same"))
     assert all(torch.equal(resumed[name], fresh[name]) for name in fresh)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from cluster.config import TOKENS_PER_BLOCK as K
-from cluster.config import GistNetConfig
+from cluster.config import GistNetConfig, GistNetKind
 from cluster.training_config import ObjectiveConfig
 from models.base_lm import BaseLM
 from models.gistnet import build_gistnet
@@ -19,24 +19,37 @@ from models.training.flops import flops_per_window, peak_flops
 from models.training.stage_clock import StageClock
 
 
-@pytest.mark.parametrize(("kl_share", "repeat_share"), [(1.0, 0.0), (0.0, 0.0), (1.0, 0.5), (1.0, 1.0)])
-def test_the_count_is_torchs_but_for_attention(tiny_lm: BaseLM, kl_share: float, repeat_share: float) -> None:
+@pytest.mark.parametrize(
+    ("kl_share", "repeat_share", "kind", "num_vectors", "num_tokens"),
+    [
+        (1.0, 0.0, "windowed", 1, 256),
+        (0.0, 0.0, "windowed", 1, 256),
+        (1.0, 0.5, "windowed", 2, 256),
+        (1.0, 1.0, "windowed", 1, 256),
+        (1.0, 0.0, "block", 1, 256),
+        (1.0, 0.0, "windowed", 1, 2048),
+        (1.0, 1.0, "windowed", 1, 2048),
+    ],
+)
+def test_the_count_is_torchs_but_for_attention(
+    tiny_lm: BaseLM, kl_share: float, repeat_share: float, kind: GistNetKind, num_vectors: int, num_tokens: int
+) -> None:
     config = ObjectiveConfig(kl_share=kl_share, repeat_share=repeat_share)
-    net = build_gistnet(GistNetConfig(lm_layers=2, key_layer=1), tiny_lm).train()
-    num_blocks = 8
+    net = build_gistnet(GistNetConfig(kind=kind, lm_layers=2, key_layer=1, num_vectors=num_vectors), tiny_lm).train()
     with FlopCounterMode(display=False) as counter:  # knows no attention kernels of CPUs
-        ids = torch.randint(0, 100, (1, num_blocks * K))
+        ids = torch.randint(0, 100, (1, num_tokens))
         Distillation(DensePass(tiny_lm, net), config)(ids, [[0]]).loss.backward()
-    unused = sum(p.numel() for p in net.parameters() if p.dim() >= 2 and p.grad is None)
-    entries = num_blocks + (num_blocks - 1) * K
+    num_blocks, num_nodes = num_tokens // K, num_tokens // 1024 if num_tokens > 1024 else 0
+    entries = (num_blocks + num_nodes) * num_vectors + num_tokens - K
+    lower = (net.lm_layer or 0) / tiny_lm.num_layers
+    attended = max(1, num_nodes) * min(num_tokens, 1024) ** 2 * lower if num_nodes or repeat_share == 1 else 0.0
     if repeat_share < 1:
-        attended = (num_blocks * K) ** 2 + 3 * entries**2
-    else:
-        attended = (num_blocks * K) ** 2 * 2 / tiny_lm.num_layers
-    attended += 3 * num_blocks * K**2 if repeat_share else 0
+        attended += (num_tokens**2 if kl_share else num_tokens**2 * lower) + 3 * entries**2
+    if repeat_share:
+        attended += 3 * num_blocks * (num_vectors + K - 1) ** 2
     attention = 2 * tiny_lm.num_layers * tiny_lm.attention_width * attended
-    counted = flops_per_window(tiny_lm, net, num_blocks * K, config) - attention - 6 * unused * num_blocks
-    assert counter.get_total_flops() == pytest.approx(counted, rel=0.05)
+    counted = flops_per_window(tiny_lm, net, num_tokens, config) - attention
+    assert counter.get_total_flops() == pytest.approx(counted, rel=0.02)
 
 
 def test_the_peak_is_no_less_than_a_products_own_speed() -> None:
