@@ -113,12 +113,13 @@ def deepspeed_config(config: TrainingConfig, num_workers: int) -> dict[str, Any]
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; gains, constants and biases do not."""
+    """Matrices decay; gains, constants and biases do not. No empty group: DeepSpeed drops those, schedulers do not."""
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    return [
+    groups = [
         {"params": [p for p in parameters if p.dim() >= 2 and min(p.shape) > 1], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.dim() < 2 or min(p.shape) == 1], "weight_decay": 0.0},
     ]
+    return [group for group in groups if group["params"]]
 
 
 def learning_rate_share(step: int, config: TrainingConfig) -> float:
