@@ -330,6 +330,7 @@ def test_one_window_of_validation_text_is_refused(
         run(replace(job, corpus=corpus))
 
 
+@pytest.mark.slow
 def test_a_stored_context_is_trained_on(
     root: Path, make_job: JobFactory, tmp_path: Path, ray_cluster: RaySession
 ) -> None:
