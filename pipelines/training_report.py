@@ -16,6 +16,8 @@ from models.gistnet import GistNet
 
 Lines = Sequence[Mapping[str, Any]]
 
+STAGE_COLOURS = [f"tab:{name}" for name in ("olive", "orange", "green", "purple", "pink", "gray", "blue")]
+
 NEWEST = 50
 """Steps at the end that a report's losses and times are means of."""
 
@@ -160,9 +162,9 @@ def plot_speed(losses: Lines, path: Path) -> None:
         left.legend(loc="lower left")
         other.legend(loc="lower right")
         shares = [[line[f"{stage}_s"] / line["step_s"] for line in losses] for stage in STAGES]
-        right.stackplot(steps, shares, labels=STAGES)
+        right.stackplot(steps, shares, labels=STAGES, colors=STAGE_COLOURS)
         right.set(xlabel="step", ylabel="share of a step's time", ylim=(0, 1))
-        right.legend(loc="lower left", ncols=2)
+        right.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
 def plot_fidelity(fidelity: Lines, path: Path) -> None:

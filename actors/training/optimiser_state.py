@@ -144,14 +144,14 @@ def _gathered(engine: Any, module: nn.Module) -> Iterator[tuple[str, str, Tensor
                 yield name, key, whole.detach().to("cpu", torch.float32).clone()
 
 
-def _set(engine: Any, parameter: nn.Parameter, key: str, whole: Tensor) -> None:
+def _set(engine: Any, parameter: Any, key: str, whole: Tensor) -> None:
     """One moment of a weight."""
     from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
     stage = engine.zero_optimization_stage()
     if stage == 3:
         # DeepSpeed's own way for whole values does not know that the last shard is padded.
-        size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+        size = parameter.ds_tensor.numel()
         padded = torch.zeros(size * dist.get_world_size(), device=whole.device)
         padded[: whole.numel()] = whole.flatten()
         safe_set_local_optimizer_state(parameter, padded[size * dist.get_rank() :][:size], key)
