@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import shutil
@@ -95,7 +96,8 @@ def submitted_cluster() -> Iterator[SubmittedCluster]:
         head.terminate()
         _, alive = psutil.wait_procs(ours, timeout=10)
         for child in alive:
-            child.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
         head.wait(timeout=30)
         shutil.rmtree(folder, ignore_errors=True)
 
