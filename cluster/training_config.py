@@ -61,6 +61,10 @@ class ObjectiveConfig:
     kl_share: float = 1.0
     """Weight of KL to the model that read everything raw, 0 to 1; the rest is that of the NLL of the text."""
 
+    scored_share: float = 1.0
+    """Of the tokens behind gists, those that count, above 0 to 1: where the states of student and teacher lie farthest
+    apart. Below 1 a step is quicker, and its losses are those of the tokens that gists do least for."""
+
     repeat_share: float = 0.0
     """Weight of saying a block again from its gist alone (autoencoding), 0 to 1; the rest is that of what is predicted
     behind gists. 1 asks for nothing else, and is quicker: a net to begin another run with, as its `gistnet.path`."""
@@ -70,6 +74,11 @@ class ObjectiveConfig:
         require(self.max_tail_blocks >= 1, "objective.max_tail_blocks must be at least 1")
         require(0 <= self.shown_share <= 1, "objective.shown_share must be from 0 to 1")
         require(0 <= self.kl_share <= 1, "objective.kl_share must be from 0 to 1")
+        require(0 < self.scored_share <= 1, "objective.scored_share must be above 0, and at most 1")
+        require(
+            self.scored_share == 1 or self.kl_share > 0,
+            "objective.scored_share below 1 compares with a teacher: give objective.kl_share above 0",
+        )
 
 
 @dataclass(frozen=True)

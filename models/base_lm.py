@@ -22,13 +22,16 @@ from transformers.cache_utils import DynamicCache
 
 from cluster.config import BaseLMConfig
 from cluster.errors import ModelError
+from models.banded_attention import ATTENTION_NAME as BANDED_ATTENTION
+from models.banded_attention import BandedMask
 from models.dtype_choice import PROBE_TEXT, PROBE_TOKENS, DtypeChoice, measure_dtypes
 from models.kv_cache import KVCache
 from models.model_conversion import quiet_transformers
 from models.model_files import TOKENIZER_FILE, ModelFiles, resolve_model
 from models.positions import Positions
 from models.rotary import install_rotary_override
-from models.shared_past import ATTENTION_NAME, SharedPast
+from models.shared_past import ATTENTION_NAME as SHARED_PAST_ATTENTION
+from models.shared_past import SharedPast
 from models.tokenizer import Tokenizer
 
 logger = logging.getLogger("megacontext.models")
@@ -39,7 +42,7 @@ HEAD_CHUNK_ENTRIES = 256
 IGNORED_TARGET = -100
 
 AnyPositions = Int64[Tensor, "B T"] | Positions
-AnyMask = Bool[Tensor, "B S"] | Int64[Tensor, "B S"] | Bool[Tensor, "B 1 T S"] | Float[Tensor, "B 1 T S"]
+AnyMask = Bool[Tensor, "B S"] | Int64[Tensor, "B S"] | Bool[Tensor, "B 1 T S"] | Float[Tensor, "B 1 T S"] | BandedMask
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -190,7 +193,8 @@ class BaseLM:
             embeds: embeddings of tokens, gists, or anything between.
             positions: int64 token indices, or `Positions`. None: 0, 1, 2, … (continuing the cache's).
             attention_mask: (B, S) with 1 for entries that may be seen and 0 for padding, on top of causality;
-                or (B, 1, T, S), boolean (True: may be seen) or additive, which replaces causality.
+                or (B, 1, T, S), boolean (True: may be seen) or additive, which replaces causality; or a `BandedMask`,
+                which replaces it, too.
             cache: read and extended in place. Incremental calls give what one full call gives.
 
         Raises:
@@ -350,6 +354,10 @@ class BaseLM:
             return self._run_after(cache, embeds, positions, attention_mask)
         if embeds.dim() != 3 or embeds.shape[-1] != self.hidden_size:
             raise ModelError(f"embeds must be (B, T, {self.hidden_size}), not {tuple(embeds.shape)}")
+        if isinstance(attention_mask, BandedMask):
+            if cache is not None:
+                raise ModelError("a banded mask takes no cache")
+            return self._run_within(attention_mask, embeds, positions)
         with self._at(positions, embeds, cache):
             output = self._stack(
                 inputs_embeds=embeds.to(self.dtype),
@@ -371,14 +379,32 @@ class BaseLM:
             raise self._rotary
         origin = past.origin(embeds.shape[0], embeds.device)
         phases = self._rotary.phases(positions.to(embeds.device), origin, self.dtype)
+        with self._rotary.using(*phases), self._attending_by(SHARED_PAST_ATTENTION):
+            output = self._stack(inputs_embeds=embeds.to(self.dtype), use_cache=False, shared_past=past)
+        return output.last_hidden_state
+
+    def _run_within(self, mask: BandedMask, embeds: Tensor, positions: AnyPositions | None) -> Tensor:
+        """`_run` of entries that see summaries and neighbours only."""
+        if (len(mask.back), mask.num_entries) != tuple(embeds.shape[:2]):
+            raise ModelError(
+                f"a banded mask of {len(mask.back)} rows of {mask.num_entries} entries is not of embeds "
+                f"{tuple(embeds.shape)}"
+            )
+        mask = mask.to(self.device)
+        with self._at(positions, embeds, None), self._attending_by(BANDED_ATTENTION):
+            bands = (mask, mask.of_blocks())
+            output = self._stack(inputs_embeds=embeds.to(self.dtype), use_cache=False, bands=bands)
+        return output.last_hidden_state
+
+    @contextlib.contextmanager
+    def _attending_by(self, name: str) -> Iterator[None]:
+        """While a forward pass runs, attention by a function of our own."""
         config = self._stack.config
-        usual, config._attn_implementation = config._attn_implementation, ATTENTION_NAME
+        usual, config._attn_implementation = config._attn_implementation, name
         try:
-            with self._rotary.using(*phases):
-                output = self._stack(inputs_embeds=embeds.to(self.dtype), use_cache=False, shared_past=past)
+            yield
         finally:
             config._attn_implementation = usual
-        return output.last_hidden_state
 
     def _at(
         self, positions: AnyPositions | None, embeds: Tensor, cache: KVCache | None
@@ -404,6 +430,7 @@ class BaseLM:
     def _mask(self, mask: AnyMask | None, num_entries: int, cache: KVCache | None) -> Tensor | None:
         if mask is None:
             return None
+        assert isinstance(mask, Tensor)
         num_seen = num_entries + (cache.num_entries if cache is not None else 0)
         expected = (num_seen,) if mask.dim() == 2 else (1, num_entries, num_seen)
         if mask.dim() not in {2, 4} or tuple(mask.shape[1:]) != expected:

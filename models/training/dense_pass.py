@@ -20,12 +20,15 @@ from torch import Tensor
 
 from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.errors import ModelError
-from models.base_lm import BaseLM
+from models.base_lm import AnyMask, BaseLM
 from models.gistnet import GistNet
 from models.gistnet.build import check_fits
 from models.positions import Positions
 from models.training.sight import Sight
 from models.window_encoder import WINDOW_TOKENS
+
+BANDED_SHARE = 0.5
+"""Of a window's tokens, the most that any token may see for a band to be cheaper than all pairs."""
 
 
 @dataclass(frozen=True)
@@ -157,9 +160,17 @@ class DensePass:
         final, _ = self.lm.final_states(
             torch.cat(parts, dim=1),
             positions=Positions(torch.cat(places).expand(num_rows, -1)),
-            attention_mask=sight.mask(num_vectors).to(device),
+            attention_mask=self._mask(sight, num_vectors),
         )
         return final[:, (num_nodes + num_blocks) * num_vectors :]
+
+    @staticmethod
+    def _mask(sight: Sight, num_vectors: int) -> AnyMask:
+        """Of all pairs, or of a band where most pairs do not see each other."""
+        in_band = (sight.num_nodes + sight.num_blocks) * num_vectors + (sight.reach + 1) * K
+        if is_banded(in_band, sight.num_blocks * K):
+            return sight.banded_mask(num_vectors)
+        return sight.mask(num_vectors)
 
     def repeat(self, windows: ReadWindows, gists: Gists) -> Float[Tensor, "Bn K D"]:
         """States before the head that predict each block's tokens from its gist and its tokens so far, nothing else.
@@ -177,6 +188,11 @@ class DensePass:
             torch.cat((groups, tokens), dim=1), positions=Positions(places.expand(len(groups), -1))
         )
         return final[:, num_vectors - 1 :]
+
+
+def is_banded(in_band: int, window_tokens: int) -> bool:
+    """Whether tokens that see no more entries than so many are read by a band."""
+    return in_band <= BANDED_SHARE * window_tokens
 
 
 def _mean(vectors: Float32[Tensor, "B n m D"]) -> Float32[Tensor, "B n m D"]:

@@ -36,9 +36,9 @@ class StepLosses:
     loss: Float32[Tensor, ""]
     """To be minimised; the only one with a gradient."""
     kl: Float32[Tensor, ""] | None
-    """None where the teacher was not asked."""
+    """Over the tokens that count; None where the teacher was not asked."""
     nll: Float32[Tensor, ""] | None
-    """None where nothing was predicted behind gists."""
+    """Over the same; None where nothing was predicted behind gists."""
     repeat: Float32[Tensor, ""] | None
     """NLL of blocks behind their own gist alone; None where it was not asked for."""
     spread: Float32[Tensor, ""]
@@ -112,23 +112,24 @@ class Distillation(nn.Module):
 
     def _behind_gists(self, windows: ReadWindows, gists: Gists, seeds: Sequence[Sequence[int]]) -> HeadLoss:
         """Every token but the last, whose successor is not known, behind the gists of some Working Context."""
-        hidden = self.dense.student(windows, gists, self._cut(windows, seeds))[:, :-1]
+        hidden = self.dense.student(windows, gists, self._cut(windows, seeds))[:, :-1].flatten(0, 1)
+        targets = windows.targets[:, :-1].flatten()
+        teacher = None if windows.teacher is None else windows.teacher[:, :-1].flatten(0, 1)
         self.clock.lap("student")
-        found = head_loss(
-            hidden.flatten(0, 1),
-            windows.targets[:, :-1].flatten(),
-            _equal_weights(hidden),
-            self.dense.lm.head_weight,
-            None if windows.teacher is None else windows.teacher[:, :-1].flatten(0, 1),
-            self.config.kl_share,
-        )
+        if teacher is not None and self.config.scored_share < 1:
+            apart = (hidden.detach() - teacher).square().sum(dim=-1)
+            scored = apart.topk(max(1, round(self.config.scored_share * len(apart)))).indices
+            hidden, targets, teacher = hidden[scored], targets[scored], teacher[scored]
+        weights = _equal_weights(hidden)
+        found = head_loss(hidden, targets, weights, self.dense.lm.head_weight, teacher, self.config.kl_share)
         self.clock.lap("head")
         return found
 
     def _repeated(self, windows: ReadWindows, gists: Gists) -> HeadLoss:
         hidden = self.dense.repeat(windows, gists)
         self.clock.lap("student")
-        return head_loss(hidden.flatten(0, 1), windows.ids.flatten(), _equal_weights(hidden), self.dense.lm.head_weight)
+        hidden = hidden.flatten(0, 1)
+        return head_loss(hidden, windows.ids.flatten(), _equal_weights(hidden), self.dense.lm.head_weight)
 
     @torch.no_grad()
     def fidelity(self, ids: Int64[Tensor, "B T"], seeds: Sequence[Sequence[int]]) -> Fidelity:
@@ -179,15 +180,14 @@ class Distillation(nn.Module):
 
     def _nll(self, windows: ReadWindows, hidden: Tensor) -> Float32[Tensor, "B S-1"]:
         hidden, targets = hidden[:, :-1], windows.targets[:, :-1]
-        weights = _equal_weights(hidden)
-        found = head_loss(hidden.flatten(0, 1), targets.flatten(), weights, self.dense.lm.head_weight)
+        hidden = hidden.flatten(0, 1)
+        found = head_loss(hidden, targets.flatten(), _equal_weights(hidden), self.dense.lm.head_weight)
         return found.nll.view(targets.shape).cpu()
 
 
-def _equal_weights(hidden: Float32[Tensor, "B S D"]) -> Float32[Tensor, " BS"]:
+def _equal_weights(hidden: Float32[Tensor, "N D"]) -> Float32[Tensor, " N"]:
     """So that the loss is a mean over entries."""
-    count = hidden.shape[0] * hidden.shape[1]
-    return torch.full((count,), 1 / count, device=hidden.device)
+    return torch.full((len(hidden),), 1 / len(hidden), device=hidden.device)
 
 
 def _tail_tokens(sight: Sight) -> Int64[Tensor, "B S"]:

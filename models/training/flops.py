@@ -17,6 +17,7 @@ from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.training_config import ObjectiveConfig
 from models.base_lm import BaseLM
 from models.gistnet import GistNet
+from models.training.dense_pass import is_banded
 from models.window_encoder import WINDOW_TOKENS
 
 PEAK_REPEATS = 6
@@ -26,7 +27,8 @@ def flops_per_window(lm: BaseLM, net: GistNet, window_tokens: int, objective: Ob
     """Floating-point operations of one window's forward and backward passes; a multiply-add counts two.
 
     The frozen model's weights get no gradient, so its backward pass costs what its forward pass does. Attention is
-    counted as causal, half of all pairs, and its backward pass as twice that. Element-wise work counts nothing.
+    counted as causal, half of all pairs, or as the pairs within the student's band; its backward pass as twice that.
+    Element-wise work counts nothing.
 
     Args:
         lm: the frozen model.
@@ -46,8 +48,9 @@ def flops_per_window(lm: BaseLM, net: GistNet, window_tokens: int, objective: Ob
     else:
         found += max(1, num_nodes) * lower
     if objective.repeat_share < 1:
-        entries = (num_nodes + num_blocks) * net.num_vectors + window_tokens - K
-        found += _forward_and_backward(lm, entries) + _head(lm, window_tokens - K, 3 if distilled else 2)
+        summaries, raw = (num_nodes + num_blocks) * net.num_vectors, window_tokens - K
+        found += 4.0 * lm.num_layer_weights * (summaries + raw) + 3 * _student_attention(lm, summaries, raw, objective)
+        found += _head(lm, objective.scored_share * raw, 3 if distilled else 2)
     if objective.repeat_share > 0:
         found += num_blocks * _forward_and_backward(lm, net.num_vectors + K - 1) + _head(lm, window_tokens, 2)
     return found
@@ -84,7 +87,14 @@ def _attention(lm: BaseLM, length: int) -> float:
     return 2.0 * lm.num_layers * lm.attention_width * length * length
 
 
-def _head(lm: BaseLM, length: int, num_products: int) -> float:
+def _student_attention(lm: BaseLM, summaries: int, raw: int, objective: ObjectiveConfig) -> float:
+    band = summaries + objective.max_tail_blocks * K
+    if objective.shown_share or not is_banded(band, raw + K):
+        return _attention(lm, summaries + raw)
+    return 4.0 * lm.num_layers * lm.attention_width * (summaries * summaries + raw * band)
+
+
+def _head(lm: BaseLM, length: float, num_products: int) -> float:
     return 2.0 * lm.head_weight.numel() * length * num_products
 
 

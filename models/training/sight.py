@@ -20,6 +20,7 @@ from torch import Tensor
 
 from cluster.config import BLOCKS_PER_SUPER_BLOCK
 from cluster.config import TOKENS_PER_BLOCK as K
+from models.banded_attention import BandedMask
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,12 @@ class Sight:
         newest = np.where(missing, np.arange(self.num_blocks), -1).max(axis=2)
         return K * (np.arange(self.num_blocks) - 1 - newest)
 
+    @property
+    def reach(self) -> int:
+        """Blocks between one that is seen raw and the farthest that sees it; 0 where none is."""
+        _, seeing, seen = np.nonzero(self.raw)
+        return int((seeing - seen).max(initial=0))
+
     def mask(self, num_vectors: int) -> Bool[Tensor, "B 1 T T"]:
         """The attention mask of a sequence of the gists of all nodes (q·m entries, the oldest first), of all blocks
         (n·m entries) and then all raw tokens of the blocks from the second on. True: the row's entry sees the column's.
@@ -75,27 +82,53 @@ class Sight:
         a block's the nodes before its super-block and the blocks of it before itself.
         """
         num_rows, n, _ = self.gist.shape
-        m, q = num_vectors, self.num_nodes
-        nodes, gists, tokens = q * m, n * m, (n - 1) * K
-        raw_from = nodes + gists
+        summaries = self._among_gists(num_vectors)
+        raw_from, tokens = len(summaries), (n - 1) * K
         mask = np.zeros((num_rows, 1, raw_from + tokens, raw_from + tokens), bool)
-        mask[:, :, :nodes, :nodes] = np.tril(np.ones((nodes, nodes), bool))
-        before = np.tril(np.ones((gists, gists), bool))
-        if q:
-            super_block = np.arange(n) // BLOCKS_PER_SUPER_BLOCK
-            own = (super_block[:, None] == super_block[None]).repeat(m, axis=0).repeat(m, axis=1)
-            mask[:, :, nodes:raw_from, nodes:raw_from] = before & own
-            older = super_block[:, None] > np.arange(q)[None]
-            mask[:, :, nodes:raw_from, :nodes] = older.repeat(m, axis=0).repeat(m, axis=1)
-            assert self.node is not None
-            mask[:, 0, raw_from:, :nodes] = self.node[:, 1:].repeat(K, axis=1).repeat(m, axis=2)
-        else:
-            mask[:, :, :gists, :gists] = before
-        mask[:, 0, raw_from:, nodes:raw_from] = self.gist[:, 1:].repeat(K, axis=1).repeat(m, axis=2)
+        mask[:, :, :raw_from, :raw_from] = summaries
+        mask[:, 0, raw_from:, :raw_from] = self._of_gists(num_vectors).repeat(K, axis=1)
         mask[:, 0, raw_from:, raw_from:] = self.raw[:, 1:, 1:].repeat(K, axis=1).repeat(K, axis=2)
         inside = np.kron(np.eye(n - 1, dtype=bool), np.tril(np.ones((K, K), bool)))
         mask[:, 0, raw_from:, raw_from:] |= inside
         return torch.from_numpy(mask)
+
+    def banded_mask(self, num_vectors: int) -> BandedMask:
+        """The same as `mask`, of pairs that see each other and few besides: small where `reach` is."""
+        num_rows, n, _ = self.gist.shape
+        reach = self.reach
+        summaries = self._among_gists(num_vectors)
+        back = np.zeros((num_rows, n - 1, reach), bool)
+        for distance in range(1, reach + 1):
+            seen = np.diagonal(self.raw[:, 1:, 1:], -distance, axis1=1, axis2=2)
+            back[:, distance:, reach - distance] = seen
+        return BandedMask(
+            torch.from_numpy(np.broadcast_to(summaries, (num_rows, *summaries.shape)).copy()),
+            torch.from_numpy(self._of_gists(num_vectors)),
+            torch.from_numpy(back),
+            K,
+        )
+
+    def _among_gists(self, m: int) -> Bool[np.ndarray, "G G"]:
+        """What the gists of nodes and blocks, G = (q + n)·m, see of each other."""
+        n, q = self.num_blocks, self.num_nodes
+        nodes, gists = q * m, n * m
+        before = np.tril(np.ones((gists, gists), bool))
+        if not q:
+            return before
+        super_block = np.arange(n) // BLOCKS_PER_SUPER_BLOCK
+        own = (super_block[:, None] == super_block[None]).repeat(m, axis=0).repeat(m, axis=1)
+        seen = np.zeros((nodes + gists, nodes + gists), bool)
+        seen[:nodes, :nodes] = np.tril(np.ones((nodes, nodes), bool))
+        seen[nodes:, nodes:] = before & own
+        older = super_block[:, None] > np.arange(q)[None]
+        seen[nodes:, :nodes] = older.repeat(m, axis=0).repeat(m, axis=1)
+        return seen
+
+    def _of_gists(self, m: int) -> Bool[np.ndarray, "B n-1 G"]:
+        """Which gists the tokens of each block from the second on see."""
+        blocks = self.gist[:, 1:]
+        seen = blocks if self.node is None else np.concatenate((self.node[:, 1:], blocks), axis=2)
+        return seen.repeat(m, axis=2)
 
 
 def random_sight(

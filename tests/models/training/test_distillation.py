@@ -59,6 +59,24 @@ def test_losses_are_means_over_all_tokens_but_the_last(tiny_lm: BaseLM, kl_share
     assert float(found.loss.detach()) == pytest.approx(kl_share * kl + (1 - kl_share) * nll, abs=1e-4)
 
 
+def test_a_share_of_the_tokens_counts_where_gists_do_least(tiny_lm: BaseLM) -> None:
+    ids = some_ids(tiny_lm)
+    found = objective(tiny_lm, max_tail_blocks=2, scored_share=0.25)(ids, seeds(4))
+    goal = objective(tiny_lm, max_tail_blocks=2)
+    windows = goal.dense.read(ids)
+    assert windows.teacher is not None
+    with torch.no_grad():
+        hidden = goal.dense.student(windows, goal.dense.gists(windows), goal._cut(windows, seeds(4)))[:, :-1]
+    teacher = windows.teacher[:, :-1]
+    farthest = (hidden - teacher).square().sum(-1).flatten()
+    chosen = farthest >= farthest.sort(descending=True).values[round(0.25 * len(farthest)) - 1]
+    logs = [(states @ tiny_lm.head_weight.T).log_softmax(-1).flatten(0, 1)[chosen] for states in (hidden, teacher)]
+    kl = float(F.kl_div(*logs, log_target=True, reduction="none").sum(-1).mean())
+    assert float(found.kl) == pytest.approx(kl, abs=1e-4)
+    assert kl > float(goal(ids, seeds(4)).kl)
+    found.loss.backward()
+
+
 def test_the_same_cuts_give_the_same_losses(tiny_lm: BaseLM) -> None:
     goal, ids = objective(tiny_lm), some_ids(tiny_lm)
     first, again, other = (goal(ids, seeds(seed)) for seed in (7, 7, 8))

@@ -44,12 +44,27 @@ def test_the_count_is_torchs_but_for_attention(
     lower = (net.lm_layer or 0) / tiny_lm.num_layers
     attended = max(1, num_nodes) * min(num_tokens, 1024) ** 2 * lower if num_nodes or repeat_share == 1 else 0.0
     if repeat_share < 1:
-        attended += (num_tokens**2 if kl_share else num_tokens**2 * lower) + 3 * entries**2
+        attended += num_tokens**2 if kl_share else num_tokens**2 * lower
+        attended += 0 if num_tokens > 256 else 3 * entries**2  # products within a band torch does count
     if repeat_share:
         attended += 3 * num_blocks * (num_vectors + K - 1) ** 2
     attention = 2 * tiny_lm.num_layers * tiny_lm.attention_width * attended
     counted = flops_per_window(tiny_lm, net, num_tokens, config) - attention
     assert counter.get_total_flops() == pytest.approx(counted, rel=0.02)
+
+
+def test_tokens_that_do_not_count_need_no_head(tiny_lm: BaseLM) -> None:
+    net = build_gistnet(GistNetConfig(lm_layers=2, key_layer=1), tiny_lm).train()
+
+    def both(share: float) -> tuple[float, int]:
+        config = ObjectiveConfig(scored_share=share)
+        with FlopCounterMode(display=False) as counter:
+            Distillation(DensePass(tiny_lm, net), config)(torch.randint(0, 100, (1, 256)), [[0]])
+        return flops_per_window(tiny_lm, net, 256, config), counter.get_total_flops()
+
+    (all_needed, all_counted), (some_needed, some_counted) = both(1.0), both(0.5)
+    assert all_needed - some_needed == pytest.approx(all_counted - some_counted, rel=0.02)
+    assert some_needed < all_needed
 
 
 def test_the_peak_is_no_less_than_a_products_own_speed() -> None:
