@@ -61,6 +61,13 @@ class ObjectiveConfig:
     kl_share: float = 1.0
     """Weight of KL to the model that read everything raw, 0 to 1; the rest is that of the NLL of the text."""
 
+    states_share: float = 0.0
+    """Weight of matching the teacher's states after `states_layers` layers, 0 to 1; the rest is that of what is
+    predicted. 1 asks for nothing else: no pass goes beyond the highest of them."""
+
+    states_layers: list[int] = field(default_factory=list)
+    """After which of the model's layers states are matched."""
+
     scored_share: float = 1.0
     """Of the tokens behind gists, those that count, above 0 to 1: where the states of student and teacher lie farthest
     apart. Below 1 a step is quicker, and its losses are those of the tokens that gists do least for."""
@@ -74,11 +81,30 @@ class ObjectiveConfig:
         require(self.max_tail_blocks >= 1, "objective.max_tail_blocks must be at least 1")
         require(0 <= self.shown_share <= 1, "objective.shown_share must be from 0 to 1")
         require(0 <= self.kl_share <= 1, "objective.kl_share must be from 0 to 1")
+        require(0 <= self.states_share <= 1, "objective.states_share must be from 0 to 1")
+        require(
+            bool(self.states_layers) == (self.states_share > 0),
+            "objective.states_share and objective.states_layers come together: how much, and after which layers",
+        )
+        require(
+            all(layer >= 1 for layer in self.states_layers),
+            f"objective.states_layers={self.states_layers} must be 1 or more; 0 are the embeddings",
+        )
         require(0 < self.scored_share <= 1, "objective.scored_share must be above 0, and at most 1")
         require(
             self.scored_share == 1 or self.kl_share > 0,
             "objective.scored_share below 1 compares with a teacher: give objective.kl_share above 0",
         )
+
+    @property
+    def predicts(self) -> bool:
+        """Whether anything is to be predicted behind gists."""
+        return self.repeat_share < 1 and self.states_share < 1
+
+    @property
+    def distils(self) -> bool:
+        """Whether a teacher's predictions are asked for."""
+        return self.predicts and self.kl_share > 0
 
 
 @dataclass(frozen=True)

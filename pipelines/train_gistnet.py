@@ -51,6 +51,11 @@ def run(job: TrainGistNetJob) -> None:
             f"windows.window_tokens={job.windows.window_tokens} is more than the {files.trained_context} tokens that "
             f"{files.model_id} was trained for"
         )
+    if max(job.objective.states_layers, default=0) > files.num_layers:
+        raise ConfigError(
+            f"objective.states_layers={job.objective.states_layers} goes beyond the {files.num_layers} layers of "
+            f"{files.model_id}"
+        )
     job = absolute_paths(job)
     source = open_text(job, job.corpus.split, tokenizer)
     validation = open_text(job, "dev", tokenizer) if job.corpus.split == "train" else None

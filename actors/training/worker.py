@@ -46,6 +46,9 @@ GISTNET = "gistnet"
 STAGES = ("wait", "teacher", "gists", "student", "head", "backward", "optimiser")
 """Of a step, in order; losses.jsonl has the seconds of each. `wait`: for data."""
 
+LOSSES = ("loss", "kl", "nll", "states", "repeat", "spread")
+"""Of `StepLosses`, those that are in losses.jsonl where the objective asks for them."""
+
 MEAN_TOKENS = 8192
 """Tokens that an untrained net's means are measured on: so many leave 1% of a state's spread in them."""
 
@@ -182,7 +185,7 @@ class Trainer:
     ) -> dict[str, float]:
         """A step's line: means over all workers, and the most memory of any."""
         # What the objective does not ask for is in no step's losses.
-        names = [name for name in ("loss", "kl", "nll", "repeat", "spread") if getattr(found[0], name) is not None]
+        names = [name for name in LOSSES if getattr(found[0], name) is not None]
         own = [sum(float(getattr(losses, name)) for losses in found) / len(found) for name in names]
         own += [step_s, *(stages.get(stage, 0.0) for stage in STAGES)]
         values = torch.tensor(own, dtype=torch.float64, device=self.lm.device)

@@ -12,7 +12,8 @@ entries that predict.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float, Float32, Int64
@@ -42,6 +43,8 @@ class ReadWindows:
     teacher: Float[Tensor, "B S D"] | None
     """States before the head at the second block's first token and after, everything before seen raw. None where nobody
     asked for them."""
+    matched: dict[int, Float[Tensor, "B S D"]] = field(default_factory=dict)
+    """The teacher's states at the same entries after lower layers, those that were asked for."""
 
     @property
     def targets(self) -> Int64[Tensor, "B S"]:
@@ -82,12 +85,13 @@ class DensePass:
         self.lm = lm
         self.gistnet = gistnet
 
-    def read(self, ids: Int64[Tensor, "B T"], *, teacher: bool = True) -> ReadWindows:
+    def read(self, ids: Int64[Tensor, "B T"], *, teacher: bool = True, match: Sequence[int] = ()) -> ReadWindows:
         """The windows raw, as teacher and as input of the net.
 
         Args:
             ids: windows of whole blocks.
-            teacher: False: only the layers that the net reads.
+            teacher: False: only as many layers as somebody wants the states of.
+            match: layers behind which the teacher's states are wanted, besides the last.
 
         Raises:
             ModelError: windows of less than two blocks, or not of whole ones; longer than a super-block and not of
@@ -105,16 +109,20 @@ class DensePass:
             embeddings = self.lm.embed(ids)
             layers = self.gistnet.lm_layers
             alone = num_tokens <= WINDOW_TOKENS
-            states: dict[int, Tensor] = {}
+            wanted = sorted({*match, *(layers if alone else ())})
             final = None
+            seen: dict[int, Tensor] = {}
             if teacher:
-                final, states = self.lm.final_states(embeddings, layers=layers if alone else ())
+                final, seen = self.lm.final_states(embeddings, layers=wanted)
                 final = final[:, K:]
-            if layers and not states:
+            elif wanted:
+                seen = self.lm.hidden_states(embeddings, wanted)
+            matched = {n: seen[n][:, K:] for n in match}
+            if layers and not alone:
                 # As gists are made at compaction: a window of 1,024 tokens does not see the one before.
-                pieces = embeddings.reshape(-1, min(num_tokens, WINDOW_TOKENS), embeddings.shape[-1])
-                states = {n: s.reshape(embeddings.shape) for n, s in self.lm.hidden_states(pieces, layers).items()}
-            return ReadWindows(ids, embeddings, states, final)
+                pieces = embeddings.reshape(-1, WINDOW_TOKENS, embeddings.shape[-1])
+                seen = {n: s.reshape(embeddings.shape) for n, s in self.lm.hidden_states(pieces, layers).items()}
+            return ReadWindows(ids, embeddings, {n: seen[n] for n in layers}, final, matched)
 
     def gists(self, windows: ReadWindows) -> Gists:
         """The net's gists of every block, and of the nodes above them where there is more than one."""
@@ -140,6 +148,18 @@ class DensePass:
         Raises:
             ModelError: gists or a sight of other windows.
         """
+        final, _ = self.student_states(windows, gists, sight, ())
+        assert final is not None
+        return final
+
+    def student_states(
+        self, windows: ReadWindows, gists: Gists, sight: Sight, layers: Sequence[int], *, whole: bool = True
+    ) -> tuple[Float[Tensor, "B S D"] | None, dict[int, Float[Tensor, "B S D"]]]:
+        """`student`, and its states after lower layers on the way; the pass ends after the highest one unless `whole`.
+
+        Raises:
+            ModelError: as `student`; or layers that are not there.
+        """
         num_rows, num_blocks, num_vectors, _ = gists.blocks.shape
         num_nodes = 0 if gists.nodes is None else gists.nodes.shape[1]
         fits = (num_rows, num_blocks * K) == tuple(windows.ids.shape)
@@ -157,12 +177,16 @@ class DensePass:
                 places.append(centres.repeat_interleave(num_vectors))
         parts.append(windows.embeddings[:, K:])
         places.append(2 * torch.arange(K, num_blocks * K, device=device))
-        final, _ = self.lm.final_states(
-            torch.cat(parts, dim=1),
-            positions=Positions(torch.cat(places).expand(num_rows, -1)),
-            attention_mask=self._mask(sight, num_vectors),
-        )
-        return final[:, (num_nodes + num_blocks) * num_vectors :]
+        entries = torch.cat(parts, dim=1)
+        positions = Positions(torch.cat(places).expand(num_rows, -1))
+        mask = self._mask(sight, num_vectors)
+        final = None
+        if whole:
+            final, states = self.lm.final_states(entries, positions=positions, attention_mask=mask, layers=layers)
+        else:
+            states = self.lm.hidden_states(entries, layers, positions=positions, attention_mask=mask)
+        first = (num_nodes + num_blocks) * num_vectors
+        return None if final is None else final[:, first:], {n: state[:, first:] for n, state in states.items()}
 
     @staticmethod
     def _mask(sight: Sight, num_vectors: int) -> AnyMask:

@@ -2,10 +2,11 @@
 
 A step takes a batch of windows, cuts each into many Working Contexts (`sight`), and returns named losses. Distances
 between two readers are measured as KL(teacher || student) of the next token, the teacher having read everything raw
-(Hinton et al. 2015, "Distilling the knowledge in a neural network", at temperature 1), or as NLL of what really came.
-Besides, or at first instead, the model may be asked to say a block again from its gist alone (Ge et al. 2023,
-"In-context Autoencoder for Context Compression in a Large Language Model"): a denser signal at less cost, of how to
-write what the frozen model can read.
+(Hinton et al. 2015, "Distilling the knowledge in a neural network", at temperature 1), or as NLL of what really came;
+or, without going up to the head, by how far the student's states are from the teacher's after lower layers (Romero et
+al. 2015, "FitNets"). Besides, or at first instead, the model may be asked to say a block again from its gist alone (Ge
+et al. 2023, "In-context Autoencoder for Context Compression in a Large Language Model"): a denser signal at less cost,
+of how to write what the frozen model can read.
 
 Shapes: B windows of n blocks, K = 32 tokens a block, S = (n - 1)·K entries that predict, m vectors a gist, D hidden
 size.
@@ -39,6 +40,9 @@ class StepLosses:
     """Over the tokens that count; None where the teacher was not asked."""
     nll: Float32[Tensor, ""] | None
     """Over the same; None where nothing was predicted behind gists."""
+    states: Float32[Tensor, ""] | None
+    """Mean square distance of the student's states to the teacher's over the variance of the teacher's, mean over the
+    dimensions of the matched layers: 0 where they agree. None where it was not asked for."""
     repeat: Float32[Tensor, ""] | None
     """NLL of blocks behind their own gist alone; None where it was not asked for."""
     spread: Float32[Tensor, ""]
@@ -90,40 +94,57 @@ class Distillation(nn.Module):
             ids: windows.
             seeds: of each window's cuts.
         """
-        share = self.config.repeat_share
-        windows = self.dense.read(ids, teacher=share < 1 and self.config.kl_share > 0)
+        config = self.config
+        is_behind = config.repeat_share < 1
+        windows = self.dense.read(ids, teacher=config.distils, match=config.states_layers if is_behind else ())
         self.clock.lap("teacher")
         gists = self.dense.gists(windows)
         self.clock.lap("gists")
-        behind = self._behind_gists(windows, gists, seeds) if share < 1 else None
-        again = self._repeated(windows, gists) if share > 0 else None
+        predicted, states = self._behind_gists(windows, gists, seeds) if is_behind else (None, None)
+        again = self._repeated(windows, gists) if config.repeat_share > 0 else None
+        behind = 1 - config.repeat_share
         # Not 0 times the other: what was not asked for is not there.
-        parts = [(1 - share, behind), (share, again)]
-        loss = torch.stack([weight * found.loss for weight, found in parts if found is not None]).sum()
+        parts = [
+            (behind * (1 - config.states_share), None if predicted is None else predicted.loss),
+            (behind * config.states_share, states),
+            (config.repeat_share, None if again is None else again.loss),
+        ]
+        loss = torch.stack([weight * part for weight, part in parts if part is not None]).sum()
         losses = StepLosses(
             loss,
-            None if behind is None or windows.teacher is None else behind.kl.mean(),
-            None if behind is None else behind.nll.mean(),
+            None if predicted is None or windows.teacher is None else predicted.kl.mean(),
+            None if predicted is None else predicted.nll.mean(),
+            None if states is None else states.detach(),
             None if again is None else again.nll.mean(),
             _spread(gists.blocks),
         )
         self.clock.lap("head")
         return losses
 
-    def _behind_gists(self, windows: ReadWindows, gists: Gists, seeds: Sequence[Sequence[int]]) -> HeadLoss:
-        """Every token but the last, whose successor is not known, behind the gists of some Working Context."""
-        hidden = self.dense.student(windows, gists, self._cut(windows, seeds))[:, :-1].flatten(0, 1)
-        targets = windows.targets[:, :-1].flatten()
-        teacher = None if windows.teacher is None else windows.teacher[:, :-1].flatten(0, 1)
+    def _behind_gists(
+        self, windows: ReadWindows, gists: Gists, seeds: Sequence[Sequence[int]]
+    ) -> tuple[HeadLoss | None, Float32[Tensor, ""] | None]:
+        """What is predicted behind the gists of some Working Context, and how far states are from the teacher's."""
+        config = self.config
+        final, states = self.dense.student_states(
+            windows, gists, self._cut(windows, seeds), config.states_layers, whole=config.predicts
+        )
         self.clock.lap("student")
+        missed = [_missed(states[n], teacher) for n, teacher in windows.matched.items()]
+        predicted = None if final is None else self._predicted(windows, final)
+        self.clock.lap("head")
+        return predicted, torch.stack(missed).mean() if missed else None
+
+    def _predicted(self, windows: ReadWindows, hidden: Float32[Tensor, "B S D"]) -> HeadLoss:
+        """Of every token that counts but the last, whose successor is not known."""
+        hidden, targets = hidden[:, :-1].flatten(0, 1), windows.targets[:, :-1].flatten()
+        teacher = None if windows.teacher is None else windows.teacher[:, :-1].flatten(0, 1)
         if teacher is not None and self.config.scored_share < 1:
             apart = (hidden.detach() - teacher).square().sum(dim=-1)
             scored = apart.topk(max(1, round(self.config.scored_share * len(apart)))).indices
             hidden, targets, teacher = hidden[scored], targets[scored], teacher[scored]
         weights = _equal_weights(hidden)
-        found = head_loss(hidden, targets, weights, self.dense.lm.head_weight, teacher, self.config.kl_share)
-        self.clock.lap("head")
-        return found
+        return head_loss(hidden, targets, weights, self.dense.lm.head_weight, teacher, self.config.kl_share)
 
     def _repeated(self, windows: ReadWindows, gists: Gists) -> HeadLoss:
         hidden = self.dense.repeat(windows, gists)
@@ -198,6 +219,14 @@ def _tail_tokens(sight: Sight) -> Int64[Tensor, "B S"]:
 
 def _mean(values: Float32[Tensor, "B S"], where: Bool[Tensor, "B S"]) -> float:
     return float(values[where].mean())
+
+
+def _missed(student: Float32[Tensor, "B S D"], teacher: Float32[Tensor, "B S D"]) -> Float32[Tensor, ""]:
+    """Square distance over the teacher's variance, each dimension by itself: a few of them are hundreds of times as
+    large as the others in Llama-like models, and would be all that counts."""
+    teacher = teacher.float()
+    variance = teacher.var(dim=(0, 1)).clamp(min=1e-6)
+    return ((student.float() - teacher).square().mean(dim=(0, 1)) / variance).mean()
 
 
 def _spread(gists: Float32[Tensor, "B n m D"]) -> Float32[Tensor, ""]:

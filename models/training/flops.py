@@ -40,17 +40,20 @@ def flops_per_window(lm: BaseLM, net: GistNet, window_tokens: int, objective: Ob
     num_nodes = window_tokens // WINDOW_TOKENS if window_tokens > WINDOW_TOKENS else 0
     # Behind a net's own forward pass: gradients of its weights and of what they multiply.
     found = 3.0 * (num_blocks * _of_block(net) + num_nodes * _of_node(net))
-    lower = _forward(lm, min(window_tokens, WINDOW_TOKENS)) * (net.lm_layer or 0) / lm.num_layers
-    distilled = objective.repeat_share < 1 and objective.kl_share > 0
-    if distilled:
-        # Within a super-block the net's states lie on the teacher's way.
-        found += _forward(lm, window_tokens) + num_nodes * lower
+    behind = objective.repeat_share < 1
+    matched = max(objective.states_layers, default=0) if behind else 0
+    of_net, of_teacher = net.lm_layer or 0, lm.num_layers if objective.distils else matched
+    if num_nodes:  # gists are made of each 1,024 tokens apart
+        found += num_nodes * _forward(lm, WINDOW_TOKENS, of_net) + _forward(lm, window_tokens, of_teacher)
     else:
-        found += max(1, num_nodes) * lower
-    if objective.repeat_share < 1:
+        found += _forward(lm, window_tokens, max(of_net, of_teacher))
+    if behind:
         summaries, raw = (num_nodes + num_blocks) * net.num_vectors, window_tokens - K
-        found += 4.0 * lm.num_layer_weights * (summaries + raw) + 3 * _student_attention(lm, summaries, raw, objective)
-        found += _head(lm, objective.scored_share * raw, 3 if distilled else 2)
+        share = 1.0 if objective.predicts else matched / lm.num_layers
+        found += 4.0 * lm.num_layer_weights * (summaries + raw) * share
+        found += 3 * _student_attention(lm, summaries, raw, objective) * share
+    if objective.predicts:
+        found += _head(lm, objective.scored_share * (window_tokens - K), 3 if objective.distils else 2)
     if objective.repeat_share > 0:
         found += num_blocks * _forward_and_backward(lm, net.num_vectors + K - 1) + _head(lm, window_tokens, 2)
     return found
@@ -75,8 +78,8 @@ def _of_node(net: GistNet) -> float:
     return counter.get_total_flops()
 
 
-def _forward(lm: BaseLM, length: int) -> float:
-    return 2.0 * lm.num_layer_weights * length + _attention(lm, length)
+def _forward(lm: BaseLM, length: int, num_layers: int) -> float:
+    return (2.0 * lm.num_layer_weights * length + _attention(lm, length)) * num_layers / lm.num_layers
 
 
 def _forward_and_backward(lm: BaseLM, length: int) -> float:

@@ -435,3 +435,5 @@ def test_bad_input_is_refused_before_ray_is_asked(root: Path, make_job: JobFacto
         run(replace(job, corpus=CorpusConfig(paths=[str(root / "nothing-here")])))
     with pytest.raises(ConfigError, match="windows_per_step"):
         run(replace(job, training=replace(job.training, windows_per_step=4000)))
+    with pytest.raises(ConfigError, match="beyond the 4 layers"):
+        run(replace(job, objective=ObjectiveConfig(states_share=0.5, states_layers=[2, 5])))

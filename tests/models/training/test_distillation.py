@@ -70,11 +70,48 @@ def test_a_share_of_the_tokens_counts_where_gists_do_least(tiny_lm: BaseLM) -> N
     teacher = windows.teacher[:, :-1]
     farthest = (hidden - teacher).square().sum(-1).flatten()
     chosen = farthest >= farthest.sort(descending=True).values[round(0.25 * len(farthest)) - 1]
-    logs = [(states @ tiny_lm.head_weight.T).log_softmax(-1).flatten(0, 1)[chosen] for states in (hidden, teacher)]
-    kl = float(F.kl_div(*logs, log_target=True, reduction="none").sum(-1).mean())
+    student, taught = (
+        (states @ tiny_lm.head_weight.T).log_softmax(-1).flatten(0, 1)[chosen] for states in (hidden, teacher)
+    )
+    kl = float(F.kl_div(student, taught, log_target=True, reduction="none").sum(-1).mean())
     assert float(found.kl) == pytest.approx(kl, abs=1e-4)
     assert kl > float(goal(ids, seeds(4)).kl)
     found.loss.backward()
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_states_are_matched_after_some_layers(tiny_lm: BaseLM, share: float) -> None:
+    ids = some_ids(tiny_lm)
+    goal = objective(tiny_lm, states_share=share, states_layers=[1, 3])
+    found = goal(ids, seeds(4))
+    with torch.no_grad():
+        windows = goal.dense.read(ids, match=[1, 3])
+        states = tiny_lm.hidden_states(windows.embeddings, [1, 3])
+        sight = goal._cut(windows, seeds(4))
+        _, student = goal.dense.student_states(windows, goal.dense.gists(windows), sight, [1, 3], whole=False)
+    missed = []
+    for layer in (1, 3):
+        teacher = states[layer][:, K:]
+        torch.testing.assert_close(windows.matched[layer], teacher)
+        variance = teacher.flatten(0, 1).var(dim=0)
+        missed.append(float(((student[layer] - teacher).square().mean(dim=(0, 1)) / variance).mean()))
+    assert float(found.states) == pytest.approx(np.mean(missed), rel=1e-3)
+    kl = 0.0 if found.kl is None else float(found.kl)
+    assert (found.kl is None, found.nll is None) == (share == 1, share == 1)
+    assert float(found.loss.detach()) == pytest.approx(share * np.mean(missed) + (1 - share) * kl, rel=1e-3)
+    found.loss.backward()
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in goal.gistnet.parameters())
+
+
+def test_states_of_long_windows_are_the_whole_windows(tiny_lm: BaseLM) -> None:
+    """The net reads 1,024 tokens at a time, the teacher all of them."""
+    dense = objective(tiny_lm).dense
+    ids = torch.randint(0, tiny_lm.vocab_size, (1, 2048), generator=torch.Generator().manual_seed(1))
+    windows = dense.read(ids, teacher=False, match=[2])
+    whole = tiny_lm.hidden_states(windows.embeddings, [2])[2]
+    torch.testing.assert_close(windows.matched[2], whole[:, K:], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(windows.states[2][:, :1024], whole[:, :1024], rtol=1e-3, atol=1e-4)
+    assert (windows.states[2][:, 1024:] - whole[:, 1024:]).abs().max() > 1e-3
 
 
 def test_the_same_cuts_give_the_same_losses(tiny_lm: BaseLM) -> None:

@@ -53,6 +53,18 @@ def test_the_count_is_torchs_but_for_attention(
     assert counter.get_total_flops() == pytest.approx(counted, rel=0.02)
 
 
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_passes_end_with_the_last_layer_that_is_matched(tiny_lm: BaseLM, share: float) -> None:
+    net = build_gistnet(GistNetConfig(lm_layers=2, key_layer=1), tiny_lm).train()
+    config = ObjectiveConfig(states_share=share, states_layers=[1, 3])
+    with FlopCounterMode(display=False) as counter:
+        Distillation(DensePass(tiny_lm, net), config)(torch.randint(0, 100, (1, 256)), [[0]]).loss.backward()
+    layers = tiny_lm.num_layers if share < 1 else 3
+    attended = (256**2 + 3 * (8 + 256 - K) ** 2) * layers / tiny_lm.num_layers
+    attention = 2 * tiny_lm.num_layers * tiny_lm.attention_width * attended
+    assert counter.get_total_flops() == pytest.approx(flops_per_window(tiny_lm, net, 256, config) - attention, rel=0.02)
+
+
 def test_tokens_that_do_not_count_need_no_head(tiny_lm: BaseLM) -> None:
     net = build_gistnet(GistNetConfig(lm_layers=2, key_layer=1), tiny_lm).train()
 
