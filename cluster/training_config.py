@@ -63,7 +63,7 @@ class ObjectiveConfig:
 
     states_share: float = 0.0
     """Weight of matching the teacher's states after `states_layers` layers, 0 to 1; the rest is that of what is
-    predicted. 1 asks for nothing else: no pass goes beyond the highest of them."""
+    predicted. 1: nothing is predicted behind gists, and the student's pass ends after the highest of these layers."""
 
     states_layers: list[int] = field(default_factory=list)
     """After which of the model's layers states are matched."""
@@ -87,13 +87,18 @@ class ObjectiveConfig:
             "objective.states_share and objective.states_layers come together: how much, and after which layers",
         )
         require(
+            self.states_share == 0 or self.repeat_share < 1,
+            "objective.states_share above 0 does nothing at objective.repeat_share=1; take one of them back",
+        )
+        require(
             all(layer >= 1 for layer in self.states_layers),
             f"objective.states_layers={self.states_layers} must be 1 or more; 0 are the embeddings",
         )
         require(0 < self.scored_share <= 1, "objective.scored_share must be above 0, and at most 1")
         require(
-            self.scored_share == 1 or self.kl_share > 0,
-            "objective.scored_share below 1 compares with a teacher: give objective.kl_share above 0",
+            self.scored_share == 1 or self.distils,
+            "objective.scored_share below 1 compares predictions with a teacher's: give objective.kl_share above 0, "
+            "repeat_share and states_share below 1",
         )
 
     @property

@@ -114,12 +114,12 @@ def attend_within_bands(
     groups = key.shape[1]
     per_group = num_heads // groups
     # (B, groups, heads of a group, T, d): the queries of a group meet its keys in one product.
-    queries = query.reshape(num_rows, groups, per_group, num_entries, width) * scaling
+    queries = query.reshape(num_rows, groups, per_group, num_entries, width)
     p, n, size = mask.num_summaries, mask.num_blocks, mask.block_size
     keys, values = key[:, :, :p], value[:, :, :p]
 
     of_summaries = queries[:, :, :, :p] @ keys[:, :, None].transpose(-1, -2)
-    seen = of_summaries.masked_fill(~mask.summaries[:, None, None], float("-inf")).softmax(dim=-1)
+    seen = _weights(of_summaries, mask.summaries[:, None, None], scaling)
     summaries_out = seen @ values[:, :, None]  # (B, groups, heads, P, d)
 
     # (B, groups, n, heads · K, d)
@@ -127,13 +127,17 @@ def attend_within_bands(
     near_keys, near_values = (_bands(part[:, :, p:], n, size, mask.back.shape[2]) for part in (key, value))
     far = (raw.flatten(2, 3) @ keys.transpose(-1, -2)).unflatten(2, (n, -1))
     scores = torch.cat((far, raw @ near_keys.transpose(-1, -2)), dim=-1)
-    scores = scores.unflatten(3, (per_group, size)).masked_fill(~of_blocks[:, None, :, None], float("-inf"))
-    weights = scores.softmax(dim=-1).flatten(3, 4)
+    weights = _weights(scores.unflatten(3, (per_group, size)), of_blocks[:, None, :, None], scaling).flatten(3, 4)
     near = weights[..., p:] @ near_values
     out = near + (weights[..., :p].flatten(2, 3) @ values).unflatten(2, (n, -1))
     blocks_out = out.unflatten(3, (per_group, size)).transpose(2, 3).flatten(3, 4)  # (B, groups, heads, n · K, d)
     output = torch.cat((summaries_out, blocks_out), dim=3).flatten(1, 2)
     return output.transpose(1, 2), None
+
+
+def _weights(scores: Tensor, seen: Tensor, scaling: float) -> Tensor:
+    """Softmax in float32 over what is seen, as SDPA does it whatever the model computes in."""
+    return (scores.float() * scaling).masked_fill(~seen, float("-inf")).softmax(dim=-1).to(scores.dtype)
 
 
 def _bands(entries: Tensor, num_blocks: int, size: int, reach: int) -> Tensor:

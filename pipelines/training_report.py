@@ -30,9 +30,9 @@ def training_tables(losses: Lines, fidelity: Lines) -> list[Table]:
         return float(np.mean([line[name] for line in newest]))
 
     names = {
-        "loss": "loss, nats a token",
-        "kl": "KL to the model that read everything raw, nats a token",
-        "nll": "NLL behind gists, nats a token",
+        "loss": "loss, as the objective weighs it",
+        "kl": "KL to the model that read everything raw, nats a token that counts",
+        "nll": "NLL behind gists, nats a token that counts",
         "states": "square distance to the teacher's states over their variance",
         "repeat": "NLL of a block behind its own gist alone, nats a token",
         "spread": "variance share of the gists",

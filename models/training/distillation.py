@@ -32,7 +32,7 @@ from models.training.stage_clock import StageClock
 
 @dataclass(frozen=True)
 class StepLosses:
-    """What one batch of windows came to, nats a token."""
+    """What one batch of windows came to, nats a token but for `states` and what it adds to `loss`."""
 
     loss: Float32[Tensor, ""]
     """To be minimised; the only one with a gradient."""
@@ -41,8 +41,8 @@ class StepLosses:
     nll: Float32[Tensor, ""] | None
     """Over the same; None where nothing was predicted behind gists."""
     states: Float32[Tensor, ""] | None
-    """Mean square distance of the student's states to the teacher's over the variance of the teacher's, mean over the
-    dimensions of the matched layers: 0 where they agree. None where it was not asked for."""
+    """Mean square distance of the student's states to the teacher's over the variance of the teacher's in the window,
+    mean over the dimensions of the matched layers: 0 where they agree. None where it was not asked for."""
     repeat: Float32[Tensor, ""] | None
     """NLL of blocks behind their own gist alone; None where it was not asked for."""
     spread: Float32[Tensor, ""]
@@ -137,12 +137,16 @@ class Distillation(nn.Module):
 
     def _predicted(self, windows: ReadWindows, hidden: Float32[Tensor, "B S D"]) -> HeadLoss:
         """Of every token that counts but the last, whose successor is not known."""
-        hidden, targets = hidden[:, :-1].flatten(0, 1), windows.targets[:, :-1].flatten()
-        teacher = None if windows.teacher is None else windows.teacher[:, :-1].flatten(0, 1)
+        hidden, targets = hidden[:, :-1], windows.targets[:, :-1]
+        teacher = None if windows.teacher is None else windows.teacher[:, :-1]
         if teacher is not None and self.config.scored_share < 1:
-            apart = (hidden.detach() - teacher).square().sum(dim=-1)
-            scored = apart.topk(max(1, round(self.config.scored_share * len(apart)))).indices
-            hidden, targets, teacher = hidden[scored], targets[scored], teacher[scored]
+            # In each window, so that it does not matter which ones share a pass.
+            apart = (hidden.detach().float() - teacher.float()).square().sum(dim=-1)
+            scored = apart.topk(max(1, round(self.config.scored_share * apart.shape[1])), dim=1).indices
+            targets = targets.gather(1, scored)
+            hidden, teacher = (states.take_along_dim(scored[..., None], dim=1) for states in (hidden, teacher))
+        hidden, targets = hidden.flatten(0, 1), targets.flatten()
+        teacher = None if teacher is None else teacher.flatten(0, 1)
         weights = _equal_weights(hidden)
         return head_loss(hidden, targets, weights, self.dense.lm.head_weight, teacher, self.config.kl_share)
 
@@ -222,11 +226,11 @@ def _mean(values: Float32[Tensor, "B S"], where: Bool[Tensor, "B S"]) -> float:
 
 
 def _missed(student: Float32[Tensor, "B S D"], teacher: Float32[Tensor, "B S D"]) -> Float32[Tensor, ""]:
-    """Square distance over the teacher's variance, each dimension by itself: a few of them are hundreds of times as
-    large as the others in Llama-like models, and would be all that counts."""
+    """Square distance over the teacher's variance in a window, each dimension by itself: a few of them are hundreds of
+    times as large as the others in Llama-like models, and would be all that counts."""
     teacher = teacher.float()
-    variance = teacher.var(dim=(0, 1)).clamp(min=1e-6)
-    return ((student.float() - teacher).square().mean(dim=(0, 1)) / variance).mean()
+    variance = teacher.var(dim=1).clamp(min=1e-6)
+    return ((student.float() - teacher).square().mean(dim=1) / variance).mean()
 
 
 def _spread(gists: Float32[Tensor, "B n m D"]) -> Float32[Tensor, ""]:

@@ -80,4 +80,15 @@ def test_masks_that_do_not_fit_are_refused(tiny_lm: BaseLM) -> None:
         BandedMask(mask.summaries, mask.to_summaries[:, 1:], mask.back, K)
     with pytest.raises(ModelError, match="at least itself"):
         BandedMask(torch.zeros_like(mask.summaries), mask.to_summaries, mask.back, K)
-    assert tiny_lm._stack.config._attn_implementation == "sdpa"
+
+
+def test_the_usual_attention_is_back_behind_a_pass_also_one_that_ends_early(tiny_lm: BaseLM) -> None:
+    embeds, positions = entries(tiny_lm, sights()["chunks"], 1)
+    usual, _ = tiny_lm.final_states(embeds, positions=positions)
+    mask = sights()["chunks"].banded_mask(1)
+    within, _ = tiny_lm.final_states(embeds, positions=positions, attention_mask=mask)
+    early = tiny_lm.hidden_states(embeds, [1], positions=positions, attention_mask=mask)[1]
+    again, _ = tiny_lm.final_states(embeds, positions=positions)
+    assert torch.equal(usual, again)
+    assert not torch.allclose(usual, within, atol=1e-3)
+    assert early.shape == within.shape
