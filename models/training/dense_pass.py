@@ -188,11 +188,10 @@ class DensePass:
         first = (num_nodes + num_blocks) * num_vectors
         return None if final is None else final[:, first:], {n: state[:, first:] for n, state in states.items()}
 
-    @staticmethod
-    def _mask(sight: Sight, num_vectors: int) -> AnyMask:
+    def _mask(self, sight: Sight, num_vectors: int) -> AnyMask:
         """Of all pairs, or of a band where most pairs do not see each other."""
         in_band = (sight.num_nodes + sight.num_blocks) * num_vectors + (sight.reach + 1) * K
-        if is_banded(in_band, sight.num_blocks * K):
+        if is_banded(self.lm, in_band, sight.num_blocks * K):
             return sight.banded_mask(num_vectors)
         return sight.mask(num_vectors)
 
@@ -214,9 +213,10 @@ class DensePass:
         return final[:, num_vectors - 1 :]
 
 
-def is_banded(in_band: int, window_tokens: int) -> bool:
-    """Whether tokens that see no more entries than so many are read by a band."""
-    return in_band <= BANDED_SHARE * window_tokens
+def is_banded(lm: BaseLM, in_band: int, window_tokens: int) -> bool:
+    """Whether tokens that see no more entries than so many are read by a band: on CPUs alone, because it keeps weights
+    and copies of its keys and values for the backward pass, which kernels on GPUs do without."""
+    return lm.device.type == "cpu" and in_band <= BANDED_SHARE * window_tokens
 
 
 def _mean(vectors: Float32[Tensor, "B n m D"]) -> Float32[Tensor, "B n m D"]:

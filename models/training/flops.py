@@ -92,7 +92,7 @@ def _attention(lm: BaseLM, length: int) -> float:
 
 def _student_attention(lm: BaseLM, summaries: int, raw: int, objective: ObjectiveConfig) -> float:
     band = summaries + objective.max_tail_blocks * K
-    if objective.shown_share or not is_banded(band, raw + K):
+    if objective.shown_share or not is_banded(lm, band, raw + K):
         return _attention(lm, summaries + raw)
     return 4.0 * lm.num_layers * lm.attention_width * (summaries * summaries + raw * band)
 

@@ -70,7 +70,7 @@ class Sight:
 
     @property
     def reach(self) -> int:
-        """Blocks between one that is seen raw and the farthest that sees it; 0 where none is."""
+        """How many blocks back the farthest is that some block sees raw; 0 where none is seen."""
         _, seeing, seen = np.nonzero(self.raw)
         return int((seeing - seen).max(initial=0))
 
