@@ -74,8 +74,8 @@ def test_an_oracle_may_choose_no_fewer_blocks_than_a_rival() -> None:
 
 
 def test_an_oracle_reads_something() -> None:
-    with pytest.raises(ConfigError, match="evaluation.oracle_readings must be at least 1"):
-        FocusEvaluationConfig(oracle_readings=0).validate()
+    with pytest.raises(ConfigError, match="evaluation.oracle_readings=-1 must be 0 or more"):
+        FocusEvaluationConfig(oracle_readings=-1).validate()
 
 
 def test_values_come_from_the_command_line() -> None:
