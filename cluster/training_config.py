@@ -140,6 +140,10 @@ class TrainingConfig:
     learning_rate: float = 1e-3
     """Highest, of AdamW."""
 
+    base_width: int = 256
+    """Inputs of a linear layer up to which its weights learn at the full rate; those of one that is n times as wide
+    learn at a part in n of it. 0: all at the full rate."""
+
     warmup_steps: int = 50
     """Steps over which the learning rate rises from 0; then it falls along a cosine to a tenth."""
 
@@ -179,7 +183,8 @@ class TrainingConfig:
             require(getattr(self, name) >= 1, f"training.{name} must be at least 1")
         for name in ("checkpoint_every_steps", "keep_checkpoints"):
             require(getattr(self, name) >= 1, f"training.{name} must be at least 1")
-        for name in ("gpus_per_worker", "threads_per_worker", "warmup_steps", "weight_decay", "validate_every_steps"):
+        not_negative = ("gpus_per_worker", "threads_per_worker", "base_width", "warmup_steps", "weight_decay")
+        for name in (*not_negative, "validate_every_steps"):
             require(getattr(self, name) >= 0, f"training.{name} must be 0 or more")
         require(
             all(c.isalnum() or c in "-_." for c in self.registered_name),

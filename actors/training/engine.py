@@ -50,7 +50,7 @@ class DeepSpeedEngine:
         self.num_steps = 0 if state is None else state.step
         """Steps taken since the run's beginning."""
         first = self.num_steps
-        optimiser = AdamW(parameter_groups(module, config.weight_decay), config.learning_rate, (0.9, config.beta2))
+        optimiser = AdamW(parameter_groups(module, config), config.learning_rate, (0.9, config.beta2))
         # DeepSpeed's own annotation knows torch's schedulers by a name they have no longer.
         scheduler: Any = LambdaLR(optimiser, lambda step: learning_rate_share(first + step, config))
         self._engine, *_ = deepspeed.initialize(
@@ -84,8 +84,8 @@ class DeepSpeedEngine:
 
     @property
     def learning_rate(self) -> float:
-        """Of the next step."""
-        return float(self._engine.get_lr()[0])
+        """Of the next step, the highest of any weight."""
+        return float(max(self._engine.get_lr()))
 
     def state(self) -> OptimiserState | None:
         """What the optimiser knows, on worker 0; None on the others. All workers must come."""
@@ -112,14 +112,27 @@ def deepspeed_config(config: TrainingConfig, num_workers: int) -> dict[str, Any]
     }
 
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; gains, constants and biases do not. No empty group: DeepSpeed drops those, schedulers do not."""
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2 and min(p.shape) > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2 or min(p.shape) == 1], "weight_decay": 0.0},
+def parameter_groups(module: nn.Module, config: TrainingConfig) -> list[dict[str, Any]]:
+    """What AdamW is to do with which weights. Matrices decay; gains, constants and biases do not.
+
+    AdamW moves every weight by about the learning rate, so that what a linear layer puts out moves by that times its
+    inputs: thousands in an adapter of pooled features, which at one rate for all would be far off after the first step.
+    So layers of more than `base_width` inputs learn slower by as much (Yang et al. 2022, "Tensor Programs V: Tuning
+    Large Neural Networks via Zero-Shot Hyperparameter Transfer", table 3: Adam, hidden weights). No group is empty:
+    DeepSpeed drops those, schedulers do not.
+    """
+    inputs = {id(layer.weight): layer.in_features for layer in module.modules() if isinstance(layer, nn.Linear)}
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for parameter in module.parameters():
+        if not parameter.requires_grad:
+            continue
+        decays = parameter.dim() >= 2 and min(parameter.shape) > 1
+        share = min(1.0, config.base_width / inputs.get(id(parameter), 1)) if config.base_width else 1.0
+        groups.setdefault((share, config.weight_decay if decays else 0.0), []).append(parameter)
+    return [
+        {"params": parameters, "lr": share * config.learning_rate, "weight_decay": decay}
+        for (share, decay), parameters in groups.items()
     ]
-    return [group for group in groups if group["params"]]
 
 
 def learning_rate_share(step: int, config: TrainingConfig) -> float:

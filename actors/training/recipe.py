@@ -55,9 +55,9 @@ def require_same_recipe(folder: Path, recipe: Mapping[str, Any]) -> None:
         write_atomically(path, json.dumps(recipe, indent=2))
         return
     begun = json.loads(path.read_text())
-    # Runs that were begun before the objective had a switch ran as it does with the default.
-    defaults = flatten({"objective": asdict(ObjectiveConfig())})
-    begun |= {key: defaults[key] for key in recipe.keys() & defaults.keys() - begun.keys()}
+    # Runs that were begun before there was a switch ran as it does with this.
+    before = {**flatten({"objective": asdict(ObjectiveConfig())}), "training.base_width": 0}
+    begun |= {key: before[key] for key in recipe.keys() & before.keys() - begun.keys()}
     differing = [key for key in {**begun, **recipe} if begun.get(key) != recipe.get(key)]
     if differing:
         listed = "; ".join(f"{key}: {begun.get(key)!r} then, {recipe.get(key)!r} now" for key in sorted(differing))

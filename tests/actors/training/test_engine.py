@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -33,18 +34,28 @@ def test_passes_are_what_is_left_to_each_worker() -> None:
         deepspeed_config(CONFIG, 3)
 
 
-def test_matrices_decay_and_nothing_else() -> None:
+def test_matrices_decay_and_wide_layers_learn_slower() -> None:
     net = build_gistnet(GistNetConfig(lm_layers=3), Shape())
-    decaying, others = parameter_groups(net, 0.5)
-    assert (decaying["weight_decay"], others["weight_decay"]) == (0.5, 0.0)
-    assert {p.shape for p in others["params"]} >= {net.get_parameter("block_constant").shape}
-    assert all(p.dim() >= 2 for p in decaying["params"])
-    names = {id(p): name for name, p in net.named_parameters()}
-    assert "block_head.adapter.linear.weight" in {names[id(p)] for p in decaying["params"]}
-    assert len(decaying["params"]) + len(others["params"]) == len(names)
+    config = replace(CONFIG, weight_decay=0.5, learning_rate=0.1, base_width=16)
+    found = {id(p): group for group in parameter_groups(net, config) for p in group["params"]}
+    assert len(found) == len(list(net.parameters()))
+    for name, parameter in net.named_parameters():
+        group = found[id(parameter)]
+        assert group["weight_decay"] == (0.5 if parameter.dim() >= 2 and min(parameter.shape) > 1 else 0.0)
+        layer = net.get_submodule(name.rpartition(".")[0])
+        share = 16 / layer.weight.shape[1] if isinstance(layer, nn.Linear) and parameter is layer.weight else 1.0
+        assert group["lr"] == pytest.approx(0.1 * share)
+    adapter = net.get_submodule("block_head.adapter")
+    assert found[id(adapter.get_parameter("linear.weight"))]["lr"] == pytest.approx(
+        0.1 * 16 / (5 * 2 * Shape.hidden_size)
+    )
+    assert {group["lr"] for group in parameter_groups(net, replace(config, base_width=0))} == {0.1}
+
+
+def test_what_is_frozen_is_in_no_group() -> None:
     frozen = nn.Linear(2, 2)
     frozen.weight.requires_grad_(False)
-    (only,) = parameter_groups(frozen, 0.5)
+    (only,) = parameter_groups(frozen, CONFIG)
     assert only["weight_decay"] == 0.0
     assert only["params"][0] is frozen.bias
 

@@ -9,15 +9,18 @@ import pytest
 
 from actors.training.recipe import RECIPE, recipe_of, require_same_recipe
 from cluster.errors import ConfigError
-from cluster.training_config import ObjectiveConfig, TrainGistNetJob
+from cluster.training_config import ObjectiveConfig, TrainGistNetJob, TrainingConfig
+
+NEWER = ("states_", "scored_", "base_width")
 
 
-def test_a_run_begun_before_a_switch_goes_on_with_its_default(tmp_path: Path) -> None:
-    recipe = recipe_of(TrainGistNetJob(), {"text": "abc"})
-    older = {key: value for key, value in recipe.items() if "states_" not in key and "scored_" not in key}
+def test_a_run_begun_before_a_switch_goes_on_as_it_was(tmp_path: Path) -> None:
+    recipe = recipe_of(TrainGistNetJob(training=TrainingConfig(base_width=0)), {"text": "abc"})
+    older = {key: value for key, value in recipe.items() if not any(name in key for name in NEWER)}
     assert len(older) < len(recipe)
     (tmp_path / RECIPE).write_text(json.dumps(older))
     require_same_recipe(tmp_path, recipe)
     other = recipe_of(TrainGistNetJob(objective=ObjectiveConfig(scored_share=0.5)), {"text": "abc"})
-    with pytest.raises(ConfigError, match=r"objective\.scored_share: 1\.0 then, 0\.5 now"):
+    differs = r"objective\.scored_share: 1\.0 then, 0\.5 now; training\.base_width: 0 then, 256 now"
+    with pytest.raises(ConfigError, match=differs):
         require_same_recipe(tmp_path, other)
