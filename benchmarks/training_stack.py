@@ -18,6 +18,7 @@ from actors.training.engine import learning_rate_share, parameter_groups
 from actors.training.order import ReadingOrder
 from actors.training.sources import CorpusWindows
 from actors.training.windows import windows_folder
+from actors.training.worker import MEAN_TOKENS
 from benchmarks.corpus import corpus_files, open_files
 from benchmarks.harness import BenchmarkError, Result, Setting, median_ratio, percentiles, say
 from cluster.config import CorpusConfig, GistNetConfig, RayConfig, RunConfig, TrackingConfig
@@ -25,9 +26,9 @@ from cluster.training_config import TrainGistNetJob, TrainingConfig, WindowsConf
 from models.base_lm import BaseLM, choose_dtype
 from models.gistnet import build_gistnet
 from models.tokenizer import Tokenizer
+from models.training.corpus_statistics import measure_means
 from models.training.dense_pass import DensePass
 from models.training.distillation import Distillation
-from models.training.means import measure_means
 from pipelines.train_gistnet import run
 from storage.token_windows import TokenWindows
 
@@ -95,9 +96,9 @@ def _bare_loop(job: TrainGistNetJob) -> tuple[np.ndarray, list[float]]:
     tokenizer = Tokenizer.load(job.base_lm)
     source = CorpusWindows(open_files([Path(path) for path in job.corpus.paths]), job.base_lm)
     windows = TokenWindows(windows_folder(job.windows.folder, source, tokenizer, job.windows.window_tokens))
-    measure_means(lm, net, _ids(windows, np.arange(min(8, len(windows)))))
+    measure_means(lm, net, torch.from_numpy(windows.sample(MEAN_TOKENS).astype(np.int64)))
     objective = Distillation(DensePass(lm, net), job.objective)
-    optimiser = AdamW(parameter_groups(objective, config.weight_decay), config.learning_rate, (0.9, config.beta2))
+    optimiser = AdamW(parameter_groups(objective, config), config.learning_rate, (0.9, config.beta2))
     schedule = LambdaLR(optimiser, lambda step: learning_rate_share(step, config))
     order = ReadingOrder(len(windows), config.windows_per_step, config.seed)
     seconds, losses = np.empty(config.num_steps), []

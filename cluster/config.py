@@ -215,6 +215,10 @@ class GistNetConfig:
     num_heads: int = 4
     """Pooling heads (`windowed`) or attention heads (`block`)."""
 
+    num_keywords: int = 0
+    """Words of its block, rare ones, that each vector of an untrained gist of `windowed` and `block` begins as, up to
+    32; 0: as the last token. What is rare is measured when training begins; before that words count alike."""
+
     hidden_dim: int = 0
     """Width of the adapter. 0: twice the LM's width (`windowed`), the LM's width (`block`)."""
 
@@ -226,6 +230,10 @@ class GistNetConfig:
         require(self.lm_layers >= 0, "gistnet.lm_layers must be 0 or more")
         require(self.key_layer >= 1, "gistnet.key_layer must be at least 1")
         require(self.num_heads >= 1, "gistnet.num_heads must be at least 1")
+        require(
+            0 <= self.num_keywords <= TOKENS_PER_BLOCK,
+            f"gistnet.num_keywords={self.num_keywords} must be from 0 to {TOKENS_PER_BLOCK}",
+        )
 
 
 @dataclass(frozen=True)

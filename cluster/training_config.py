@@ -172,6 +172,9 @@ class TrainingConfig:
     validate_every_steps: int = 100
     """Steps between measurements on the validation corpus; 0: only at the end."""
 
+    export_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the exported net's file. bfloat16: half the size, weights rounded to 8 bits."""
+
     registered_name: str = "gistnet"
     """Name under which the net is entered in MLflow's model registry; empty: not."""
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from actors.plan import explicit_dtype
 from actors.training.feed import FeedSpec
 from actors.training.fit import fit
@@ -85,14 +87,15 @@ def run(job: TrainGistNetJob) -> None:
             if spec.checkpoints.newest_step() < job.training.num_steps:
                 fit(spec, gistnet, feed, num_cpus, job_run)
         step = spec.best_step() or spec.checkpoints.newest_step()
-        net = GistNet.load(spec.checkpoints.path(step) / GISTNET)
-        net.save(job_run.folder / GISTNET)
+        exported = job_run.folder / GISTNET
+        GistNet.load(spec.checkpoints.path(step) / GISTNET).save(exported, getattr(torch, training.export_dtype))
+        net = GistNet.load(exported)
         job_run.log_digests({"gistnet": net.digest()})
         card = model_card(net, files.model_id, recipe, spec.fidelity_log.read(), step)
-        write_atomically(job_run.folder / GISTNET / "README.md", card)
+        write_atomically(exported / "README.md", card)
         registered = ""
         if name := job.training.registered_name:
-            registered = job_run.register_model(job_run.folder / GISTNET, name, net.digest())
+            registered = job_run.register_model(exported, name, net.digest())
         report(spec, step, registered, job_run)
 
 

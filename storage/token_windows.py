@@ -97,6 +97,15 @@ class TokenWindows:
             out[row] = self._columns[piece][index - starts[piece]]
         return out
 
+    def sample(self, num_tokens: int) -> UInt32[np.ndarray, "n window_tokens"]:
+        """At least one window, and about so many tokens where there are enough, evenly from all of them.
+
+        Raises:
+            StorageError: there is no window.
+        """
+        count = min(max(1, num_tokens // self.manifest.window_tokens), max(len(self), 1))
+        return self.read(np.linspace(0, len(self) - 1, count).astype(np.int64))
+
 
 class TokenWindowWriter:
     """Fills a folder from its beginning; whatever stood there unfinished is removed. Use as a context manager, then

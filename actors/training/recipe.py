@@ -29,6 +29,7 @@ FREE_KEYS = frozenset(
         "keep_checkpoints",
         "validate_every_steps",
         "max_failures",
+        "export_dtype",
         "registered_name",
     )
 )

@@ -31,10 +31,10 @@ from cluster.heap import keep_freed_memory
 from cluster.training_config import ObjectiveConfig, TrainingConfig
 from models.base_lm import BaseLM
 from models.gistnet import GistNet
+from models.training.corpus_statistics import measure_keywords, measure_means
 from models.training.dense_pass import DensePass
 from models.training.distillation import Distillation, StepLosses
 from models.training.flops import flops_per_window, peak_flops
-from models.training.means import measure_means
 from storage.token_windows import TokenWindows
 
 TRAINED_MODULE = "gistnet"
@@ -51,6 +51,9 @@ LOSSES = ("loss", "kl", "nll", "states", "repeat", "spread")
 
 MEAN_TOKENS = 8192
 """Tokens that an untrained net's means are measured on: so many leave 1% of a state's spread in them."""
+
+COUNTED_TOKENS = 2_000_000
+"""Tokens that are counted to know which are rare."""
 
 
 @dataclass(frozen=True)
@@ -118,8 +121,9 @@ class Trainer:
         net = gistnet.to(self.lm.device).train()
         if state is None and not any(mean.any() for mean in net.buffers()):
             windows = TokenWindows(spec.windows)
-            count = max(1, MEAN_TOKENS // spec.window_tokens)
-            measure_means(self.lm, net, self._ids(windows.read(np.arange(min(count, len(windows))))))
+            measure_means(self.lm, net, self._ids(windows.sample(MEAN_TOKENS)))
+            counts = np.bincount(windows.sample(COUNTED_TOKENS).ravel(), minlength=self.lm.vocab_size)
+            measure_keywords(self.lm, net, torch.from_numpy(counts))
         self.objective = Distillation(DensePass(self.lm, net), spec.objective)
         self._window_flops = flops_per_window(self.lm, net, spec.window_tokens, spec.objective)
         self.engine = DeepSpeedEngine(self.objective, spec.training, state)

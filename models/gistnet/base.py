@@ -32,6 +32,9 @@ WEIGHTS_FILE = "model.safetensors"
 
 RMS_EPSILON = 1e-6
 
+ADDED_LATER = {"key_layer": None, "num_keywords": 0}
+"""Parts of a specification that older nets do not have: unset, they are in no digest."""
+
 
 @dataclass(frozen=True)
 class GistNetSpec:
@@ -53,6 +56,8 @@ class GistNetSpec:
     """Width of the adapter, and of `block`'s transformer. 0 for controls."""
     num_encoder_layers: int = 0
     """Transformer layers of `block`."""
+    num_keywords: int = 0
+    """Words of its block that each vector of a gist begins as. 0: as the last token."""
 
     def __post_init__(self) -> None:
         limits = {  # a forged config must not keep the program busy
@@ -62,6 +67,7 @@ class GistNetSpec:
             "num_heads": (self.num_heads, 0, 2**10),
             "hidden_dim": (self.hidden_dim, 0, 2**20),
             "num_encoder_layers": (self.num_encoder_layers, 0, 2**8),
+            "num_keywords": (self.num_keywords, 0, TOKENS_PER_BLOCK),
         }
         for name, (value, low, high) in limits.items():
             if type(value) is not int or not low <= value <= high:
@@ -175,8 +181,9 @@ class GistNet(nn.Module, abc.ABC):
     def digest(self) -> str:
         """sha256 hex over the specification and every weight: equal nets, equal digests, in any process."""
         spec = dataclasses.asdict(self.spec)
-        if self.spec.key_layer is None:  # as nets were named before they had one
-            del spec["key_layer"]
+        for name, unset in ADDED_LATER.items():
+            if spec[name] == unset:
+                del spec[name]
         digest = hashlib.sha256(json.dumps(spec, sort_keys=True).encode())
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(f"{name} {tuple(tensor.shape)}".encode())
@@ -292,11 +299,17 @@ class GistNet(nn.Module, abc.ABC):
                 f"{self.net_id} wants {name} of shape (G, {', '.join(map(str, expected))}), not {tuple(tensor.shape)}"
             )
 
-    def save(self, folder: Path | str) -> None:
-        """Write `config.json` and `model.safetensors` to a folder; each appears whole, the config last."""
+    def save(self, folder: Path | str, dtype: torch.dtype = torch.float32) -> None:
+        """Write `config.json` and `model.safetensors` to a folder; each appears whole, the config last.
+
+        Args:
+            folder: made where it is missing.
+            dtype: of the file, float32 or bfloat16: half the size, and a net whose weights are rounded to 8 bits, with
+                a digest of its own.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        weights = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in self.state_dict().items()}
         header = {"format": FORMAT, "format_version": FORMAT_VERSION, **dataclasses.asdict(self.spec)}
         save_file(weights, folder / f"{WEIGHTS_FILE}.tmp")
         os.replace(folder / f"{WEIGHTS_FILE}.tmp", folder / WEIGHTS_FILE)
@@ -305,7 +318,7 @@ class GistNet(nn.Module, abc.ABC):
 
     @classmethod
     def load(cls, folder: Path | str) -> Self:
-        """Read a net that `save` wrote, on the CPU.
+        """Read a net that `save` wrote, on the CPU, in float32.
 
         Raises:
             ModelError: no net there, an unknown kind or format version, or weights that do not fit the
@@ -323,13 +336,14 @@ class GistNet(nn.Module, abc.ABC):
             with torch.device("meta"):
                 net = known(spec)
             weights = load_file(folder / WEIGHTS_FILE)
-            net.load_state_dict(weights, strict=True, assign=True)
+            floats = {n: t.float() if t.dtype == torch.bfloat16 else t for n, t in weights.items()}
+            net.load_state_dict(floats, strict=True, assign=True)
         except (OSError, RuntimeError, SafetensorError) as error:
             reason = " ".join(str(error).split())
             raise ModelError(f"{folder / WEIGHTS_FILE} does not fit {CONFIG_FILE}: {reason}") from error
-        broken = [n for n, t in weights.items() if t.dtype != torch.float32 or not bool(t.isfinite().all())]
+        broken = [n for n, t in floats.items() if t.dtype != torch.float32 or not bool(t.isfinite().all())]
         if broken:
-            raise ModelError(f"{folder / WEIGHTS_FILE}: {broken[0]!r} is not finite float32")
+            raise ModelError(f"{folder / WEIGHTS_FILE}: {broken[0]!r} is not finite float32 or bfloat16")
         return net.eval()
 
 

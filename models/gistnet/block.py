@@ -30,6 +30,7 @@ class BlockGistNet(ResidualGistNet):
             )
         self.block_encoder, self.block_head = self._level(TOKENS_PER_BLOCK)
         self.node_encoder, self.node_head = self._level(self.num_node_entries)
+        self._add_keywords()
 
     def _level(self, num_entries: int) -> tuple[Encoder, PooledHead]:
         spec = self.spec
@@ -50,8 +51,14 @@ class BlockGistNet(ResidualGistNet):
         )
         return encoder, head
 
-    def _block_change(self, entries: Entries) -> Float32[Tensor, "G m D"]:
-        features = masked(rms_normalised(entries.embeddings) - self.embedding_mean, entries.mask)
+    @property
+    def feature_dim(self) -> int:
+        return self.dim
+
+    def _token_features(self, entries: Entries) -> Float32[Tensor, "G T F"]:
+        return masked(rms_normalised(entries.embeddings) - self.embedding_mean, entries.mask)
+
+    def _block_change(self, features: Float32[Tensor, "G T F"], entries: Entries) -> Float32[Tensor, "G m D"]:
         return self.block_head(self.block_encoder(features, entries.mask), entries.mask, entries.last)
 
     def _node_change(self, features: Float32[Tensor, "G T D"], entries: Entries) -> Float32[Tensor, "G m D"]:

@@ -67,6 +67,7 @@ def _untrained(config: GistNetConfig, lm: LMShape) -> GistNet:
         num_heads=config.num_heads if trainable else 0,
         hidden_dim=(config.hidden_dim or default_width) if trainable else 0,
         num_encoder_layers=NUM_BLOCK_LAYERS if config.kind == "block" else 0,
+        num_keywords=config.num_keywords if trainable else 0,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)

@@ -18,6 +18,9 @@ are of the size of what they are added to."""
 
 INITIAL_STD = 0.02
 
+KEYWORD_GAIN = 2.0
+"""Sum of a vector's gains at the start: a head that is torn between several words adds little of any."""
+
 
 class AttentionPool(nn.Module):
     """H weighted means over a group's entries; learned queries score them, learned anchors prefer places."""
@@ -31,10 +34,39 @@ class AttentionPool(nn.Module):
         offsets = (torch.arange(num_entries) - centres[:, None]) / width
         self.anchors = nn.Parameter(-0.5 * offsets.square())  # (H, T), added to the scores
 
-    def forward(self, x: Float32[Tensor, "G T F"], mask: Bool[Tensor, "G T"]) -> Float32[Tensor, "G H F"]:
+    def weights(self, x: Float32[Tensor, "G T F"], mask: Bool[Tensor, "G T"]) -> Float32[Tensor, "G H T"]:
+        """What each head gives each entry; a head's sum to 1."""
         scores = self.queries @ x.transpose(1, 2) * x.shape[-1] ** -0.5 + self.anchors
-        scores = scores.masked_fill(~mask[:, None], float("-inf"))
-        return scores.softmax(dim=-1) @ x
+        return scores.masked_fill(~mask[:, None], float("-inf")).softmax(dim=-1)
+
+    def forward(self, x: Float32[Tensor, "G T F"], mask: Bool[Tensor, "G T"]) -> Float32[Tensor, "G H F"]:
+        return self.weights(x, mask) @ x
+
+
+class Keywords(nn.Module):
+    """The mean token and, upon it, how H weighted means of a group's own embeddings differ from it, H for each of m
+    vectors: mean + sum of gain · (weighted mean - mean).
+
+    With queries that prefer rare tokens (`models.training.corpus_statistics`) a gist begins as a few words of its block
+    in the frozen LM's own vectors. A mean over all words alike is toxic to the LM, and so is the mean token by itself.
+    """
+
+    token_mean: Tensor
+
+    def __init__(self, *, num_heads: int, feature_dim: int, num_entries: int, num_vectors: int, dim: int) -> None:
+        super().__init__()
+        self.pool = AttentionPool(num_heads * num_vectors, feature_dim, num_entries)
+        self.gains = nn.Parameter(torch.full((num_vectors, num_heads, 1), KEYWORD_GAIN / num_heads))
+        self.register_buffer("token_mean", torch.zeros(dim))
+
+    def forward(
+        self,
+        features: Float32[Tensor, "G T F"],
+        embeddings: Float32[Tensor, "G T D"],
+        mask: Bool[Tensor, "G T"],
+    ) -> Float32[Tensor, "G m D"]:
+        words = (self.pool.weights(features, mask) @ embeddings).unflatten(1, self.gains.shape[:2])
+        return self.token_mean + (self.gains * (words - self.token_mean)).sum(dim=2)
 
 
 class Adapter(nn.Module):

@@ -32,10 +32,15 @@ class WindowedGistNet(ResidualGistNet):
             "num_vectors": spec.num_vectors,
             "dim": spec.dim,
         }
-        self.block_head = PooledHead(num_entries=TOKENS_PER_BLOCK, feature_dim=2 * spec.dim, **sizes)
+        self.block_head = PooledHead(num_entries=TOKENS_PER_BLOCK, feature_dim=self.feature_dim, **sizes)
         self.node_head = PooledHead(num_entries=self.num_node_entries, feature_dim=spec.dim, **sizes)
+        self._add_keywords()
 
-    def _block_change(self, entries: Entries) -> Float32[Tensor, "G m D"]:
+    @property
+    def feature_dim(self) -> int:
+        return 2 * self.dim
+
+    def _token_features(self, entries: Entries) -> Float32[Tensor, "G T F"]:
         assert entries.hidden is not None
         features = torch.cat(
             (
@@ -44,7 +49,10 @@ class WindowedGistNet(ResidualGistNet):
             ),
             dim=-1,
         )
-        return self.block_head(masked(features, entries.mask), entries.mask, entries.last)
+        return masked(features, entries.mask)
+
+    def _block_change(self, features: Float32[Tensor, "G T F"], entries: Entries) -> Float32[Tensor, "G m D"]:
+        return self.block_head(features, entries.mask, entries.last)
 
     def _node_change(self, features: Float32[Tensor, "G T D"], entries: Entries) -> Float32[Tensor, "G m D"]:
         return self.node_head(features, entries.mask, entries.last)

@@ -39,6 +39,9 @@ def test_windows_are_read_in_the_order_asked_for(
     assert windows.read([]).shape == (0, T)
     assert windows.manifest.kept_share == pytest.approx(0.88)
     assert windows.manifest.origin == {"corpus": "c0"}
+    np.testing.assert_array_equal(windows.sample(3 * T + 1), expected[[0, 5, 10]])
+    np.testing.assert_array_equal(windows.sample(1), expected[:1])
+    np.testing.assert_array_equal(windows.sample(10**6), expected)
     for wrong in ([11], [-1]):
         with pytest.raises(StorageError, match="windows 0 to 10"):
             windows.read(wrong)

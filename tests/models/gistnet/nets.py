@@ -25,10 +25,24 @@ class Shape:
 
 
 def make(
-    kind: GistNetKind, num_vectors: int = 1, *, seed: int = 0, perturbed: bool = False, key_layer: int = 3
+    kind: GistNetKind,
+    num_vectors: int = 1,
+    *,
+    seed: int = 0,
+    perturbed: bool = False,
+    key_layer: int = 3,
+    num_keywords: int = 0,
 ) -> GistNet:
     """An untrained net, or one whose every weight and mean has moved a little, as training would."""
-    config = GistNetConfig(kind=kind, num_vectors=num_vectors, lm_layers=3, key_layer=key_layer, num_heads=4, seed=seed)
+    config = GistNetConfig(
+        kind=kind,
+        num_vectors=num_vectors,
+        lm_layers=3,
+        key_layer=key_layer,
+        num_heads=4,
+        num_keywords=num_keywords,
+        seed=seed,
+    )
     net = build_gistnet(config, Shape())
     return perturb(net, 0.1) if perturbed else net
 

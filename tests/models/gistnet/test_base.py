@@ -190,23 +190,35 @@ def test_digests_tell_nets_apart() -> None:
     assert len(set(digests)) == len(digests)
 
 
-def test_digests_outlive_the_key_layer() -> None:
-    """Trees name the net that made them: of those made before nets had a key layer, the names must not change."""
+def test_digests_outlive_what_nets_did_not_have() -> None:
+    """Trees name the net that made them: of those made before nets had parts, the names must not change."""
     assert make("mean").digest() == "273fbd24b13f7f8869c81f5544bb5c018cac33db8819984ee2dded7d9458ec70"
-    assert make("block", perturbed=True).digest() == digest_without_key_layer(make("block", perturbed=True))
-    assert make("windowed").digest() == digest_without_key_layer(make("windowed"))
+    assert make("block", perturbed=True).digest() == older_digest(make("block", perturbed=True))
+    assert make("windowed").digest() == older_digest(make("windowed"))
     keyed = make("windowed", key_layer=2)
-    assert keyed.digest() != digest_without_key_layer(keyed)
+    assert keyed.digest() != older_digest(keyed)
 
 
-def digest_without_key_layer(net: GistNet) -> str:
-    """As it was defined before there was one."""
-    spec = {name: value for name, value in vars(net.spec).items() if name != "key_layer"}
+def older_digest(net: GistNet) -> str:
+    """As it was defined before there were key layers and keywords."""
+    spec = {name: value for name, value in vars(net.spec).items() if name not in {"key_layer", "num_keywords"}}
     digest = hashlib.sha256(json.dumps(spec, sort_keys=True).encode())
     for name, tensor in sorted(net.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         digest.update(tensor.numpy().tobytes())
     return digest.hexdigest()
+
+
+def test_in_half_the_size_a_net_comes_back_rounded(tmp_path: Path) -> None:
+    net = make("windowed", 2, num_keywords=2, perturbed=True)
+    net.save(tmp_path / "whole")
+    net.save(tmp_path / "half", torch.bfloat16)
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("whole", "half")]
+    assert sizes[1] < 0.55 * sizes[0]
+    whole, half = (GistNet.load(tmp_path / name) for name in ("whole", "half"))
+    assert whole.digest() == net.digest() != half.digest()
+    for name, weight in net.state_dict().items():
+        assert torch.equal(half.state_dict()[name], weight.bfloat16().float())
 
 
 def test_a_net_with_a_key_layer_comes_back_the_same(tmp_path: Path) -> None:

@@ -55,8 +55,41 @@ def test_a_new_net_adds_nothing_to_its_residual(kind: GistNetKind) -> None:
 
 @every_net
 @every_kind
-def test_gradients_reach_every_parameter(kind: GistNetKind, num_vectors: int) -> None:
-    net = make(kind, num_vectors, perturbed=True)
+def test_with_keywords_a_gist_is_the_mean_token_and_how_weighted_words_differ_from_it(
+    kind: GistNetKind, num_vectors: int
+) -> None:
+    net = make(kind, num_vectors, num_keywords=3)
+    assert isinstance(net, ResidualGistNet)
+    assert net.keywords is not None
+    net.keywords.token_mean.normal_()
+    embeddings, hidden = blocks(5)
+    gists = net.forward_tokens(embeddings, LENGTHS, hidden).gists
+    # Untrained nets know their means as zero.
+    parts = (embeddings, hidden) if kind == "windowed" else (embeddings,)
+    features = torch.cat([part / part.square().mean(-1, keepdim=True).sqrt() for part in parts], dim=-1)
+    pool = net.keywords.pool
+    for g, length in enumerate(LENGTHS.tolist()):
+        words = embeddings[g, :length]
+        scores = features[g, :length] @ pool.queries.T * features.shape[-1] ** -0.5 + pool.anchors[:, :length].T
+        mean_words = scores.softmax(dim=0).T @ words  # (3 m, D)
+        for j in range(num_vectors):
+            own = mean_words[3 * j : 3 * j + 3] - net.keywords.token_mean
+            expected = net.keywords.token_mean + 2.0 / 3 * own.sum(dim=0)
+            assert torch.allclose(gists[g, j], expected, atol=1e-4)
+
+
+@every_kind
+def test_a_net_without_keywords_is_the_same_as_before_there_were_any(kind: GistNetKind) -> None:
+    without, with_keywords = make(kind).state_dict(), make(kind, num_keywords=2).state_dict()
+    assert with_keywords.keys() > without.keys()
+    assert all(torch.equal(weight, with_keywords[name]) for name, weight in without.items())
+
+
+@pytest.mark.parametrize("num_keywords", [0, 2])
+@every_net
+@every_kind
+def test_gradients_reach_every_parameter(kind: GistNetKind, num_vectors: int, num_keywords: int) -> None:
+    net = make(kind, num_vectors, perturbed=True, num_keywords=num_keywords)
     embeddings, hidden = blocks(5)
     loss = net.forward_tokens(embeddings, LENGTHS, hidden).gists.square().sum()
     for lod in range(2, 2 + NUM_LOD_EMBEDDINGS):
