@@ -212,6 +212,10 @@ class GistNetConfig:
     """The `windowed` net's routing keys are made of the LM's states after so many layers; of those after `lm_layers`
     where that is no more. Of planted facts layer 4 found 96%, layer 8 71% (four of 1,536 blocks, pooled, whitened)."""
 
+    key_dim: int = 0
+    """Width of routing keys, at most the LM's; 0: as wide as its states. A tree's keys take 2 bytes a dimension and
+    block."""
+
     num_heads: int = 4
     """Pooling heads (`windowed`) or attention heads (`block`)."""
 
@@ -229,6 +233,7 @@ class GistNetConfig:
         require(self.num_vectors in {1, 2, 4}, f"gistnet.num_vectors={self.num_vectors} must be 1, 2 or 4")
         require(self.lm_layers >= 0, "gistnet.lm_layers must be 0 or more")
         require(self.key_layer >= 1, "gistnet.key_layer must be at least 1")
+        require(self.key_dim >= 0, "gistnet.key_dim must be 0 or more")
         require(self.num_heads >= 1, "gistnet.num_heads must be at least 1")
         require(
             0 <= self.num_keywords <= TOKENS_PER_BLOCK,

@@ -31,7 +31,7 @@ from cluster.heap import keep_freed_memory
 from cluster.training_config import ObjectiveConfig, TrainingConfig
 from models.base_lm import BaseLM
 from models.gistnet import GistNet
-from models.training.corpus_statistics import measure_keywords, measure_means
+from models.training.corpus_statistics import measure_keys, measure_keywords, measure_means
 from models.training.dense_pass import DensePass
 from models.training.distillation import Distillation, StepLosses
 from models.training.flops import flops_per_window, peak_flops
@@ -51,6 +51,9 @@ LOSSES = ("loss", "kl", "nll", "states", "repeat", "spread")
 
 MEAN_TOKENS = 8192
 """Tokens that an untrained net's means are measured on: so many leave 1% of a state's spread in them."""
+
+KEY_TOKENS = 131_072
+"""Tokens, 4,096 blocks, from which it is learned how routing keys differ."""
 
 COUNTED_TOKENS = 2_000_000
 """Tokens that are counted to know which are rare."""
@@ -122,6 +125,7 @@ class Trainer:
         if state is None and not any(mean.any() for mean in net.buffers()):
             windows = TokenWindows(spec.windows)
             measure_means(self.lm, net, self._ids(windows.sample(MEAN_TOKENS)))
+            measure_keys(self.lm, net, self._ids(windows.sample(KEY_TOKENS)))
             counts = np.bincount(windows.sample(COUNTED_TOKENS).ravel(), minlength=self.lm.vocab_size)
             measure_keywords(self.lm, net, torch.from_numpy(counts))
         self.objective = Distillation(DensePass(self.lm, net), spec.objective)

@@ -32,7 +32,6 @@ from cluster.errors import ModelError
 from models.base_lm import BaseLM
 from models.focus.history import TreeReader
 from models.gistnet import GistNet
-from models.gistnet.base import rms_normalised
 from models.gistnet.build import check_fits
 
 Match = Literal["pooled", "max_sim"]
@@ -109,11 +108,11 @@ class KeySpace:
 
 def query_states(
     lm: BaseLM, gistnet: GistNet, tokens: np.ndarray, num_query_tokens: int | None = None
-) -> Float32[Tensor, "q D"]:
-    """States of a raw tail's tokens, made as the net makes a block's before it takes their mean for a key.
+) -> Float32[Tensor, "q D_key"]:
+    """What a raw tail's tokens would add to a routing key if they were a block.
 
     Nets that read the LM take the state after their key layer, from one causal pass as over a document's window; the
-    others take token embeddings. Either is rms-normalised, minus the net's mean.
+    others take token embeddings.
 
     Args:
         lm: the tree's base LM; at least the layers the net reads.
@@ -123,14 +122,9 @@ def query_states(
             is in a few tokens: at 8 to 20 recall was best, at 120 hardly any was left.
 
     Raises:
-        ModelError: another number of tokens (of either), a net that does not fit the LM, or whose keys are not states.
+        ModelError: another number of tokens (of either), or a net that does not fit the LM.
     """
     check_fits(gistnet, lm)
-    if gistnet.key_dim != gistnet.dim:
-        raise ModelError(
-            f"{gistnet.net_id} projects its routing keys from {gistnet.dim} to {gistnet.key_dim} dimensions; states "
-            "of single tokens cannot be compared with them"
-        )
     if not 1 <= len(tokens) <= WINDOW_TOKENS:
         raise ModelError(
             f"a query is read in one window of 1 to {WINDOW_TOKENS} tokens, not {len(tokens)}; give the last ones"
@@ -143,8 +137,8 @@ def query_states(
         states = lm.embed(ids)
         if gistnet.key_layer is not None:
             states = lm.hidden_states(states, [gistnet.key_layer])[gistnet.key_layer]
-        chosen = states[0, -num_query_tokens:].float().cpu()
-        return rms_normalised(chosen) - gistnet.key_mean.cpu()
+        chosen = states[0, -num_query_tokens:].to(gistnet.embedding_mean.device)
+        return gistnet.key_rows(chosen, torch.ones(num_query_tokens, dtype=torch.bool, device=chosen.device)).cpu()
 
 
 def dense_scores(

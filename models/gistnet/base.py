@@ -32,7 +32,7 @@ WEIGHTS_FILE = "model.safetensors"
 
 RMS_EPSILON = 1e-6
 
-ADDED_LATER = {"key_layer": None, "num_keywords": 0}
+ADDED_LATER = {"key_layer": None, "num_keywords": 0, "key_dim": 0}
 """Parts of a specification that older nets do not have: unset, they are in no digest."""
 
 
@@ -58,6 +58,8 @@ class GistNetSpec:
     """Transformer layers of `block`."""
     num_keywords: int = 0
     """Words of its block that each vector of a gist begins as. 0: as the last token."""
+    key_dim: int = 0
+    """D_key of projected routing keys. 0: keys are as wide as the LM's states."""
 
     def __post_init__(self) -> None:
         limits = {  # a forged config must not keep the program busy
@@ -68,12 +70,34 @@ class GistNetSpec:
             "hidden_dim": (self.hidden_dim, 0, 2**20),
             "num_encoder_layers": (self.num_encoder_layers, 0, 2**8),
             "num_keywords": (self.num_keywords, 0, TOKENS_PER_BLOCK),
+            "key_dim": (self.key_dim, 0, self.dim),
         }
         for name, (value, low, high) in limits.items():
             if type(value) is not int or not low <= value <= high:
                 raise ModelError(f"no GistNet can have {name}={value!r}; it is an integer from {low} to {high}")
         if self.num_vectors not in {1, 2, 4}:
             raise ModelError(f"no GistNet can have num_vectors={self.num_vectors!r}; it is 1, 2 or 4")
+
+
+class KeyHead(nn.Module):
+    """Weighs a group's tokens and projects them to the width of routing keys.
+
+    Before anything is measured or learned all tokens weigh the same, and the projection is an orthonormal one drawn at
+    random, which keeps angles about as they are. Not trained with the gists: nothing of their loss depends on it.
+    """
+
+    def __init__(self, dim: int, key_dim: int) -> None:
+        super().__init__()
+        self.projection = nn.Parameter(torch.empty(dim, key_dim), requires_grad=False)
+        if not self.projection.is_meta:
+            # Of no generator but its own: nets with and without a head have the same other weights.
+            nn.init.orthogonal_(self.projection, generator=torch.Generator().manual_seed(0))
+        self.query = nn.Parameter(torch.zeros(dim), requires_grad=False)
+
+    def forward(self, x: Float32[Tensor, "*G T D"], mask: Bool[Tensor, "*G T"]) -> Float32[Tensor, "*G T D_key"]:
+        scores = (x @ self.query) * x.shape[-1] ** -0.5
+        weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1) * mask.sum(dim=-1, keepdim=True)
+        return weights[..., None] * (x @ self.projection)
 
 
 @dataclass(frozen=True)
@@ -134,6 +158,7 @@ class GistNet(nn.Module, abc.ABC):
         self.register_buffer("hidden_mean", torch.zeros(spec.dim))
         if spec.key_layer is not None:
             self.register_buffer("own_key_mean", torch.zeros(spec.dim))
+        self.key_head = KeyHead(spec.dim, spec.key_dim) if spec.key_dim else None
 
     @property
     def dim(self) -> int:
@@ -142,8 +167,8 @@ class GistNet(nn.Module, abc.ABC):
 
     @property
     def key_dim(self) -> int:
-        """D_key: size of a routing key; unprojected, so that of the LM's states."""
-        return self.spec.dim
+        """D_key: size of a routing key; unprojected, that of the LM's states."""
+        return self.spec.key_dim or self.spec.dim
 
     @property
     def num_vectors(self) -> int:
@@ -266,11 +291,21 @@ class GistNet(nn.Module, abc.ABC):
     @abc.abstractmethod
     def _node_gists(self, entries: Entries, lod: int) -> Float32[Tensor, "G m D"]: ...
 
-    def _block_keys(self, entries: Entries) -> Float32[Tensor, "G D_key"]:
+    def key_rows(self, states: Float[Tensor, "*G T D"], mask: Bool[Tensor, "*G T"]) -> Float32[Tensor, "*G T D_key"]:
+        """What each token adds to a routing key, which is the direction of the sum: of blocks and of queries alike.
+
+        Args:
+            states: of the LM after `key_layer` layers; embeddings where that is None.
+            mask: True for tokens that are there; the others' rows are zero.
+        """
         # Every token counts alike: unnormalised, a window's first token (an attention sink, 8x as long as
         # others in SmolLM2 after 8 layers) would be its block's key.
-        centred = masked(rms_normalised(entries.key_states) - self.key_mean, entries.mask)
-        return F.normalize(centred.sum(dim=1) / entries.mask.sum(dim=1, keepdim=True), dim=-1)
+        centred = masked(rms_normalised(states.float()) - self.key_mean, mask)
+        return centred if self.key_head is None else self.key_head(centred, mask)
+
+    def _block_keys(self, entries: Entries) -> Float32[Tensor, "G D_key"]:
+        rows = self.key_rows(entries.key_states, entries.mask)
+        return F.normalize(rows.sum(dim=1) / entries.mask.sum(dim=1, keepdim=True), dim=-1)
 
     def _entries(
         self, embeddings: Tensor, lengths: Tensor, hidden: Tensor | None, key_states: Tensor | None = None

@@ -68,6 +68,7 @@ def _untrained(config: GistNetConfig, lm: LMShape) -> GistNet:
         hidden_dim=(config.hidden_dim or default_width) if trainable else 0,
         num_encoder_layers=NUM_BLOCK_LAYERS if config.kind == "block" else 0,
         num_keywords=config.num_keywords if trainable else 0,
+        key_dim=config.key_dim,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)

@@ -1,11 +1,14 @@
-"""What a GistNet knows of a corpus before it is trained: the means it takes off, and which words are rare."""
+"""What a GistNet knows of a corpus before it is trained: the means it takes off, which words are rare, and in which
+directions routing keys differ."""
 
 from __future__ import annotations
 
 import torch
 from jaxtyping import Float32, Int64
 from torch import Tensor
+from torch.nn import functional as F
 
+from cluster.config import TOKENS_PER_BLOCK
 from models.base_lm import BaseLM
 from models.gistnet import GistNet
 from models.gistnet.base import rms_normalised
@@ -14,6 +17,9 @@ from models.window_encoder import WINDOW_TOKENS
 
 RIDGE = 1e-3
 """Added to the variance of each of the features, whose mean square is 1."""
+
+KEY_RIDGE = 0.1
+"""Share of the mean variance that is added to every direction of routing keys, as `models.focus.dense` does."""
 
 
 @torch.no_grad()
@@ -56,6 +62,34 @@ def measure_keywords(lm: BaseLM, net: GistNet, counts: Int64[Tensor, " V"]) -> N
     features = rms_normalised(embeddings) - net.embedding_mean
     queries = net.keywords.pool.queries
     queries[:, : net.dim] += _least_squares(features, -shares.log(), shares) * queries.shape[1] ** 0.5
+
+
+@torch.no_grad()
+def measure_keys(lm: BaseLM, net: GistNet, ids: Int64[Tensor, "B T"]) -> None:
+    """Let a net's key head, where it has one, project to the directions in which the keys of these windows' blocks differ
+    most, each scaled by how much they do (principal components, whitened): after `measure_means`.
+
+    Args:
+        lm: the frozen model.
+        net: with its means.
+        ids: windows of whole blocks; a few blocks for every dimension of the LM's states.
+    """
+    head = net.key_head
+    if head is None:
+        return
+    keys = []
+    for row in ids.reshape(-1, min(ids.shape[1], WINDOW_TOKENS)):
+        states = lm.embed(row[None])
+        if net.key_layer is not None:
+            states = lm.hidden_states(states, [net.key_layer])[net.key_layer]
+        centred = rms_normalised(states[0].float()) - net.key_mean
+        keys.append(F.normalize(centred.unflatten(0, (-1, TOKENS_PER_BLOCK)).mean(dim=1), dim=-1))
+    found = torch.cat(keys).double()
+    found = found - found.mean(dim=0)
+    covariance = found.T @ found / len(found)
+    variances, directions = torch.linalg.eigh(covariance)  # ascending
+    scales = (variances.clamp(min=0) + KEY_RIDGE * covariance.diagonal().mean()).rsqrt()
+    head.projection.copy_((directions * scales)[:, -net.spec.key_dim :].flip(1))
 
 
 def _least_squares(

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.functional import normalize
 
 from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.config import BaseLMConfig, GistNetConfig
@@ -18,7 +19,7 @@ from cluster.errors import ModelError
 from models.base_lm import BaseLM
 from models.focus import dense
 from models.focus.dense import KeyIndex, KeySpace, Match, dense_scores, query_states
-from models.gistnet import GistNet, GistNetSpec, MeanGistNet, build_gistnet
+from models.gistnet import GistNet, build_gistnet
 from models.model_files import resolve_model
 from models.tokenizer import Tokenizer
 from models.window_encoder import WindowEncoder
@@ -193,9 +194,9 @@ def test_a_space_of_a_long_history_is_sampled(monkeypatch: pytest.MonkeyPatch) -
     np.testing.assert_allclose(part.centre, keys[100:300].mean(axis=0), atol=1e-6)
 
 
-def net_of(kind: str, lm: BaseLMConfig, key_layer: int = 2) -> GistNet:
+def net_of(kind: str, lm: BaseLMConfig, key_layer: int = 2, key_dim: int = 0) -> GistNet:
     """An untrained net with its means moved, so that leaving them out would show."""
-    config = GistNetConfig(kind=kind, lm_layers=2, key_layer=key_layer)  # type: ignore[arg-type]
+    config = GistNetConfig(kind=kind, lm_layers=2, key_layer=key_layer, key_dim=key_dim)  # type: ignore[arg-type]
     return perturb(build_gistnet(config, resolve_model(lm)), 0.05)
 
 
@@ -208,20 +209,30 @@ def words(num_tokens: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, num_tokens).astype(np.uint32)
 
 
-@pytest.mark.parametrize(("kind", "key_layer"), [*((kind, 2) for kind in KINDS), ("windowed", 1)])
-def test_states_are_what_keys_are_means_of(kind: str, key_layer: int, tiny_lm_config: BaseLMConfig, lm: BaseLM) -> None:
-    net = net_of(kind, tiny_lm_config, key_layer)
+@pytest.mark.parametrize(
+    ("kind", "key_layer", "key_dim"),
+    [*((kind, 2, 0) for kind in KINDS), ("windowed", 1, 0), ("windowed", 1, 16), ("block", 2, 16)],
+)
+def test_states_are_what_keys_are_means_of(
+    kind: str, key_layer: int, key_dim: int, tiny_lm_config: BaseLMConfig, lm: BaseLM
+) -> None:
+    net = net_of(kind, tiny_lm_config, key_layer, key_dim)
     assert net.key_layer == (key_layer if kind == "windowed" else None)
     text = words(150, 0)
     keys = WindowEncoder(lm, net).encode_windows([text])[0].keys
     states = query_states(lm, net, text)
-    assert states.shape == (150, net.key_dim)
+    assert states.shape == (150, key_dim or lm.hidden_size)
     assert states.dtype == torch.float32
     for block, key in enumerate(keys):
-        mine = states[block * K : (block + 1) * K].mean(dim=0).numpy()
+        # What tokens weigh is relative to the others that are asked for; a block's key is of that block's alone.
+        upto = text[: (block + 1) * K]
+        mine = query_states(lm, net, upto, len(upto) - block * K).mean(dim=0).numpy()
         np.testing.assert_allclose(unit(mine), key, atol=1e-5)
     # The last tokens of a longer text keep what they know of those before.
-    assert torch.equal(query_states(lm, net, text, 20), states[-20:])
+    last = query_states(lm, net, text, 20)
+    assert torch.allclose(normalize(last, dim=-1), normalize(states[-20:], dim=-1), atol=1e-5)
+    if not key_dim:
+        assert torch.equal(last, states[-20:])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -305,14 +316,3 @@ def test_what_cannot_be_compared_is_refused(tiny_lm_config: BaseLMConfig, lm: Ba
     for num_query in (0, 11):
         with pytest.raises(ModelError, match="cannot be the query"):
             query_states(lm, net, words(10, 0), num_query)
-
-
-def test_a_net_with_projected_keys_is_refused(tiny_lm_config: BaseLMConfig, lm: BaseLM) -> None:
-    class Projected(MeanGistNet):
-        @property
-        def key_dim(self) -> int:
-            return 16
-
-    net = Projected(GistNetSpec("mean", lm.hidden_size, 1))
-    with pytest.raises(ModelError, match="projects its routing keys from 64 to 16"):
-        query_states(lm, net, words(10, 0))

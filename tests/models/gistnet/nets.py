@@ -32,6 +32,7 @@ def make(
     perturbed: bool = False,
     key_layer: int = 3,
     num_keywords: int = 0,
+    key_dim: int = 0,
 ) -> GistNet:
     """An untrained net, or one whose every weight and mean has moved a little, as training would."""
     config = GistNetConfig(
@@ -39,6 +40,7 @@ def make(
         num_vectors=num_vectors,
         lm_layers=3,
         key_layer=key_layer,
+        key_dim=key_dim,
         num_heads=4,
         num_keywords=num_keywords,
         seed=seed,

@@ -201,12 +201,36 @@ def test_digests_outlive_what_nets_did_not_have() -> None:
 
 def older_digest(net: GistNet) -> str:
     """As it was defined before there were key layers and keywords."""
-    spec = {name: value for name, value in vars(net.spec).items() if name not in {"key_layer", "num_keywords"}}
+    spec = {
+        name: value for name, value in vars(net.spec).items() if name not in {"key_layer", "num_keywords", "key_dim"}
+    }
     digest = hashlib.sha256(json.dumps(spec, sort_keys=True).encode())
     for name, tensor in sorted(net.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         digest.update(tensor.numpy().tobytes())
     return digest.hexdigest()
+
+
+@every_kind
+def test_projected_keys_are_narrow_and_other_weights_the_same(kind: GistNetKind) -> None:
+    net = make(kind, key_dim=8)
+    assert net.key_head is not None
+    others = {name: weight for name, weight in net.state_dict().items() if not name.startswith("key_head.")}
+    assert others.keys() == make(kind).state_dict().keys()
+    assert all(torch.equal(weight, make(kind).state_dict()[name]) for name, weight in others.items())
+    projection = net.key_head.projection
+    assert torch.allclose(projection.T @ projection, torch.eye(8), atol=1e-5)
+    embeddings, hidden = blocks(3)
+    lengths = torch.tensor([32, 7, 1])
+    with torch.no_grad():
+        net.key_head.query.normal_(std=5)
+        keys = net.forward_tokens(embeddings, lengths, hidden).keys
+    assert keys.shape == (3, 8)
+    states = (hidden if kind == "windowed" else embeddings)[1, :7]
+    centred = states / states.square().mean(-1, keepdim=True).sqrt()
+    weights = (centred @ net.key_head.query * DIM**-0.5).softmax(dim=0)
+    expected = weights @ centred @ projection
+    assert torch.allclose(keys[1], expected / expected.norm(), atol=1e-4)
 
 
 def test_in_half_the_size_a_net_comes_back_rounded(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Means, and which words are rare."""
+"""Means, which words are rare, and how keys differ."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from models.base_lm import BaseLM
 from models.gistnet import build_gistnet
 from models.gistnet.base import rms_normalised
 from models.gistnet.residual import ResidualGistNet
-from models.training.corpus_statistics import measure_keywords, measure_means
+from models.training.corpus_statistics import measure_keys, measure_keywords, measure_means
 
 
 def keyword_net(lm: BaseLM) -> ResidualGistNet:
@@ -60,3 +60,21 @@ def test_a_net_without_keywords_is_left_alone(tiny_lm: BaseLM) -> None:
     before = net.digest()
     measure_keywords(tiny_lm, net, torch.ones(tiny_lm.vocab_size, dtype=torch.int64))
     assert net.digest() == before
+
+
+def test_keys_are_projected_to_where_they_differ_and_spread_evenly(tiny_lm: BaseLM) -> None:
+    wide, net = (build_gistnet(GistNetConfig(lm_layers=2, key_layer=1, key_dim=d), tiny_lm) for d in (0, 12))
+    ids = torch.randint(tiny_lm.vocab_size, (4, 1024), generator=torch.Generator().manual_seed(0))
+    for each in (wide, net):
+        measure_means(tiny_lm, each, ids)
+    measure_keys(tiny_lm, net, ids)
+    assert net.key_head is not None
+    with torch.no_grad():
+        states = tiny_lm.hidden_states(tiny_lm.embed(ids), [1])[1].unflatten(1, (32, 32)).flatten(0, 1)
+        rows = wide.key_rows(states, torch.ones(states.shape[:2], dtype=torch.bool)).mean(dim=1)
+        keys = torch.nn.functional.normalize(rows, dim=-1).double()
+        placed = (keys - keys.mean(dim=0)) @ net.key_head.projection.double()
+    variances = torch.linalg.eigvalsh(torch.cov(keys.T, correction=0)).flip(0)
+    shrunk = variances / (variances + 0.1 * variances.mean())
+    covariance = torch.cov(placed.T, correction=0)
+    assert torch.allclose(covariance, torch.diag(shrunk[:12]), atol=1e-3)
