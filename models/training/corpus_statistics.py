@@ -66,8 +66,8 @@ def measure_keywords(lm: BaseLM, net: GistNet, counts: Int64[Tensor, " V"]) -> N
 
 @torch.no_grad()
 def measure_keys(lm: BaseLM, net: GistNet, ids: Int64[Tensor, "B T"]) -> None:
-    """Let a net's key head, where it has one, project to the directions in which the keys of these windows' blocks differ
-    most, each scaled by how much they do (principal components, whitened): after `measure_means`.
+    """Let a net's key head, where it has one, project to the directions in which the keys of these windows' blocks
+    differ most, each scaled by how much they do (principal components, whitened): after `measure_means`.
 
     Args:
         lm: the frozen model.
