@@ -76,7 +76,21 @@ class ObjectiveConfig:
     """Weight of saying a block again from its gist alone (autoencoding), 0 to 1; the rest is that of what is predicted
     behind gists. 1 asks for nothing else, and is quicker: a net to begin another run with, as its `gistnet.path`."""
 
+    curriculum_share: float = 0.0
+    """Over the first such share of a run the gists a token sees grow from the newest one to all of its window, 0 to 1.
+    0: all from the beginning."""
+
+    spread_floor: float = 0.0
+    """Variance share of the gists, from 0 to below 1, under which the loss grows, by up to 1 nat: a net that says the
+    same of everything looks good at first. 0: no such term."""
+
     def validate(self) -> None:
+        require(0 <= self.curriculum_share <= 1, "objective.curriculum_share must be from 0 to 1")
+        require(0 <= self.spread_floor < 1, "objective.spread_floor must be from 0 to below 1")
+        require(
+            self.curriculum_share == 0 or self.repeat_share < 1,
+            "objective.curriculum_share above 0 does nothing at objective.repeat_share=1; take one of them back",
+        )
         require(0 <= self.repeat_share <= 1, "objective.repeat_share must be from 0 to 1")
         require(self.max_tail_blocks >= 1, "objective.max_tail_blocks must be at least 1")
         require(0 <= self.shown_share <= 1, "objective.shown_share must be from 0 to 1")

@@ -150,6 +150,7 @@ class Trainer:
             clock.lap("wait")
             if batch.step != done:
                 raise ModelError(f"worker {self.rank} was fed step {batch.step}, the run is at {done}")
+            self.objective.progress = batch.step / config.num_steps
             found: StepLosses = self.engine(self._ids(batch.tokens), self._seeds(batch.samples))
             self.engine.backward(found.loss)
             clock.lap("backward")

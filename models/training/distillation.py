@@ -84,6 +84,8 @@ class Distillation(nn.Module):
         self.gistnet = dense.gistnet
         self.dense = dense
         self.config = config
+        self.progress = 1.0
+        """Of the run, 0 to 1: how far a curriculum has come. Whoever steps keeps it."""
         self.clock = StageClock(dense.lm.device)
         """Laps `teacher`, `gists`, `student` and `head`; whoever steps laps the rest."""
 
@@ -110,13 +112,16 @@ class Distillation(nn.Module):
             (config.repeat_share, None if again is None else again.loss),
         ]
         loss = torch.stack([weight * part for weight, part in parts if part is not None]).sum()
+        spread = _spread(gists.blocks)
+        if config.spread_floor > 0:
+            loss = loss + (1 - spread / config.spread_floor).clamp(min=0)
         losses = StepLosses(
             loss,
             None if predicted is None or windows.teacher is None else predicted.kl.mean(),
             None if predicted is None else predicted.nll.mean(),
             None if states is None else states.detach(),
             None if again is None else again.nll.mean(),
-            _spread(gists.blocks),
+            spread.detach(),
         )
         self.clock.lap("head")
         return losses
@@ -127,7 +132,11 @@ class Distillation(nn.Module):
         """What is predicted behind the gists of some Working Context, and how far states are from the teacher's."""
         config = self.config
         final, states = self.dense.student_states(
-            windows, gists, self._cut(windows, seeds), config.states_layers, whole=config.predicts
+            windows,
+            gists,
+            self._cut(windows, seeds, self._max_gists(windows)),
+            config.states_layers,
+            whole=config.predicts,
         )
         self.clock.lap("student")
         missed = [_missed(states[n], teacher) for n, teacher in windows.matched.items()]
@@ -186,7 +195,14 @@ class Distillation(nn.Module):
         others = self._nll(windows, self.dense.student(windows, gists.rolled(blocks=False), sight))
         return replace(found, num_behind_nodes=int(behind.sum()), node_content=_mean(others - nll["own"], behind))
 
-    def _cut(self, windows: ReadWindows, seeds: Sequence[Sequence[int]]) -> Sight:
+    def _max_gists(self, windows: ReadWindows) -> int | None:
+        """Blocks whose gists are seen at this point of a curriculum; None: all."""
+        share = self.config.curriculum_share
+        if self.progress >= share:
+            return None
+        return max(1, int(windows.ids.shape[1] // K * self.progress / share))
+
+    def _cut(self, windows: ReadWindows, seeds: Sequence[Sequence[int]], max_gists: int | None = None) -> Sight:
         config = self.config
         num_blocks = windows.ids.shape[1] // K
         return Sight.stacked(
@@ -198,6 +214,7 @@ class Distillation(nn.Module):
                     max_tail_blocks=config.max_tail_blocks,
                     shown_share=config.shown_share,
                     overlay=config.overlay,
+                    max_gists=max_gists,
                 )
                 for seed in seeds
             ]
@@ -234,6 +251,5 @@ def _missed(student: Float32[Tensor, "B S D"], teacher: Float32[Tensor, "B S D"]
 
 
 def _spread(gists: Float32[Tensor, "B n m D"]) -> Float32[Tensor, ""]:
-    gists = gists.detach()
     # An untrained constant is zero everywhere.
     return (gists - gists.mean(dim=(0, 1))).square().mean() / gists.square().mean().clamp(min=1e-30)

@@ -139,6 +139,7 @@ def random_sight(
     max_tail_blocks: int,
     shown_share: float = 0.0,
     overlay: bool = True,
+    max_gists: int | None = None,
 ) -> Sight:
     """Windows cut into chunks of 1 … `max_tail_blocks` blocks at random.
 
@@ -154,6 +155,7 @@ def random_sight(
         shown_share: of the blocks before a chunk that all of it sees as raw tokens, too, as if they had been expanded.
         overlay: whether the gist of a block that is shown raw is seen beside it; otherwise raw tokens stand instead of
             it, and none within a node.
+        max_gists: a chunk sees gists of so many blocks before it at most, the newest ones. None: of all.
     """
     chunk_of = np.empty((num_rows, num_blocks), np.int64)
     for row in chunk_of:
@@ -172,6 +174,10 @@ def random_sight(
     if not overlay:
         shown &= ~under_node
         gist &= ~shown
+    if max_gists is not None:
+        oldest = earlier_chunk.sum(axis=2, keepdims=True) - max_gists
+        gist &= np.arange(num_blocks) >= oldest
+        node = None if node is None else node & (BLOCKS_PER_SUPER_BLOCK * np.arange(node.shape[2]) >= oldest)
     return Sight(gist, tail | shown, node)
 
 

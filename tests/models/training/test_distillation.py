@@ -35,6 +35,40 @@ def seeds(seed: int, num_rows: int = 3) -> list[tuple[int, int]]:
     return [(seed, row) for row in range(num_rows)]
 
 
+def test_a_curriculum_shows_ever_more_gists(tiny_lm: BaseLM) -> None:
+    goal, plain = (objective(tiny_lm, curriculum_share=share, max_tail_blocks=1) for share in (0.5, 0.0))
+    ids = some_ids(tiny_lm)
+    found = {}
+    for progress in (0.0, 0.1, 0.25, 0.39, 0.5, 1.0):
+        goal.progress = progress
+        found[progress] = float(goal(ids, seeds(3)).kl)
+    everything = float(plain(ids, seeds(3)).kl)
+    assert found[0.5] == found[1.0] == everything
+    assert found[0.0] == found[0.1] != found[0.25] != found[0.39] != everything  # 1, 2 and 3 of 4
+    # What is measured is not the curriculum's.
+    goal.progress = 0.0
+    assert goal.fidelity(ids, seeds(3)).own == plain.fidelity(ids, seeds(3)).own
+
+
+def test_gists_that_are_alike_cost_something(tiny_lm: BaseLM) -> None:
+    ids = some_ids(tiny_lm)
+    plain = objective(tiny_lm)(ids, seeds(0))
+    spread = float(plain.spread)
+    for floor, expected in ((0.5 * spread, 0.0), (min(0.99, 2 * spread), 1 - spread / min(0.99, 2 * spread))):
+        goal = objective(tiny_lm, spread_floor=floor)
+        found = goal(ids, seeds(0))
+        assert float(found.loss.detach() - plain.loss.detach()) == pytest.approx(expected, abs=1e-5)
+    # Going down it makes gists differ more.
+    goal = objective(tiny_lm, spread_floor=0.99, repeat_share=0.0)
+    found = goal(ids, seeds(0))
+    found.loss.backward()
+    with torch.no_grad():
+        for name, parameter in goal.gistnet.named_parameters():
+            if parameter.grad is not None and "linear" in name:
+                parameter -= 0.1 * parameter.grad / parameter.grad.norm()
+    assert float(goal(ids, seeds(0)).spread) > spread
+
+
 @pytest.mark.parametrize("kl_share", [1.0, 0.25, 0.0])
 def test_losses_are_means_over_all_tokens_but_the_last(tiny_lm: BaseLM, kl_share: float) -> None:
     goal = objective(tiny_lm, kl_share=kl_share, max_tail_blocks=2, shown_share=0.4)

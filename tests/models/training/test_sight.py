@@ -141,3 +141,21 @@ def test_the_same_seed_cuts_the_same() -> None:
     first, again, other = (random_sight(2, 8, np.random.default_rng(s), max_tail_blocks=3) for s in (1, 1, 2))
     assert (first.raw == again.raw).all()
     assert (first.raw != other.raw).any()
+
+
+@pytest.mark.parametrize("num_blocks", [8, 64])
+@pytest.mark.parametrize("max_gists", [1, 3, 40])
+def test_only_the_newest_gists_are_seen_where_there_is_a_limit(num_blocks: int, max_gists: int) -> None:
+    every, few = (
+        random_sight(4, num_blocks, np.random.default_rng(5), max_tail_blocks=3, max_gists=limit)
+        for limit in (None, max_gists)
+    )
+    assert (every.raw == few.raw).all()
+    first = np.arange(num_blocks) - every.tail_tokens() // K  # of each block's chunk
+    for row in range(4):
+        for block in range(num_blocks):
+            oldest = first[row, block] - max_gists
+            assert (few.gist[row, block] == (every.gist[row, block] & (np.arange(num_blocks) >= oldest))).all()
+            if every.node is not None and few.node is not None:
+                inside = 32 * np.arange(every.node.shape[2]) >= oldest
+                assert (few.node[row, block] == (every.node[row, block] & inside)).all()
