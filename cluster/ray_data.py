@@ -38,15 +38,20 @@ class RestingLoop:
         """Nothing to do."""
 
 
-def stream_in_order() -> DataContext:
-    """Set the process's data context: results in the input's order, flowing in small blocks, errors tried again."""
+def stream_in_order(*, resting: bool = False) -> DataContext:
+    """Set the process's data context: results in the input's order, flowing in small blocks, errors tried again.
+
+    Args:
+        resting: for consumers that compute for longer than `PAUSE_S` between blocks; see `RestingLoop`. Where many short
+            tasks must follow each other at once it would hold them up.
+    """
     context = DataContext.get_current()
     context.execution_options.preserve_order = True
     context.actor_task_retry_on_errors = True
     context.enable_progress_bars = False
     # Reading how much memory a worker uses takes it 2 ms a look; nothing here decides by it.
     context.memory_usage_poll_interval_s = None
-    callbacks: Any = [RestingLoop]
+    callbacks: Any = [RestingLoop] if resting else []
     context.custom_execution_callback_classes = callbacks
     # Small blocks keep results flowing: with Ray's own 128 MiB a consumer would wait for minutes of work at a time.
     context.target_max_block_size = BLOCK_BYTES

@@ -83,7 +83,7 @@ def _windows(folder: Path) -> TokenWindows:
 def steps_dataset(spec: FeedSpec, first_step: int, rank: int, num_workers: int) -> ray.data.Dataset:
     """What a worker reads from a step to the run's end."""
     steps = [{"step": step} for step in range(first_step, spec.num_steps)]
-    stream_in_order()
+    stream_in_order(resting=True)
     return ray.data.from_items(steps, override_num_blocks=-(-len(steps) // STEPS_PER_BLOCK)).map_batches(
         ReadSteps(spec, rank, num_workers),
         batch_size=None,

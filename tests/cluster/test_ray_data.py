@@ -25,7 +25,7 @@ def rows_apart(table: pa.Table) -> Iterator[pa.Table]:
 def test_a_slow_consumer_is_left_its_core_and_gets_everything_in_order() -> None:
     """Without pauses the scheduling loop took half a core of this process."""
     with ray_session(RayConfig()):
-        stream_in_order()
+        stream_in_order(resting=True)
         dataset = ray.data.range(3200, override_num_blocks=100).map_batches(
             rows_apart, batch_size=None, batch_format="pyarrow", num_cpus=0.05
         )
