@@ -42,8 +42,8 @@ def stream_in_order(*, resting: bool = False) -> DataContext:
     """Set the process's data context: results in the input's order, flowing in small blocks, errors tried again.
 
     Args:
-        resting: for consumers that compute for longer than `PAUSE_S` between blocks; see `RestingLoop`. Where many short
-            tasks must follow each other at once it would hold them up.
+        resting: for consumers that compute for longer than `PAUSE_S` between blocks; see `RestingLoop`. Where many
+            short tasks must follow each other at once it would hold them up.
     """
     context = DataContext.get_current()
     context.execution_options.preserve_order = True
