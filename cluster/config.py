@@ -21,7 +21,7 @@ SLOTS_PER_SUPER_BLOCK = TOKENS_PER_BLOCK * BLOCKS_PER_SUPER_BLOCK
 GistDtype = Literal["float16", "bfloat16", "float32", "int8"]
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
 CorpusSplit = Literal["all", "train", "dev", "held_out"]
-GistNetKind = Literal["windowed", "block", "constant", "last_token", "mean"]
+GistNetKind = Literal["windowed", "block", "constant", "last_token", "mean", "rescaled_mean"]
 
 
 def require(condition: bool, message: str) -> None:
@@ -195,8 +195,8 @@ class GistNetConfig:
 
     kind: GistNetKind = "windowed"
     """`windowed`: embeddings and lower-layer states of the LM over the last 1,024 tokens. `block`: a small
-    transformer over 32 tokens alone. `constant`, `last_token`, `mean`: controls. Ignored when `path` is
-    set."""
+    transformer over 32 tokens alone. `constant`, `last_token`, `mean`, `rescaled_mean`: controls. Ignored when `path`
+    is set."""
 
     path: str = ""
     """Folder of a saved GistNet (safetensors + config), or one of MLflow's registry: `models:/NAME/VERSION`,

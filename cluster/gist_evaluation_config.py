@@ -43,7 +43,7 @@ class GistEvaluationConfig:
     tail_tokens: list[int] = field(default_factory=lambda: [0, 64])
     """Newest tokens shown raw behind the gists, which then stand in for the others only; multiples of 32."""
 
-    gistnets: list[str] = field(default_factory=lambda: ["last_token", "mean"])
+    gistnets: list[str] = field(default_factory=lambda: ["last_token", "mean", "rescaled_mean"])
     """Nets compared with the tree's own gists: folders of saved nets, or kinds (untrained ones and controls, of the
     sizes in section `gistnet`)."""
 

@@ -32,7 +32,7 @@ from storage.store import Store
 PLACES_PER_GROUP = 4
 """Neighbours go to one worker: a place's shuffled gists are mostly the own gists of the place before it."""
 
-CONTROLS = ("last_token", "mean")
+CONTROLS = ("last_token", "mean", "rescaled_mean")
 """Kinds that have nothing to train."""
 
 

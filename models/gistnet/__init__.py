@@ -2,7 +2,7 @@
 
     base       GistNet: the interface, masking, routing keys, digests, save and load
     layers     pooling, adapter and transformer the trainable nets are made of
-    controls   constant, last_token, mean: what a trained net has to beat
+    controls   constant, last_token, mean, rescaled_mean: what a trained net has to beat
     windowed   embeddings and lower-layer states of the LM, pooled
     block      a small transformer over the 32 tokens alone
     build      build_gistnet: from a configuration, for a language model
@@ -13,7 +13,7 @@ Every kind is imported here, because a kind registers itself under its name when
 from models.gistnet.base import Entries, GistNet, GistNetSpec, GistOutput
 from models.gistnet.block import BlockGistNet
 from models.gistnet.build import build_gistnet
-from models.gistnet.controls import ConstantGistNet, LastTokenGistNet, MeanGistNet
+from models.gistnet.controls import ConstantGistNet, LastTokenGistNet, MeanGistNet, RescaledMeanGistNet
 from models.gistnet.windowed import WindowedGistNet
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "GistOutput",
     "LastTokenGistNet",
     "MeanGistNet",
+    "RescaledMeanGistNet",
     "WindowedGistNet",
     "build_gistnet",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from jaxtyping import Float32
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from models.gistnet.base import Entries, GistNet, GistNetSpec
 
@@ -58,3 +59,14 @@ class MeanGistNet(GistNet):
 
     def _node_gists(self, entries: Entries, lod: int) -> Float32[Tensor, "G m D"]:
         return self._block_gists(entries)
+
+
+class RescaledMeanGistNet(MeanGistNet):
+    """The mean's direction, as long as its block's embeddings are on average: a mean of vectors that differ is short, and
+    this tells whether that is what makes it toxic."""
+
+    kind = "rescaled_mean"
+
+    def _block_gists(self, entries: Entries) -> Float32[Tensor, "G m D"]:
+        lengths = entries.embeddings.norm(dim=-1).sum(dim=1) / entries.mask.sum(dim=1)
+        return F.normalize(super()._block_gists(entries), dim=-1) * lengths[:, None, None]

@@ -10,7 +10,7 @@ from cluster.config import GistNetConfig, GistNetKind
 from models.gistnet import GistNet, build_gistnet
 
 DIM = 24
-KINDS: tuple[GistNetKind, ...] = ("windowed", "block", "constant", "last_token", "mean")
+KINDS: tuple[GistNetKind, ...] = ("windowed", "block", "constant", "last_token", "mean", "rescaled_mean")
 TRAINABLE: tuple[GistNetKind, ...] = ("windowed", "block")
 NUM_VECTORS = (1, 2, 4)
 

@@ -57,3 +57,15 @@ def test_mean_of_fewer_tokens_than_vectors() -> None:
     embeddings, _ = blocks(1)
     gists = make("mean", 4).forward_tokens(embeddings, torch.tensor([2])).gists
     assert torch.allclose(gists[0], embeddings[0, [0, 0, 1, 1]])
+
+
+def test_a_rescaled_mean_is_as_long_as_what_it_is_a_mean_of() -> None:
+    embeddings, _ = blocks(5)
+    mean, rescaled = (make(kind, 2).forward_tokens(embeddings, LENGTHS).gists for kind in ("mean", "rescaled_mean"))
+    assert torch.allclose(torch.cosine_similarity(mean, rescaled, dim=-1), torch.ones(5, 2), atol=1e-5)
+    for g, length in enumerate(LENGTHS.tolist()):
+        expected = embeddings[g, :length].norm(dim=-1).mean()
+        assert torch.allclose(rescaled[g].norm(dim=-1), expected.expand(2), atol=1e-5)
+    child_gists, keys = children(1)
+    nodes = make("rescaled_mean").forward_nodes(child_gists, keys, 2).gists
+    assert torch.allclose(nodes[:, 0].norm(dim=-1), child_gists.norm(dim=-1).mean(dim=(1, 2)), atol=1e-5)
