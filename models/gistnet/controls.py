@@ -62,8 +62,8 @@ class MeanGistNet(GistNet):
 
 
 class RescaledMeanGistNet(MeanGistNet):
-    """The mean's direction, as long as its block's embeddings are on average: a mean of vectors that differ is short, and
-    this tells whether that is what makes it toxic."""
+    """The mean's direction, as long as its block's embeddings are on average: a mean of vectors that differ is short,
+    and this tells whether that is what makes it toxic."""
 
     kind = "rescaled_mean"
 
