@@ -1,0 +1,32 @@
+"""Nets that come with the program."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cluster.config import BaseLMConfig
+from models.gistnet import GistNet
+from models.gistnet.build import check_fits
+from models.model_files import resolve_model
+
+ROOT = Path(__file__).parents[2]
+PACKAGED = sorted((ROOT / "models" / "packaged").iterdir())
+MOST_BYTES = 24 * 2**20
+
+
+@pytest.mark.parametrize("folder", PACKAGED, ids=lambda folder: folder.name)
+def test_a_packaged_net_is_small_fits_its_model_and_says_what_it_is(folder: Path) -> None:
+    net = GistNet.load(folder)
+    check_fits(net, resolve_model(BaseLMConfig()))
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= MOST_BYTES
+    card = (folder / "README.md").read_text()
+    assert net.digest() in card
+    assert "content_nats" in card
+
+
+def test_the_demo_uses_one() -> None:
+    demo = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())
+    assert ROOT / demo["gistnet"]["path"] in PACKAGED
