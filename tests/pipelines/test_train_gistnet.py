@@ -71,6 +71,7 @@ def make_job(root: Path, tiny_lm_config: BaseLMConfig) -> JobFactory:
             "num_steps": NUM_STEPS,
             "windows_per_step": 4,
             "threads_per_worker": 1,
+            "learning_rate": 0.0025,  # of the wide layers of so small a net 0.001
             "warmup_steps": 3,
             "checkpoint_every_steps": 7,
             "validate_every_steps": 10,
