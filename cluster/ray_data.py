@@ -19,7 +19,7 @@ class RestingLoop:
 
     The loop is a thread of the process that consumes the dataset, and waits for tasks only while none is done. With a
     consumer slower than its feed some always is: then it turns without end, takes the interpreter's lock from whoever
-    computes beside it, and half a core. Training beside such a loop was 2.5 times as slow.
+    computes beside it, and half a core. Training beside such a loop took more than twice as long.
 
     Of the shape of `ray.data`'s internal `ExecutionCallback`.
     """

@@ -54,7 +54,8 @@ Vectors = Float[Tensor, "n D"] | Float[np.ndarray, "n D"]
 
 @dataclass(frozen=True, eq=False)
 class KeySpace:
-    """Where keys and queries are compared: `x` stands at `(x - centre) @ whitening`."""
+    """Where keys and queries are compared: `x` stands at `(x - centre) @ whitening`, whose columns are directions in
+    which keys differ, the one where they do most last."""
 
     centre: Float32[Tensor, " D"]
     whitening: Float32[Tensor, "D D"] | None = None

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from cluster.config import TOKENS_PER_BLOCK
 from models.base_lm import BaseLM
+from models.focus.dense import KeySpace
 from models.gistnet import GistNet
 from models.gistnet.base import rms_normalised
 from models.gistnet.residual import ResidualGistNet
@@ -17,9 +18,6 @@ from models.window_encoder import WINDOW_TOKENS
 
 RIDGE = 1e-3
 """Added to the variance of each of the features, whose mean square is 1."""
-
-KEY_RIDGE = 0.1
-"""Share of the mean variance that is added to every direction of routing keys, as `models.focus.dense` does."""
 
 
 @torch.no_grad()
@@ -84,12 +82,9 @@ def measure_keys(lm: BaseLM, net: GistNet, ids: Int64[Tensor, "B T"]) -> None:
             states = lm.hidden_states(states, [net.key_layer])[net.key_layer]
         centred = rms_normalised(states[0].float()) - net.key_mean
         keys.append(F.normalize(centred.unflatten(0, (-1, TOKENS_PER_BLOCK)).mean(dim=1), dim=-1))
-    found = torch.cat(keys).double()
-    found = found - found.mean(dim=0)
-    covariance = found.T @ found / len(found)
-    variances, directions = torch.linalg.eigh(covariance)  # ascending
-    scales = (variances.clamp(min=0) + KEY_RIDGE * covariance.diagonal().mean()).rsqrt()
-    head.projection.copy_((directions * scales)[:, -net.spec.key_dim :].flip(1))
+    whitening = KeySpace.of(torch.cat(keys)).whitening
+    if whitening is not None:  # keys differ
+        head.projection.copy_(whitening[:, -net.spec.key_dim :].flip(1))
 
 
 def _least_squares(

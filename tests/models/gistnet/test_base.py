@@ -234,7 +234,7 @@ def test_projected_keys_are_narrow_and_other_weights_the_same(kind: GistNetKind)
 
 
 def test_in_half_the_size_a_net_comes_back_rounded(tmp_path: Path) -> None:
-    net = make("windowed", 2, num_keywords=2, perturbed=True)
+    net = make("windowed", 2, num_keywords=2, key_dim=8, perturbed=True)
     net.save(tmp_path / "whole")
     net.save(tmp_path / "half", torch.bfloat16)
     sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("whole", "half")]
