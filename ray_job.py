@@ -12,6 +12,7 @@ from cluster.config import CompactJob, DemoJob, InspectJob, TreeRebuildGistsJob,
 from cluster.evaluation_config import EvaluateFocusJob
 from cluster.gist_evaluation_config import EvaluateGistJob
 from cluster.headroom_config import EvaluateHeadroomJob
+from cluster.key_training_config import TrainKeysJob
 from cluster.task_evaluation_config import EvaluateTasksJob
 from cluster.training_config import TrainGistNetJob
 from cluster.tuning_config import EvaluateRetrievalJob
@@ -26,6 +27,7 @@ JOBS = (
     Job("evaluate retrieval", EvaluateRetrievalJob, "pipelines.evaluate_retrieval:run"),
     Job("evaluate tasks", EvaluateTasksJob, "pipelines.evaluate_tasks:run"),
     Job("train gistnet", TrainGistNetJob, "pipelines.train_gistnet:run"),
+    Job("train keys", TrainKeysJob, "pipelines.train_keys:run"),
     Job("tree verify", TreeVerifyJob, "pipelines.tree:verify"),
     Job("tree rebuild-gists", TreeRebuildGistsJob, "pipelines.tree:rebuild_gists"),
 )

@@ -18,7 +18,6 @@ from actors.training.engine import learning_rate_share, parameter_groups
 from actors.training.order import ReadingOrder
 from actors.training.sources import CorpusWindows
 from actors.training.windows import windows_folder
-from actors.training.worker import MEAN_TOKENS
 from benchmarks.corpus import corpus_files, open_files
 from benchmarks.harness import BenchmarkError, Result, Setting, median_ratio, percentiles, say
 from cluster.config import CorpusConfig, GistNetConfig, RayConfig, RunConfig, TrackingConfig
@@ -26,7 +25,7 @@ from cluster.training_config import TrainGistNetJob, TrainingConfig, WindowsConf
 from models.base_lm import BaseLM, choose_dtype
 from models.gistnet import build_gistnet
 from models.tokenizer import Tokenizer
-from models.training.corpus_statistics import measure_means
+from models.training.corpus_statistics import MEAN_TOKENS, measure_means
 from models.training.dense_pass import DensePass
 from models.training.distillation import Distillation
 from pipelines.train_gistnet import run

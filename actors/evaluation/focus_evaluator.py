@@ -115,7 +115,7 @@ class FocusEvaluator:
         self._conditions = rivals.conditions(spec.evaluation.rivals, spec.evaluation.forms)
         self._choosers = {condition.chooser for condition in self._conditions}
         # Of all the context: a history of a few thousand tokens holds too few keys to measure their spread.
-        self._key_space = KeySpace.of_tree(reader, array=KEYS)
+        self._key_space = KeySpace.of_net(gistnet, reader, array=KEYS)
         self._embeddings: BlockEmbeddings | None = None
         if rivals.MINILM in self._choosers or rivals.MINILM in spec.evaluation.retrieval.fusion:
             self._embeddings = BlockEmbeddings(SentenceEncoder.load(), self._tokenizer.decode_batch, reader)

@@ -173,7 +173,7 @@ class TaskEvaluator:
         self._scorer = AnswerScorer(lm)
         self._end_ids = end_ids(tokenizer)
         self._conditions = task_conditions(config)
-        self._key_space = KeySpace.of_tree(reader, array=KEYS)
+        self._key_space = KeySpace.of_net(gistnet, reader, array=KEYS)
         self._embeddings: BlockEmbeddings | None = None
         choosers = {condition.chooser for condition in self._conditions}
         if rivals.MINILM in choosers or rivals.MINILM in config.retrieval.fusion:

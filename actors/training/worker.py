@@ -31,7 +31,14 @@ from cluster.heap import keep_freed_memory
 from cluster.training_config import ObjectiveConfig, TrainingConfig
 from models.base_lm import BaseLM
 from models.gistnet import GistNet
-from models.training.corpus_statistics import measure_keys, measure_keywords, measure_means
+from models.training.corpus_statistics import (
+    COUNTED_TOKENS,
+    KEY_TOKENS,
+    MEAN_TOKENS,
+    measure_keys,
+    measure_keywords,
+    measure_means,
+)
 from models.training.dense_pass import DensePass
 from models.training.distillation import Distillation, StepLosses
 from models.training.flops import flops_per_window, peak_flops
@@ -48,15 +55,6 @@ STAGES = ("wait", "teacher", "gists", "student", "head", "backward", "optimiser"
 
 LOSSES = ("loss", "kl", "nll", "states", "repeat", "spread")
 """Of `StepLosses`, those that are in losses.jsonl where the objective asks for them."""
-
-MEAN_TOKENS = 8192
-"""Tokens that an untrained net's means are measured on: so many leave 1% of a state's spread in them."""
-
-KEY_TOKENS = 131_072
-"""Tokens, 4,096 blocks, from which it is learned how routing keys differ."""
-
-COUNTED_TOKENS = 2_000_000
-"""Tokens that are counted to know which are rare."""
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ class KeySpace:
         """
         values = _floats(keys)
         if len(values) == 0:
-            return cls(values.new_zeros(values.shape[1]))
+            return cls.plain(values.shape[1])
         centre = values.mean(dim=0)
         centred = values - centre
         covariance = (centred.T @ centred).double() / len(values)
@@ -78,6 +78,18 @@ class KeySpace:
         variances, directions = torch.linalg.eigh(covariance)
         scales = (variances.clamp(min=0) + ridge * mean_variance).rsqrt()
         return cls(centre, (directions * scales).float())
+
+    @classmethod
+    def plain(cls, dim: int) -> Self:
+        """The space of vectors as they are."""
+        return cls(torch.zeros(dim))
+
+    @classmethod
+    def of_net(cls, gistnet: GistNet, reader: TreeReader, *, array: str) -> Self:
+        """Where the keys that a net made of a tree are compared with questions, by its `key_metric`."""
+        if gistnet.spec.key_metric == "cosine":
+            return cls.plain(gistnet.key_dim)
+        return cls.of_tree(reader, array=array)
 
     @classmethod
     def of_tree(
@@ -139,7 +151,8 @@ def query_states(
         if gistnet.key_layer is not None:
             states = lm.hidden_states(states, [gistnet.key_layer])[gistnet.key_layer]
         chosen = states[0, -num_query_tokens:].to(gistnet.embedding_mean.device)
-        return gistnet.key_rows(chosen, torch.ones(num_query_tokens, dtype=torch.bool, device=chosen.device)).cpu()
+        there = torch.ones(num_query_tokens, dtype=torch.bool, device=chosen.device)
+        return gistnet.key_rows(chosen, there, asking=True).cpu()
 
 
 def dense_scores(

@@ -13,7 +13,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self, get_args
 
 import torch
 from jaxtyping import Bool, Float, Float32, Int64
@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from cluster.config import TOKENS_PER_BLOCK
 from cluster.errors import ModelError
+from models.gistnet.key_head import KeyHead
 
 FORMAT = "megacontext.gistnet"
 FORMAT_VERSION = 1
@@ -32,8 +33,13 @@ WEIGHTS_FILE = "model.safetensors"
 
 RMS_EPSILON = 1e-6
 
-ADDED_LATER = {"key_layer": None, "num_keywords": 0, "key_dim": 0}
+ADDED_LATER = {"key_layer": None, "num_keywords": 0, "key_dim": 0, "key_metric": "whitened"}
 """Parts of a specification that older nets do not have: unset, they are in no digest."""
+
+
+KeyMetric = Literal["whitened", "cosine"]
+"""`whitened`: in the metric of how a tree's own keys differ, because untrained ones hardly do. `cosine`: as they are,
+which is how trained ones were trained."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,8 @@ class GistNetSpec:
     """Words of its block that each vector of a gist begins as. 0: as the last token."""
     key_dim: int = 0
     """D_key of projected routing keys. 0: keys are as wide as the LM's states."""
+    key_metric: KeyMetric = "whitened"
+    """Where keys and questions are compared."""
 
     def __post_init__(self) -> None:
         limits = {  # a forged config must not keep the program busy
@@ -77,27 +85,8 @@ class GistNetSpec:
                 raise ModelError(f"no GistNet can have {name}={value!r}; it is an integer from {low} to {high}")
         if self.num_vectors not in {1, 2, 4}:
             raise ModelError(f"no GistNet can have num_vectors={self.num_vectors!r}; it is 1, 2 or 4")
-
-
-class KeyHead(nn.Module):
-    """Weighs a group's tokens and projects them to the width of routing keys.
-
-    Before anything is measured or learned all tokens weigh the same, and the projection is an orthonormal one drawn at
-    random, which keeps angles about as they are. Not trained with the gists: nothing of their loss depends on it.
-    """
-
-    def __init__(self, dim: int, key_dim: int) -> None:
-        super().__init__()
-        self.projection = nn.Parameter(torch.empty(dim, key_dim), requires_grad=False)
-        if not self.projection.is_meta:
-            # Of no generator but its own: nets with and without a head have the same other weights.
-            nn.init.orthogonal_(self.projection, generator=torch.Generator().manual_seed(0))
-        self.query = nn.Parameter(torch.zeros(dim), requires_grad=False)
-
-    def forward(self, x: Float32[Tensor, "*G T D"], mask: Bool[Tensor, "*G T"]) -> Float32[Tensor, "*G T D_key"]:
-        scores = (x @ self.query) * x.shape[-1] ** -0.5
-        weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1) * mask.sum(dim=-1, keepdim=True)
-        return weights[..., None] * (x @ self.projection)
+        if self.key_metric not in get_args(KeyMetric):
+            raise ModelError(f"no GistNet can have key_metric={self.key_metric!r}; it is whitened or cosine")
 
 
 @dataclass(frozen=True)
@@ -291,17 +280,20 @@ class GistNet(nn.Module, abc.ABC):
     @abc.abstractmethod
     def _node_gists(self, entries: Entries, lod: int) -> Float32[Tensor, "G m D"]: ...
 
-    def key_rows(self, states: Float[Tensor, "*G T D"], mask: Bool[Tensor, "*G T"]) -> Float32[Tensor, "*G T D_key"]:
-        """What each token adds to a routing key, which is the direction of the sum: of blocks and of queries alike.
+    def key_rows(
+        self, states: Float[Tensor, "*G T D"], mask: Bool[Tensor, "*G T"], *, asking: bool = False
+    ) -> Float32[Tensor, "*G T D_key"]:
+        """What each token adds to a routing key, which is the direction of the sum: of blocks and of questions alike.
 
         Args:
             states: of the LM after `key_layer` layers; embeddings where that is None.
             mask: True for tokens that are there; the others' rows are zero.
+            asking: they are a question's, of which other words may count.
         """
         # Every token counts alike: unnormalised, a window's first token (an attention sink, 8x as long as
         # others in SmolLM2 after 8 layers) would be its block's key.
         centred = masked(rms_normalised(states.float()) - self.key_mean, mask)
-        return centred if self.key_head is None else self.key_head(centred, mask)
+        return centred if self.key_head is None else self.key_head(centred, mask, asking=asking)
 
     def _block_keys(self, entries: Entries) -> Float32[Tensor, "G D_key"]:
         rows = self.key_rows(entries.key_states, entries.mask)

@@ -16,6 +16,15 @@ from models.gistnet.base import rms_normalised
 from models.gistnet.residual import ResidualGistNet
 from models.window_encoder import WINDOW_TOKENS
 
+MEAN_TOKENS = 8192
+"""Tokens that an untrained net's means are measured on: so many leave 1% of a state's spread in them."""
+
+KEY_TOKENS = 131_072
+"""Tokens, 4,096 blocks, from which it is learned how routing keys differ."""
+
+COUNTED_TOKENS = 2_000_000
+"""Tokens that are counted to know which are rare."""
+
 RIDGE = 1e-3
 """Added to the variance of each of the features, whose mean square is 1."""
 
@@ -35,6 +44,15 @@ def measure_means(lm: BaseLM, net: GistNet, ids: Int64[Tensor, "B T"]) -> None:
     net.hidden_mean.copy_(_mean(states[net.lm_layer]))
     if net.spec.key_layer is not None:
         net.own_key_mean.copy_(_mean(states[net.spec.key_layer]))
+
+
+@torch.no_grad()
+def measure_key_mean(lm: BaseLM, net: GistNet, ids: Int64[Tensor, "B T"]) -> None:
+    """Set the mean of the states that a net's routing keys are made of, where it has one of their own; gists do not
+    depend on it."""
+    if net.spec.key_layer is not None:
+        embeddings = lm.embed(ids.reshape(-1, min(ids.shape[1], WINDOW_TOKENS)))
+        net.own_key_mean.copy_(_mean(lm.hidden_states(embeddings, [net.spec.key_layer])[net.spec.key_layer]))
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from cluster.config import GistNetKind
 from cluster.errors import ModelError
 from models.gistnet import BlockGistNet, GistNet, GistNetSpec, WindowedGistNet
-from models.gistnet.base import last_of_sub_spans, masked, rms_normalised
+from models.gistnet.base import ADDED_LATER, last_of_sub_spans, masked, rms_normalised
 from tests.models.gistnet.nets import DIM, KINDS, NUM_VECTORS, blocks, children, make
 
 every_net = pytest.mark.parametrize("num_vectors", NUM_VECTORS)
@@ -201,9 +201,7 @@ def test_digests_outlive_what_nets_did_not_have() -> None:
 
 def older_digest(net: GistNet) -> str:
     """As it was defined before there were key layers and keywords."""
-    spec = {
-        name: value for name, value in vars(net.spec).items() if name not in {"key_layer", "num_keywords", "key_dim"}
-    }
+    spec = {name: value for name, value in vars(net.spec).items() if name not in ADDED_LATER}
     digest = hashlib.sha256(json.dumps(spec, sort_keys=True).encode())
     for name, tensor in sorted(net.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
