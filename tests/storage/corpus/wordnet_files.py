@@ -40,7 +40,7 @@ def write_wordnet(folder: Path, synsets: Sequence[Synset] = SYNSETS) -> Path:
             key = f"{word.lower().replace(' ', '_')}%1:06:00::"
             # A synonym's most frequent meaning is another one.
             sense = 1 if word == synset.words[0] else 2
-            senses.append(f"{key} {offset} {sense} {5 if word == 'lamp' else 0}")
+            senses.append(f"{key} {offset} {sense} {5 if word == 'lamp' else 1}")
     (folder / "data.noun").write_text("\n".join(data) + "\n")
     (folder / "index.sense").write_text("\n".join(sorted(senses)) + "\n")
     return folder
