@@ -185,6 +185,10 @@ class BaseLMConfig:
     cache_dir: Path = Path("~/.cache/megacontext")
     """Where converted models are kept. Shared by all projects of this user; safe to delete."""
 
+    adapter: str = ""
+    """Folder of a LoRA adapter that `train gistnet` trained with a net (peft's format), for `evaluate gist` to read
+    with; other jobs refuse it. On a cluster of several machines a folder they all see. Empty: none."""
+
     def validate(self) -> None:
         require(bool(self.source), "base_lm.source must not be empty")
 
@@ -446,3 +450,10 @@ def validate_sections(job: object) -> None:
         check = getattr(section, "validate", None)
         if callable(check):
             check()
+    base_lm = getattr(job, "base_lm", None)
+    if isinstance(base_lm, BaseLMConfig):
+        require(
+            not base_lm.adapter or getattr(job, "reads_with_adapter", False),
+            f"base_lm.adapter={base_lm.adapter!r} would do nothing here: this job's model stays as it is, only "
+            "`evaluate gist` reads with an adapter. Leave it out",
+        )

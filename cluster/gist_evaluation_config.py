@@ -92,6 +92,8 @@ class GistEvaluationConfig:
 class EvaluateGistJob:
     """Measure what gists are worth in place of the history they were made of, beside their controls."""
 
+    reads_with_adapter = True  # of the job, no key: `validate_sections` lets `base_lm.adapter` pass
+
     run: RunConfig = field(default_factory=RunConfig)
     """Where the run's report goes."""
     ray: RayConfig = field(default_factory=RayConfig)
@@ -99,7 +101,7 @@ class EvaluateGistJob:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     """MLflow."""
     base_lm: BaseLMConfig = field(default_factory=BaseLMConfig)
-    """The frozen language model; must be the tree's."""
+    """The frozen language model; must be the tree's. With `adapter` it reads everything but raw histories (`full`)."""
     gistnet: GistNetConfig = field(default_factory=GistNetConfig)
     """Sizes and seed of the nets that are given by kind. The tree's own gists are read, so its net is not needed."""
     store: StoreConfig = field(default_factory=StoreConfig)

@@ -127,6 +127,34 @@ class ObjectiveConfig:
 
 
 @dataclass(frozen=True)
+class AdapterConfig:
+    """LoRA on the frozen language model: weights beside its own that adapt how it reads gists."""
+
+    rank: int = 0
+    """Of the two matrices beside each of the model's; they are trained together with the net. 0: none, the model reads
+    as it is. The teacher, and what the net reads, are always those of the stock model."""
+
+    alpha: int = 16
+    """What the adapter adds is weighed by alpha / rank."""
+
+    target_modules: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
+    """Which linear maps of every layer get one. In Llama-like models there are q_proj, k_proj, v_proj, o_proj
+    (attention), gate_proj, up_proj and down_proj."""
+
+    seed: int = 0
+    """Seed of the untrained adapter's weights."""
+
+    def validate(self) -> None:
+        require(self.rank >= 0, "adapter.rank must be 0 (no adapter) or more")
+        require(self.alpha >= 1, "adapter.alpha must be at least 1")
+        require(
+            bool(self.target_modules) and len(set(self.target_modules)) == len(self.target_modules),
+            f"adapter.target_modules={self.target_modules} must hold different names, at least one; adapter.rank=0 "
+            "trains no adapter",
+        )
+
+
+@dataclass(frozen=True)
 class TrainingConfig:
     """Steps, workers, optimiser, checkpoints."""
 
@@ -238,6 +266,8 @@ class TrainGistNetJob:
     """The frozen language model."""
     gistnet: GistNetConfig = field(default_factory=GistNetConfig)
     """The net; with `path` a trained one that goes on."""
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    """LoRA on the model that reads the gists; off by default."""
     windows: WindowsConfig = field(default_factory=WindowsConfig)
     """How the text is cut."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -255,4 +285,9 @@ class TrainGistNetJob:
         require(
             self.gistnet.kind in {"windowed", "block", "constant"},
             f"gistnet.kind={self.gistnet.kind} has nothing to train; take windowed, block or constant",
+        )
+        require(
+            self.adapter.rank == 0 or self.training.zero_stage < 3,
+            "training.zero_stage=3 shards weights and gathers them where the trained net is called, but an adapter's "
+            "stand within the frozen model, which is not sharded; take stage 0, 1 or 2, or adapter.rank=0",
         )

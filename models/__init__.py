@@ -5,6 +5,7 @@ Nothing is imported here, so that `import models` stays cheap; take what you nee
     model_files      resolve_model, ModelFiles          a model source -> local folder, digest, shape
     tokenizer        Tokenizer                          text <-> uint32 ids; needs no torch
     base_lm          BaseLM, choose_dtype               Hugging Face causal LMs behind one adapter
+    adapter          SavedAdapter, fresh_adapter        LoRA on a BaseLM, off unless turned on
     kv_cache         KVCache                            what a BaseLM remembers between calls
     positions        Positions, global_positions        where entries stand, in half tokens
     gistnet          GistNet, GistOutput, build_gistnet 32 children -> m vectors and a routing key

@@ -22,6 +22,7 @@ from transformers.cache_utils import DynamicCache
 
 from cluster.config import BaseLMConfig
 from cluster.errors import ModelError
+from models.adapter import LoraAdapter, SavedAdapter
 from models.banded_attention import ATTENTION_NAME as BANDED_ATTENTION
 from models.banded_attention import BandedMask
 from models.dtype_choice import PROBE_TEXT, PROBE_TOKENS, DtypeChoice, measure_dtypes
@@ -68,6 +69,8 @@ class BaseLM:
         self.has_head = has_head
         self.dtype_choice: DtypeChoice | None = None
         """The measurement behind `dtype`, where it was `auto`."""
+        self.adapter: LoraAdapter | None = None
+        """What `adapt` put in."""
 
         self._model = model
         self._stack: Any = model.get_decoder() if has_head else model
@@ -88,14 +91,23 @@ class BaseLM:
 
         Raises:
             ModelError: a missing or damaged model, an unsupported architecture, a device that is not there,
-                more layers than the model has.
+                more layers than the model has; or an adapter that is damaged or of another model.
         """
         files = resolve_model(config)
         device = _device(config.device)
         if num_layers is not None and not 0 <= num_layers <= files.num_layers:
             raise ModelError(f"{files.model_id} has {files.num_layers} layers; {num_layers} were asked for")
-        if config.dtype != "auto":
-            return cls._load(files, num_layers, _DTYPES[config.dtype], device)
+        if config.dtype == "auto":
+            lm = cls._load_fastest(files, num_layers, device)
+        else:
+            lm = cls._load(files, num_layers, _DTYPES[config.dtype], device)
+        if config.adapter and lm.has_head:
+            lm.adapt(SavedAdapter.load(config.adapter))
+        return lm
+
+    @classmethod
+    def _load_fastest(cls, files: ModelFiles, num_layers: int | None, device: torch.device) -> BaseLM:
+        """In the dtype that measures best."""
         lm = cls._load(files, num_layers, torch.float32, device)
         probe_ids = Tokenizer(files.folder / TOKENIZER_FILE).encode(PROBE_TEXT)[:PROBE_TOKENS]
         choice = measure_dtypes(lm, torch.from_numpy(probe_ids.astype("int64"))[None].to(device))
@@ -137,8 +149,9 @@ class BaseLM:
 
     @property
     def num_layer_weights(self) -> int:
-        """Weights of the loaded layers' matrices."""
-        return sum(p.numel() for layer in self._layers for p in layer.parameters() if p.dim() >= 2)
+        """Weights of the loaded layers' own matrices; an adapter's do not count."""
+        matrices = sum(p.numel() for layer in self._layers for p in layer.parameters() if p.dim() >= 2)
+        return matrices - (0 if self.adapter is None else self.adapter.num_weights)
 
     @property
     def attention_width(self) -> int:
@@ -166,9 +179,31 @@ class BaseLM:
         return self._stack.get_input_embeddings()
 
     def cast_parameters(self, dtype: torch.dtype) -> None:
-        """Convert the weights in place. The rotary frequencies (buffers) must stay float32."""
+        """Convert the weights in place. The rotary frequencies (buffers) and an adapter must stay float32."""
+        kept = set() if self.adapter is None else set(self.adapter.weights.parameters())
         for parameter in self._model.parameters():
-            parameter.data = parameter.data.to(dtype)
+            if parameter not in kept:
+                parameter.data = parameter.data.to(dtype)
+
+    def adapt(self, saved: SavedAdapter, *, trained: bool = False) -> None:
+        """Put an adapter in: nothing changes but what is read inside `adapted`.
+
+        Args:
+            saved: copied.
+            trained: whether its weights are to get gradients.
+
+        Raises:
+            ModelError: it is another model's, there is one already, or no head.
+        """
+        self._require_head()
+        if self.adapter is not None:
+            raise ModelError(f"{self.model_id} has an adapter already")
+        saved.check_fits(self.files)
+        self.adapter = LoraAdapter(self._model, saved, trained=trained)
+
+    def adapted(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, the model reads with its adapter; one without reads as always."""
+        return contextlib.nullcontext() if self.adapter is None else self.adapter.on()
 
     def embed(self, ids: Int64[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
         """Embeddings of token ids, in the model's dtype."""

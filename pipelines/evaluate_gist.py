@@ -1,8 +1,8 @@
 """evaluate gist: what gists are worth in place of the history they were made of, beside the controls that tell content
 from a mere soft prompt.
 
-Every condition predicts the same horizons of the same places with the same frozen model. Interrupted, the same command
-goes on with the places that are missing.
+Every condition predicts the same horizons of the same places with the same frozen model. With `base_lm.adapter` it
+reads all but `full` with that adapter. Interrupted, the same command goes on with the places that are missing.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ from actors.evaluation.gist_sources import TREE
 from actors.evaluation.places import Place, choose_places
 from actors.evaluation.samples import sample_file_name
 from actors.plan import CompactionPlan, plan_models
-from cluster.config import BLOCKS_PER_SUPER_BLOCK, GistNetConfig, GistNetKind
+from cluster.config import BLOCKS_PER_SUPER_BLOCK, BaseLMConfig, GistNetConfig, GistNetKind
+from cluster.environment import base_folder
 from cluster.errors import ConfigError
 from cluster.gist_evaluation_config import EvaluateGistJob, GistEvaluationConfig
 from cluster.run import JobRun
+from models.adapter import SavedAdapter
 from models.gistnet import GistNet, build_gistnet
 from pipelines.evaluation import measure_missing
 from pipelines.gist_report import collapsed, gist_tables, plot_content, plot_curves
@@ -39,13 +41,18 @@ CONTROLS = ("last_token", "mean", "rescaled_mean")
 def run(job: EvaluateGistJob) -> None:
     """Choose places, measure every condition at each, report."""
     # Stored gists are read, not made: which net stands in the plan says nothing, and a control fits any model.
-    plan = plan_models(job.base_lm, GistNetConfig(kind="last_token"), job.store)
+    plan = plan_models(_absolute(job.base_lm), GistNetConfig(kind="last_token"), job.store)
     nets = build_nets(job.evaluation.gistnets, job.gistnet, plan)
+    adapter = load_adapter(plan)
     with Store(job.store.root).open_reader(job.store.context) as reader, JobRun.start("evaluate gist", job) as job_run:
         places = choose(reader, job.evaluation)
         digests = {**plan.digests(), "gistnet": reader.version.encoding.gistnet_digest}
+        if adapter is not None:
+            digests["adapter"] = adapter.digest()
         job_run.log_digests(digests)
         job_run.log.info("%d places in %d documents", len(places), len({place.uri for place in places}))
+        if note := adapter_note(plan.base_lm.adapter, adapter):
+            job_run.log.info("%s", note)
         spec = GistEvaluatorSpec(
             plan.base_lm, job.store, reader.version.seq, job.evaluation, tuple(places), tuple(nets)
         )
@@ -55,8 +62,38 @@ def run(job: EvaluateGistJob) -> None:
                 job_run, samples, spec.places, _in_groups, spec, list(nets.values()), job.ray, job.evaluation
             )
             results = GistResults.of(samples.of(spec.places))
-        report(results, job.evaluation.horizon_tokens, job_run)
+        report(results, job.evaluation.horizon_tokens, job_run, note)
         sys.stdout.write(f"samples   {samples.path}\n")
+
+
+def _absolute(base_lm: BaseLMConfig) -> BaseLMConfig:
+    """The adapter's folder is read by workers, too, which may work in another folder than the driver."""
+    if not base_lm.adapter:
+        return base_lm
+    return replace(base_lm, adapter=str(base_folder() / Path(base_lm.adapter).expanduser()))
+
+
+def load_adapter(plan: CompactionPlan) -> SavedAdapter | None:
+    """The adapter that the plan's model is to read with, if any, for the driver to know: workers load their own.
+
+    Raises:
+        ModelError: it is missing, damaged, or another model's.
+    """
+    if not plan.base_lm.adapter:
+        return None
+    adapter = SavedAdapter.load(plan.base_lm.adapter)
+    adapter.check_fits(plan.files)
+    return adapter
+
+
+def adapter_note(folder: str, adapter: SavedAdapter | None) -> str:
+    """One sentence on how the model read; empty of one without an adapter."""
+    if adapter is None:
+        return ""
+    return (
+        f"Everything but `full` was read with the adapter {folder} (rank {adapter.rank}, sha256 "
+        f"{adapter.digest()[:12]}), `full` by the stock model."
+    )
 
 
 def build_nets(names: list[str], sizes: GistNetConfig, plan: CompactionPlan) -> dict[str, GistNet]:
@@ -126,8 +163,8 @@ def _in_groups(places: list[Place]) -> list[list[Place]]:
     return [places[at : at + PLACES_PER_GROUP] for at in range(0, len(places), PLACES_PER_GROUP)]
 
 
-def report(results: GistResults, horizon_tokens: int, job_run: JobRun) -> None:
-    """Tables, plots, warnings, report."""
+def report(results: GistResults, horizon_tokens: int, job_run: JobRun, note: str) -> None:
+    """Tables, plots, warnings, report; `note` says what the tables do not, or is empty."""
     tables = gist_tables(results, horizon_tokens)
     for table in tables:
         table.show()
@@ -142,6 +179,7 @@ def report(results: GistResults, horizon_tokens: int, job_run: JobRun) -> None:
         "num_documents": len(set(results.documents)),
         "conditions": results.as_report(),
         "collapsed": warnings,
+        **({"adapter": note} if note else {}),
     }
-    job_run.finish(numbers, [*warnings, *tables])
+    job_run.finish(numbers, [*([note] if note else []), *warnings, *tables])
     sys.stdout.write(f"report    {job_run.folder / 'report.md'}\n")

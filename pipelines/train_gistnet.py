@@ -1,7 +1,7 @@
 """train gistnet: distil a GistNet from the frozen language model.
 
     corpus, or a stored context -> tokenised windows on disk -> Ray Data, a feed a worker -> Ray Train workers
-        -> DeepSpeed -> checkpoints -> the trained net: safetensors, config, model card
+        -> DeepSpeed -> checkpoints -> the trained net: safetensors, config, model card; and an adapter, if asked for
 
 Run it again after any interruption: it goes on from the newest checkpoint, to the same losses.
 """
@@ -20,13 +20,14 @@ from actors.training.order import ReadingOrder
 from actors.training.recipe import BEGUN_NET, CONTEXT_VERSION, begun_with, recipe_of, require_same_recipe
 from actors.training.sources import ContextWindows, CorpusWindows, WindowSource
 from actors.training.windows import prepare_windows, windows_folder
-from actors.training.worker import GISTNET, TrainerSpec
+from actors.training.worker import ADAPTER, GISTNET, TrainerSpec
 from cluster.config import BaseLMConfig, CorpusSplit
 from cluster.environment import absolute_paths
 from cluster.errors import ConfigError, CorpusError
 from cluster.ray_runtime import ray_session
 from cluster.run import JobRun, write_atomically
 from cluster.training_config import TrainGistNetJob
+from models.adapter import SavedAdapter, fresh_adapter
 from models.base_lm import choose_dtype
 from models.gistnet import GistNet, build_gistnet
 from models.model_files import resolve_model
@@ -48,6 +49,7 @@ def run(job: TrainGistNetJob) -> None:
     files = resolve_model(job.base_lm)
     tokenizer = Tokenizer.load(job.base_lm)
     gistnet = build_gistnet(job.gistnet, files)
+    adapter = fresh_adapter(files, job.adapter)
     if job.windows.window_tokens > files.trained_context:
         raise ConfigError(
             f"windows.window_tokens={job.windows.window_tokens} is more than the {files.trained_context} tokens that "
@@ -85,13 +87,17 @@ def run(job: TrainGistNetJob) -> None:
             order = ReadingOrder(read_manifest(folder).num_windows, training.windows_per_step, training.seed)
             feed = FeedSpec(folder, order, training.windows_per_pass, training.num_steps)
             if spec.checkpoints.newest_step() < job.training.num_steps:
-                fit(spec, gistnet, feed, num_cpus, job_run)
+                fit(spec, gistnet, adapter, feed, num_cpus, job_run)
         step = spec.best_step() or spec.checkpoints.newest_step()
         exported = job_run.folder / GISTNET
         GistNet.load(spec.checkpoints.path(step) / GISTNET).save(exported, getattr(torch, training.export_dtype))
         net = GistNet.load(exported)
         job_run.log_digests({"gistnet": net.digest()})
-        card = model_card(net, files.model_id, recipe, spec.fidelity_log.read(), step)
+        if adapter is not None:
+            adapter = SavedAdapter.load(spec.checkpoints.path(step) / ADAPTER)
+            adapter.save(job_run.folder / ADAPTER)
+            job_run.log_digests({"adapter": adapter.digest()})
+        card = model_card(net, adapter, files.model_id, recipe, spec.fidelity_log.read(), step)
         write_atomically(exported / "README.md", card)
         registered = ""
         if name := job.training.registered_name:
@@ -167,6 +173,8 @@ def report(spec: TrainerSpec, step: int, registered: str, job_run: JobRun) -> No
         table.show()
     job_run.finish({**training_numbers(losses, fidelity, step), "registered": registered}, tables)
     print(f"net       {job_run.folder / GISTNET} (after {step:,} steps)")
+    if (adapter := job_run.folder / ADAPTER).is_dir():
+        print(f"adapter   {adapter}")
     if registered:
         print(f"by name   --gistnet.path {registered}")
     print(f"report    {job_run.folder / 'report.md'}")

@@ -12,6 +12,7 @@ from actors.training.worker import STAGES
 from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.plots import figure
 from cluster.tables import Table
+from models.adapter import SavedAdapter
 from models.gistnet import GistNet
 
 Lines = Sequence[Mapping[str, Any]]
@@ -118,8 +119,10 @@ def training_numbers(losses: Lines, fidelity: Lines, exported_step: int) -> dict
     return numbers
 
 
-def model_card(net: GistNet, lm_id: str, recipe: Mapping[str, Any], fidelity: Lines, step: int) -> str:
-    """What whoever finds the net should know: Markdown."""
+def model_card(
+    net: GistNet, adapter: SavedAdapter | None, lm_id: str, recipe: Mapping[str, Any], fidelity: Lines, step: int
+) -> str:
+    """What whoever finds the net should know: Markdown. `adapter`: the reader's, where it was trained with one."""
     measured = [line for line in fidelity if line["step"] <= step]
     parts = [
         f"# GistNet {net.net_id} for {lm_id}",
@@ -128,6 +131,12 @@ def model_card(net: GistNet, lm_id: str, recipe: Mapping[str, Any], fidelity: Li
         f"{net.digest()}.",
         "Load it with `--gistnet.path <this folder>`.",
     ]
+    if adapter is not None:
+        parts.append(
+            f"It was trained together with a LoRA adapter of {lm_id}, rank {adapter.rank}, for which its gists are "
+            f"meant: the run's folder `adapter`, sha256 {adapter.digest()}. The numbers here are of a model that reads "
+            "gists with it (`NLL full` of the stock one). `evaluate gist` does with `--base_lm.adapter <that folder>`."
+        )
     if measured:
         parts += [table.markdown() for table in fidelity_tables(measured[-1])]
     parts.append(Table([{"key": key, "value": str(value)} for key, value in recipe.items()], "Made with").markdown())

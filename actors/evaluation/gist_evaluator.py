@@ -2,11 +2,13 @@
 
 Every condition predicts the same horizon from the same places on the timeline. Of every source of gists there are
 three: its own, those of another document's history at the same positions (`shuffled`), and its mean gist everywhere
-(`mean_gist`). What own gists win over the other two is what they say of this history.
+(`mean_gist`). What own gists win over the other two is what they say of this history. A model that has an adapter reads
+everything with it but the raw history (`full`), for which it was not trained.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -136,21 +138,23 @@ class GistEvaluator:
         history = History.of(self._reader, place.first_block, place.stop_block)
         reading = Reading(self._lm, self._reader, history)
         ids = reading.ids(place.stop_block, -(-horizon // K))[:horizon]
-        known: dict[bytes, list[float]] = {}
+        known: dict[tuple[bytes, bool], list[float]] = {}
         measured = []
         for condition, contents, spread in self._conditions(reading, place):
             # What a constant net says is the same three times: equal contents are read once.
-            digest = contents.digest()
-            if digest not in known:
-                nll = self._scorer.nll(contents, ids, history.num_tokens)
-                known[digest] = [round(value, NLL_DIGITS) for value in nll.tolist()]
+            stock = condition.name == FULL or self._lm.adapter is None
+            key = (contents.digest(), stock)
+            if key not in known:
+                with contextlib.nullcontext() if stock else self._lm.adapted():
+                    nll = self._scorer.nll(contents, ids, history.num_tokens)
+                known[key] = [round(value, NLL_DIGITS) for value in nll.tolist()]
             measured.append(
                 Measured(
                     condition.name,
                     condition.lod,
                     condition.tail_tokens,
                     contents.num_rows,
-                    known[digest],
+                    known[key],
                     round(spread, NLL_DIGITS),
                 )
             )

@@ -1,6 +1,7 @@
 """Checkpoints of a run on disk, and its losses step by step.
 
-    checkpoints/step-00000100/   `gistnet/` and `optimiser.safetensors`, whole, and `complete.json`, written behind them
+    checkpoints/step-00000100/   `gistnet/`, `adapter/` where the reader has one, and `optimiser.safetensors`, whole;
+                                 `complete.json`, written behind them
     losses.jsonl                 a line a step; cut back to the checkpoint's step when a run goes on
 
 Without `complete.json` a checkpoint is not there, so that a death in the middle of saving costs the steps since the one

@@ -1,7 +1,7 @@
 """The one class that knows DeepSpeed: from our configuration to its own, steps, checkpoints, weights.
 
-The module that is trained holds a GistNet and no LM (`Distillation`), so that optimiser, shards and checkpoints are of
-the net alone.
+The module that is trained holds a GistNet, perhaps an adapter, and no LM (`Distillation`), so that optimiser, shards
+and checkpoints are of what is trained alone.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from actors.training.worker import TrainerSpec, resumed, train
 from cluster.errors import MegaContextError, ModelError, ResourceError
 from cluster.ray_calls import check_resources
 from cluster.run import JobRun
+from models.adapter import SavedAdapter
 from models.gistnet import GistNet
 
 LOOK_EVERY_S = 2.0
@@ -33,8 +34,23 @@ def worker_resources(num_workers: int, gpus_per_worker: float, num_cpus: float) 
     return {**resources, "GPU": gpus_per_worker} if gpus_per_worker else resources
 
 
-def fit(spec: TrainerSpec, gistnet: GistNet, feed: FeedSpec, num_cpus: float, job_run: JobRun) -> None:
+def fit(
+    spec: TrainerSpec,
+    gistnet: GistNet,
+    adapter: SavedAdapter | None,
+    feed: FeedSpec,
+    num_cpus: float,
+    job_run: JobRun,
+) -> None:
     """Train from the newest checkpoint to the end.
+
+    Args:
+        spec: what every worker needs.
+        gistnet: the net that the run begins with.
+        adapter: the reader's, to begin with; None: the model reads as it is.
+        feed: what the workers read.
+        num_cpus: of the cluster.
+        job_run: shows progress.
 
     Raises:
         ResourceError: the cluster cannot hold the workers; they were lost too often; or memory ran out.
@@ -46,11 +62,11 @@ def fit(spec: TrainerSpec, gistnet: GistNet, feed: FeedSpec, num_cpus: float, jo
     check_resources([resources] * config.num_workers, "training")
     if newest := spec.checkpoints.newest_step():
         # Every worker would find out, and Ray Train would try it again.
-        resumed(spec.checkpoints.path(newest), gistnet)
+        resumed(spec.checkpoints.path(newest), gistnet, adapter)
     spec.divergence.forget()
     trainer = TorchTrainer(
         train,
-        train_loop_config={"spec": spec, "gistnet_ref": ray.put(gistnet)},
+        train_loop_config={"spec": spec, "begun_ref": ray.put((gistnet, adapter))},
         scaling_config=ScalingConfig(
             num_workers=config.num_workers, use_gpu=config.gpus_per_worker > 0, resources_per_worker=resources
         ),

@@ -11,7 +11,7 @@ from typing import Any
 from cluster.errors import ConfigError
 from cluster.provenance import flatten
 from cluster.run import write_atomically
-from cluster.training_config import ObjectiveConfig, TrainGistNetJob
+from cluster.training_config import AdapterConfig, ObjectiveConfig, TrainGistNetJob
 
 RECIPE = "recipe.json"
 BEGUN_NET = "untrained gistnet"
@@ -38,7 +38,7 @@ FREE_KEYS = frozenset(
 
 def recipe_of(job: TrainGistNetJob, digests: Mapping[str, str]) -> dict[str, Any]:
     """Everything the weights depend on, flat: the job's keys, and digests of model, tokenizer, net and text."""
-    sections = {name: asdict(getattr(job, name)) for name in ("objective", "training")}
+    sections = {name: asdict(getattr(job, name)) for name in ("objective", "adapter", "training")}
     sections["windows"] = {"window_tokens": job.windows.window_tokens}
     sections["base_lm"] = {"dtype": job.base_lm.dtype}
     kept = {key: value for key, value in flatten(sections).items() if key not in FREE_KEYS}
@@ -57,7 +57,8 @@ def require_same_recipe(folder: Path, recipe: Mapping[str, Any]) -> None:
         return
     begun = json.loads(path.read_text())
     # Runs that were begun before there was a switch ran as it does with this.
-    before = {**flatten({"objective": asdict(ObjectiveConfig())}), "training.base_width": 0}
+    switches = {"objective": asdict(ObjectiveConfig()), "adapter": asdict(AdapterConfig())}
+    before = {**flatten(switches), "training.base_width": 0}
     begun |= {key: before[key] for key in recipe.keys() & before.keys() - begun.keys()}
     differing = [key for key in {**begun, **recipe} if begun.get(key) != recipe.get(key)]
     if differing:

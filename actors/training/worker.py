@@ -29,6 +29,7 @@ from cluster.config import BaseLMConfig
 from cluster.errors import ModelError
 from cluster.heap import keep_freed_memory
 from cluster.training_config import ObjectiveConfig, TrainingConfig
+from models.adapter import SavedAdapter
 from models.base_lm import BaseLM
 from models.gistnet import GistNet
 from models.training.corpus_statistics import (
@@ -47,8 +48,14 @@ from storage.token_windows import TokenWindows
 TRAINED_MODULE = "gistnet"
 """Attribute of `Distillation` that holds the net."""
 
+TRAINED_ADAPTER = "adapter"
+"""The one that holds the weights of the reader's adapter, where there is one."""
+
 GISTNET = "gistnet"
 """Folder of a checkpoint that holds the net alone, as safetensors."""
+
+ADAPTER = "adapter"
+"""Folder of a checkpoint that holds the reader's adapter alone, in peft's format."""
 
 STAGES = ("wait", "teacher", "gists", "student", "head", "backward", "optimiser")
 """Of a step, in order; losses.jsonl has the seconds of each. `wait`: for data."""
@@ -101,14 +108,15 @@ class TrainerSpec:
 
 
 def train(config: dict[str, Any]) -> None:
-    """Ray Train's function: `config` holds a `TrainerSpec` and the net to begin with."""
-    Trainer(config["spec"], ray.get(config["gistnet_ref"])).run(ray.train.get_dataset_shard(DATASET))
+    """Ray Train's function: `config` holds a `TrainerSpec`, and the net and the adapter to begin with."""
+    gistnet, adapter = ray.get(config["begun_ref"])
+    Trainer(config["spec"], gistnet, adapter).run(ray.train.get_dataset_shard(DATASET))
 
 
 class Trainer:
     """One worker's part of a run."""
 
-    def __init__(self, spec: TrainerSpec, gistnet: GistNet) -> None:
+    def __init__(self, spec: TrainerSpec, gistnet: GistNet, adapter: SavedAdapter | None) -> None:
         torch.set_num_threads(spec.num_threads)
         keep_freed_memory()
         self.spec = spec
@@ -118,7 +126,7 @@ class Trainer:
         self.first_step = spec.checkpoints.newest_step()
         state = None
         if self.first_step:
-            gistnet, state = resumed(spec.checkpoints.path(self.first_step), gistnet)
+            gistnet, adapter, state = resumed(spec.checkpoints.path(self.first_step), gistnet, adapter)
         net = gistnet.to(self.lm.device).train()
         if state is None and not any(mean.any() for mean in net.buffers()):
             windows = TokenWindows(spec.windows)
@@ -126,6 +134,8 @@ class Trainer:
             measure_keys(self.lm, net, self._ids(windows.sample(KEY_TOKENS)))
             counts = np.bincount(windows.sample(COUNTED_TOKENS).ravel(), minlength=self.lm.vocab_size)
             measure_keywords(self.lm, net, torch.from_numpy(counts))
+        if adapter is not None:
+            self.lm.adapt(adapter, trained=True)
         self.objective = Distillation(DensePass(self.lm, net), spec.objective)
         self._window_flops = flops_per_window(self.lm, net, spec.window_tokens, spec.objective)
         self.engine = DeepSpeedEngine(self.objective, spec.training, state)
@@ -242,6 +252,8 @@ class Trainer:
         with self.engine.whole_weights():
             if self.rank == 0:
                 self.objective.gistnet.save(path / GISTNET)
+                if self.lm.adapter is not None:
+                    self.lm.adapter.saved().save(path / ADAPTER)
         if state is not None:
             state.save(path)
             spec.loss_log.sync()
@@ -252,27 +264,37 @@ class Trainer:
         dist.barrier()
 
 
-def resumed(path: Path, begun: GistNet) -> tuple[GistNet, OptimiserState]:
-    """The net and the optimiser of a checkpoint.
+def resumed(
+    path: Path, begun: GistNet, begun_adapter: SavedAdapter | None
+) -> tuple[GistNet, SavedAdapter | None, OptimiserState]:
+    """The net, the reader's adapter where the run was begun with one, and the optimiser of a checkpoint.
 
     Raises:
-        ModelError: it is damaged, or of another net than the run was begun with.
+        ModelError: it is damaged, or of another net or adapter than the run was begun with.
     """
     try:
         net, state = GistNet.load(path / GISTNET), OptimiserState.load(path)
+        adapter = None if begun_adapter is None else SavedAdapter.load(path / ADAPTER)
     except ModelError as error:
         raise ModelError(f"{error}; delete {path} to go on from an older checkpoint") from error
     if net.spec != begun.spec:
         raise ModelError(
             f"the checkpoint {path} is of {net.spec}, this run of {begun.spec}; give it another --run.name"
         )
+    shapes = {f"{TRAINED_MODULE}.{name}": tuple(weight.shape) for name, weight in net.named_parameters()}
+    if adapter is not None and begun_adapter is not None:
+        if not adapter.is_like(begun_adapter):
+            raise ModelError(
+                f"the adapter of the checkpoint {path} is of another run; delete it to go on from an older one"
+            )
+        shapes |= {f"{TRAINED_ADAPTER}.{name}": shape for name, shape in adapter.shapes.items()}
     try:
-        state.check({f"{TRAINED_MODULE}.{name}": tuple(weight.shape) for name, weight in net.named_parameters()})
+        state.check(shapes)
     except ModelError as error:
         raise ModelError(
             f"the checkpoint {path} does not fit this run: {error}; delete it to go on from an older one"
         ) from error
-    return net, state
+    return net, adapter, state
 
 
 def peak_memory(device: torch.device) -> float:

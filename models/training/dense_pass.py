@@ -4,7 +4,8 @@
            -> GistNet -> gists, of blocks and, where a window is longer than a super-block, of LOD2 nodes
            -> one pass over gists and raw tokens under a mask (`Sight`) -> the student's states
 
-Gradients flow from the student's states through the frozen LM into the gists, and so into the net.
+Gradients flow from the student's states through the frozen LM into the gists, and so into the net. An adapter that the
+LM has is on in the student's passes alone, and gets gradients, too.
 
 Shapes: B windows of n blocks, T = n·K tokens, q = T / 1,024 nodes, m vectors a gist, D hidden size, S = (n - 1)·K
 entries that predict.
@@ -181,10 +182,11 @@ class DensePass:
         positions = Positions(torch.cat(places).expand(num_rows, -1))
         mask = self._mask(sight, num_vectors)
         final = None
-        if whole:
-            final, states = self.lm.final_states(entries, positions=positions, attention_mask=mask, layers=layers)
-        else:
-            states = self.lm.hidden_states(entries, layers, positions=positions, attention_mask=mask)
+        with self.lm.adapted():
+            if whole:
+                final, states = self.lm.final_states(entries, positions=positions, attention_mask=mask, layers=layers)
+            else:
+                states = self.lm.hidden_states(entries, layers, positions=positions, attention_mask=mask)
         first = (num_nodes + num_blocks) * num_vectors
         return None if final is None else final[:, first:], {n: state[:, first:] for n, state in states.items()}
 
@@ -207,9 +209,10 @@ class DensePass:
         places = torch.cat(
             (torch.full((num_vectors,), K - 1, device=device), 2 * torch.arange(K, 2 * K - 1, device=device))
         )
-        final, _ = self.lm.final_states(
-            torch.cat((groups, tokens), dim=1), positions=Positions(places.expand(len(groups), -1))
-        )
+        with self.lm.adapted():
+            final, _ = self.lm.final_states(
+                torch.cat((groups, tokens), dim=1), positions=Positions(places.expand(len(groups), -1))
+            )
         return final[:, num_vectors - 1 :]
 
 

@@ -76,12 +76,13 @@ class Fidelity:
 
 
 class Distillation(nn.Module):
-    """A GistNet, the LM it is trained for, and the objective. As a module it holds the net's weights only: the LM's are
-    neither trained, nor sharded, nor saved."""
+    """A GistNet, the LM it is trained for, and the objective. As a module it holds the net's weights, and those of an
+    adapter that the LM has, only: the LM's own are neither trained, nor sharded, nor saved."""
 
     def __init__(self, dense: DensePass, config: ObjectiveConfig) -> None:
         super().__init__()
         self.gistnet = dense.gistnet
+        self.adapter = None if dense.lm.adapter is None else dense.lm.adapter.weights
         self.dense = dense
         self.config = config
         self.progress = 1.0

@@ -28,7 +28,7 @@ def flops_per_window(lm: BaseLM, net: GistNet, window_tokens: int, objective: Ob
 
     The frozen model's weights get no gradient, so its backward pass costs what its forward pass does. Attention is
     counted as causal, half of all pairs, or as the pairs within the student's band; its backward pass as twice that.
-    Element-wise work counts nothing.
+    An adapter is in the student's passes, and its weights do get a gradient. Element-wise work counts nothing.
 
     Args:
         lm: the frozen model.
@@ -50,13 +50,20 @@ def flops_per_window(lm: BaseLM, net: GistNet, window_tokens: int, objective: Ob
     if behind:
         summaries, raw = (num_nodes + num_blocks) * net.num_vectors, window_tokens - K
         share = 1.0 if objective.predicts else matched / lm.num_layers
-        found += 4.0 * lm.num_layer_weights * (summaries + raw) * share
+        found += (4.0 * lm.num_layer_weights + _of_adapter(lm)) * (summaries + raw) * share
         found += 3 * _student_attention(lm, summaries, raw, objective) * share
     if objective.predicts:
         found += _head(lm, objective.scored_share * (window_tokens - K), 3 if objective.distils else 2)
     if objective.repeat_share > 0:
-        found += num_blocks * _forward_and_backward(lm, net.num_vectors + K - 1) + _head(lm, window_tokens, 2)
+        entries = net.num_vectors + K - 1
+        found += num_blocks * (_forward_and_backward(lm, entries) + _of_adapter(lm) * entries)
+        found += _head(lm, window_tokens, 2)
     return found
+
+
+def _of_adapter(lm: BaseLM) -> float:
+    """Of an entry, forward and backward; as much of them in every layer."""
+    return 0.0 if lm.adapter is None else 6.0 * lm.adapter.num_weights
 
 
 def _of_block(net: GistNet) -> float:

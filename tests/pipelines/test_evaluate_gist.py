@@ -14,15 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import pipelines.evaluate_gist as gist_job
 import ray_job
+from actors.evaluation.gist_evaluator import Measured
+from actors.evaluation.places import Place
+from actors.evaluation.samples import read_samples
 from cluster.cli import main
-from cluster.config import BaseLMConfig, GistNetConfig, RunConfig, StoreConfig
+from cluster.config import BaseLMConfig, GistNetConfig, RunConfig, StoreConfig, validate_sections
 from cluster.config_parser import to_yaml
 from cluster.errors import ConfigError, ContextNotFoundError, ModelError
 from cluster.gist_evaluation_config import EvaluateGistJob, GistEvaluationConfig
+from cluster.training_config import AdapterConfig
+from models.adapter import SavedAdapter, fresh_adapter
 from models.gistnet import ConstantGistNet, GistNetSpec
+from models.model_files import resolve_model
 from tests.actors.helpers import follow, ingest, make_compactor, make_documents, open_context, tiny_plan
 
 ROOT = Path(__file__).parents[2]
@@ -118,6 +125,56 @@ def test_again_and_interrupted_give_the_same_numbers(make_gist_job: GistJobFacto
     more = make_gist_job("whole", num_places=8, gistnets=["mean"])
     gist_job.run(more)
     assert set(lines.splitlines()) < set(samples_file(more).read_text().splitlines()), "places are added, none changed"
+
+
+def test_with_an_adapter_all_but_the_full_text_is_read_otherwise(
+    make_gist_job: GistJobFactory, tiny_lm_config: BaseLMConfig, tmp_path: Path
+) -> None:
+    fresh = fresh_adapter(resolve_model(tiny_lm_config), AdapterConfig(rank=2))
+    assert fresh is not None
+    folders = [tmp_path / "first", tmp_path / "second"]
+    for seed, folder in enumerate(folders):
+        generator = torch.Generator().manual_seed(seed)
+        weights = {name: 0.2 * torch.randn(w.shape, generator=generator) for name, w in fresh.weights.items()}
+        replace(fresh, weights=weights).save(folder)
+    plain = make_gist_job("plain", num_workers=1)
+    adapted = make_gist_job("adapted", num_workers=1)
+    adapted = replace(adapted, base_lm=replace(adapted.base_lm, adapter=str(folders[0])))
+    validate_sections(adapted)
+    for job in (plain, adapted):
+        gist_job.run(job)
+    assert samples_file(plain).name != samples_file(adapted).name
+    both = [read_measured(samples_file(job)) for job in (plain, adapted)]
+    assert both[0].keys() == both[1].keys()
+    for (number, name, lod, tail), nll in both[0].items():
+        assert (both[1][number, name, lod, tail] == nll) == (name == "full"), (name, lod, tail)
+    digest = SavedAdapter.load(folders[0]).digest()
+    report = json.loads((adapted.run.dir / "adapted/report.json").read_text())
+    assert report["digests"]["adapter"] == digest
+    said = f"Everything but `full` was read with the adapter {folders[0]} (rank 2, sha256 {digest[:12]})"
+    for page in ("report.md", "job.log"):
+        assert said in (adapted.run.dir / "adapted" / page).read_text()
+        assert "was read with the adapter" not in (plain.run.dir / "plain" / page).read_text()
+    # Another adapter's numbers are other numbers.
+    gist_job.run(replace(adapted, base_lm=replace(adapted.base_lm, adapter=str(folders[1]))))
+    assert len(list((adapted.run.dir / "adapted").glob("samples-*.jsonl"))) == 2
+    (folders[1] / "adapter_model.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ModelError, match="cannot be read .*again"):
+        gist_job.run(replace(adapted, base_lm=replace(adapted.base_lm, adapter=str(folders[1]))))
+
+
+def read_measured(path: Path) -> dict[tuple[int, str, int, int], list[float]]:
+    """NLL by place and condition."""
+    found = {}
+    for place, measured in read_samples(path, Place, Measured):
+        found |= {(place.number, one.name, one.lod, one.tail_tokens): one.nll for one in measured}
+    return found
+
+
+def test_jobs_that_have_no_use_for_an_adapter_refuse_it(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["compact", "--corpus.paths", "[docs]"], ["evaluate", "focus"], ["tree", "rebuild-gists"]):
+        assert main(ray_job.JOBS, [*words, "--base_lm.adapter", "runs/x/adapter"]) == ConfigError.exit_code
+        assert "base_lm.adapter='runs/x/adapter' would do nothing here" in capsys.readouterr().err
 
 
 @pytest.mark.slow

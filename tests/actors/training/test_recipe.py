@@ -9,9 +9,9 @@ import pytest
 
 from actors.training.recipe import RECIPE, recipe_of, require_same_recipe
 from cluster.errors import ConfigError
-from cluster.training_config import ObjectiveConfig, TrainGistNetJob, TrainingConfig
+from cluster.training_config import AdapterConfig, ObjectiveConfig, TrainGistNetJob, TrainingConfig
 
-NEWER = ("states_", "scored_", "base_width")
+NEWER = ("states_", "scored_", "base_width", "adapter.")
 
 
 def test_a_run_begun_before_a_switch_goes_on_as_it_was(tmp_path: Path) -> None:
@@ -24,3 +24,6 @@ def test_a_run_begun_before_a_switch_goes_on_as_it_was(tmp_path: Path) -> None:
     differs = r"objective\.scored_share: 1\.0 then, 0\.5 now; training\.base_width: 0 then, 256 now"
     with pytest.raises(ConfigError, match=differs):
         require_same_recipe(tmp_path, other)
+    adapted = TrainGistNetJob(adapter=AdapterConfig(rank=4), training=TrainingConfig(base_width=0))
+    with pytest.raises(ConfigError, match=r"\(adapter\.rank: 0 then, 4 now\)"):
+        require_same_recipe(tmp_path, recipe_of(adapted, {"text": "abc"}))
