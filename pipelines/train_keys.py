@@ -291,6 +291,7 @@ def _finish(
             for k in (1, 4, 8)
         },
         "minilm": {f"{kind}@{k}": recall(r, k).mean for kind, r in rival.items() for k in (1, 4, 8)},
+        "first_step": losses[0],
         "last_step": losses[-1],
         "registered": registered,
     }
