@@ -89,6 +89,7 @@ def test_a_run_leaves_a_net_with_the_gists_it_began_with(
     assert not (folder / "states").exists()
 
 
+@pytest.mark.slow
 def test_what_was_read_before_a_stop_is_not_read_again(
     root: Path, make_job: JobFactory, ray_cluster: RaySession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
