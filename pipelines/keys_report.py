@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from actors.evaluation.statistics import Estimate, clustered_mean
+from actors.training.key_trainer import Placed
 from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.plots import figure
 from cluster.tables import Table
@@ -17,37 +18,37 @@ from models.gistnet import GistNet
 FIRST = (1, 4, 8)
 """Recall is counted among so many first blocks."""
 
-Ranks = Mapping[str, list[int]]
+Found = Mapping[str, Placed]
+"""By kind of question."""
 
 
-def recall(ranks: Sequence[int], first: int) -> Estimate:
-    """Share of questions whose answer is among the first blocks found."""
-    found = np.asarray(ranks) < first
-    return clustered_mean(found, [str(number) for number in range(len(found))])
+def recall(placed: Placed, first: int) -> Estimate:
+    """Share of questions whose answer is among the first blocks found; the error by thing asked for."""
+    return clustered_mean(np.asarray(placed.ranks) < first, placed.things)
 
 
-def keys_tables(measured: Sequence[Mapping[str, Any]], rival: Ranks) -> list[Table]:
+def keys_tables(measured: Sequence[Mapping[str, Any]], rival: Found) -> list[Table]:
     """Recall before and after, beside the rival's, one table a kind of question."""
     tables = []
-    for kind in measured[-1]["ranks"]:
+    for kind in measured[-1]["found"]:
         who = {
-            "keys before training": measured[0]["ranks"][kind],
-            "keys after it": measured[-1]["ranks"][kind],
-            **({"all-MiniLM-L6-v2, of the blocks' text": rival[kind]} if kind in rival else {}),
+            "keys before training": measured[0]["found"][kind],
+            "keys after it": measured[-1]["found"][kind],
+            "all-MiniLM-L6-v2, of the blocks' text": rival[kind],
         }
-        rows = [{"found by": name, **_shares(ranks)} for name, ranks in who.items()]
-        count = len(measured[-1]["ranks"][kind])
+        rows = [{"found by": name, **_shares(placed)} for name, placed in who.items()]
+        count = len(measured[-1]["found"][kind].ranks)
         tables.append(Table(rows, f"Recall, questions of kind '{kind}': {count}, on text that was not trained on"))
     return tables
 
 
-def _shares(ranks: Sequence[int]) -> dict[str, str]:
-    estimates = {f"among the first {k}": recall(ranks, k) for k in FIRST}
+def _shares(placed: Placed) -> dict[str, str]:
+    estimates = {f"among the first {k}": recall(placed, k) for k in FIRST}
     return {name: f"{e.mean:.1%} ± {e.standard_error:.1%}" for name, e in estimates.items()}
 
 
-def keys_card(net: GistNet, lm_id: str, recipe: Mapping[str, Any], tables: Sequence[Table]) -> str:
-    """What whoever finds the net should know: Markdown."""
+def keys_card(net: GistNet, lm_id: str, recipe: Mapping[str, Any], tables: Sequence[Table], begun_card: str) -> str:
+    """What whoever finds the net should know: Markdown. `begun_card` is that of the net it was made from, or empty."""
     made_of = f"the states after {net.key_layer} layers" if net.key_layer else "token embeddings"
     parts = [
         f"# GistNet {net.net_id} for {lm_id}, with trained routing keys",
@@ -57,11 +58,13 @@ def keys_card(net: GistNet, lm_id: str, recipe: Mapping[str, Any], tables: Seque
         *(table.markdown() for table in tables),
         Table([{"key": key, "value": str(value)} for key, value in recipe.items()], "Keys made with").markdown(),
     ]
+    if begun_card:
+        parts.append(f"# The net it was made from\n\n{begun_card.strip()}")
     return "\n\n".join(parts) + "\n"
 
 
 def plot_training(
-    losses: Sequence[Mapping[str, float]], measured: Sequence[Mapping[str, Any]], rival: Ranks, path: Path
+    losses: Sequence[Mapping[str, float]], measured: Sequence[Mapping[str, Any]], rival: Found, path: Path
 ) -> None:
     """Losses by step, and recall by epoch with the rival's as a line."""
     with figure(path, "Routing keys", num_columns=2, size=(12.0, 4.0)) as (left, right):
@@ -72,16 +75,13 @@ def plot_training(
         left.set(xlabel="step", ylabel="NLL of the answer among all blocks, nats", yscale="log")
         left.legend()
         epochs = [line["epoch"] for line in measured]
-        for kind in measured[-1]["ranks"]:
-            found = [recall(line["ranks"][kind], 1) for line in measured]
+        for kind in measured[-1]["found"]:
+            found = [recall(line["found"][kind], 1) for line in measured]
             means, errors = np.array([e.mean for e in found]), np.array([e.standard_error for e in found])
             (drawn,) = right.plot(epochs, means, marker="o", label=kind)
             right.fill_between(
                 epochs, means - 2 * errors, means + 2 * errors, alpha=0.15, color=drawn.get_color(), linewidth=0
             )
-            if kind in rival:
-                right.axhline(
-                    recall(rival[kind], 1).mean, color=drawn.get_color(), linestyle=":", label=f"{kind}, MiniLM"
-                )
+            right.axhline(recall(rival[kind], 1).mean, color=drawn.get_color(), linestyle=":", label=f"{kind}, MiniLM")
         right.set(xlabel="epoch", ylabel="found first (two standard errors)", ylim=(0, 1))
         right.legend()

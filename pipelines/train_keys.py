@@ -25,7 +25,7 @@ from actors.compactor import explicit_dtype
 from actors.training.key_examples import token_surprisal
 from actors.training.key_facts import KeyFact, excluded_words, training_facts, validation_facts
 from actors.training.key_states import KeyStatesSpec, make_states
-from actors.training.key_trainer import KeyTrainerSpec, start_trainer, validation_ranks
+from actors.training.key_trainer import KeyTrainerSpec, Pairs, Placed, find_answers, start_trainer
 from actors.training.sources import CorpusWindows
 from actors.training.windows import prepare_windows, windows_folder
 from cluster.config import BaseLMConfig
@@ -121,7 +121,7 @@ def run(job: TrainKeysJob) -> None:
                 num_cpus,
             )
             job_run.log.info("reading with %s for a rival", "all-MiniLM-L6-v2")
-            rival = validation_ranks(trainer_spec.validation, job.routing_keys.blocks_per_window, _Minilm(tokenizer))
+            rival = find_answers(trainer_spec.validation, job.routing_keys.blocks_per_window, _Minilm(tokenizer))
             losses, measured, net = _trained(trainer_spec, net, job_run)
         _finish(job_run, job, net, losses, measured, rival, len(facts), files.model_id)
 
@@ -225,15 +225,15 @@ def _trained(
         return get_or_raise(getattr(actor, method).remote(), CALL_TIMEOUT_S, "training routing keys")
 
     losses: list[dict[str, float]] = []
-    measured = [{"epoch": 0, "ranks": call("validate")}]
+    measured = [{"epoch": 0, "found": call("validate")}]
     with job_run.progress(spec.keys.num_epochs, "epochs", "training") as progress:
         for epoch in range(1, spec.keys.num_epochs + 1):
             losses += (found := call("epoch"))
             for line in found:
                 values = {f"train.{name}": value for name, value in line.items() if name != "step"}
                 job_run.log_metrics(_named(values), int(line["step"]))
-            measured.append({"epoch": epoch, "ranks": (placed := call("validate"))})
-            shares = {f"validation.recall_at_1.{kind}": recall(ranks, 1).mean for kind, ranks in placed.items()}
+            measured.append({"epoch": epoch, "found": (found_now := call("validate"))})
+            shares = {f"validation.recall_at_1.{kind}": recall(placed, 1).mean for kind, placed in found_now.items()}
             job_run.log_metrics(_named(shares), epoch)
             progress.advance(1, loss=found[-1]["loss"])
     trained = call("trained")
@@ -254,10 +254,17 @@ class _Minilm:
         self._tokenizer = tokenizer
 
     def keys_of(self, shard: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Vectors of a shard's blocks and questions."""
-        blocks = self._encoder.encode(self._tokenizer.decode_batch(list(shard["tokens"].numpy().astype(np.int64))))
-        asked = [row[there].numpy() for row, there in zip(shard["question_tokens"].long(), shard["mask"], strict=True)]
-        return torch.from_numpy(blocks), torch.from_numpy(self._encoder.encode(self._tokenizer.decode_batch(asked)))
+        """Of a shard's blocks and questions."""
+        everything = torch.ones_like(shard["tokens"], dtype=torch.bool)
+        return self._encode(shard["tokens"], everything), self._encode(shard["question_tokens"], shard["mask"])
+
+    def keys_of_pairs(self, shard: Mapping[str, Tensor], pairs: Pairs) -> Tensor:
+        """Of the tokens that ask."""
+        return self._encode(shard["tokens"][pairs.asking], pairs.mask)
+
+    def _encode(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        pieces = [row[there].numpy() for row, there in zip(tokens.long(), mask, strict=True)]
+        return torch.from_numpy(self._encoder.encode(self._tokenizer.decode_batch(pieces)))
 
 
 def _finish(
@@ -266,7 +273,7 @@ def _finish(
     net: GistNet,
     losses: list[dict[str, float]],
     measured: list[dict[str, Any]],
-    rival: Mapping[str, list[int]],
+    rival: Mapping[str, Placed],
     num_facts: int,
     lm_id: str,
 ) -> None:
@@ -278,7 +285,9 @@ def _finish(
     for table in tables:
         table.show()
     recipe = {**asdict(job.routing_keys), "facts": num_facts, "config digest": config_digest(job)}
-    write_atomically(exported / "README.md", keys_card(net, lm_id, recipe, tables))
+    begun = Path(job.gistnet.path).expanduser() / "README.md" if job.gistnet.path else None
+    begun_card = begun.read_text() if begun is not None and begun.is_file() else ""
+    write_atomically(exported / "README.md", keys_card(net, lm_id, recipe, tables, begun_card))
     plot_training(losses, measured, rival, job_run.folder / "keys.png")
     registered = ""
     if job.routing_keys.registered_name:
@@ -286,8 +295,8 @@ def _finish(
     numbers = {
         "num_facts": num_facts,
         "validation": {
-            f"{kind}@{k}": {"before": recall(measured[0]["ranks"][kind], k).mean, "after": recall(r, k).mean}
-            for kind, r in measured[-1]["ranks"].items()
+            f"{kind}@{k}": {"before": recall(measured[0]["found"][kind], k).mean, "after": recall(r, k).mean}
+            for kind, r in measured[-1]["found"].items()
             for k in (1, 4, 8)
         },
         "minilm": {f"{kind}@{k}": recall(r, k).mean for kind, r in rival.items() for k in (1, 4, 8)},

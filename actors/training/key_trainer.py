@@ -6,11 +6,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import ray
 import torch
+from jaxtyping import Bool, Float32, Int64
 from torch import Tensor
 from torch.optim import AdamW
 
@@ -28,6 +29,49 @@ PAIRS = "shared words"
 WARM_UP_STEPS = 20
 FINAL_SHARE = 0.05
 """Of the learning rate, what is left at the end."""
+
+
+Shard = dict[str, Tensor]
+"""What `load_shard` gives."""
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Where answers were found."""
+
+    ranks: list[int]
+    """How many blocks stood before each: 0 where it was found first."""
+    things: list[str]
+    """What each question is about: answers about one thing are not independent of each other."""
+
+    def add(self, placed: Tensor, things: Sequence[str]) -> None:
+        """Some more."""
+        self.ranks.extend(placed.tolist())
+        self.things.extend(things)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Pairs of a shard's blocks, as questions: P of them among N blocks."""
+
+    asking: Int64[Tensor, " P"]
+    answers: Int64[Tensor, " P"]
+    mask: Bool[Tensor, "P 32"]
+    """Tokens that ask: all of the later block's, or those that the earlier one does not have."""
+    excluded: Bool[Tensor, "P N"]
+    """What is no choice: the block itself, the one before, and those of its window that come after."""
+
+
+class Embedder(Protocol):
+    """What blocks and questions are compared by."""
+
+    def keys_of(self, shard: Shard) -> tuple[Float32[Tensor, "N d"], Float32[Tensor, "Q d"]]:
+        """Of a shard's blocks and questions, of length 1."""
+        ...
+
+    def keys_of_pairs(self, shard: Shard, pairs: Pairs) -> Float32[Tensor, "P d"]:
+        """Of blocks that ask."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -60,7 +104,7 @@ class KeyTrainer:
         order = np.random.default_rng((self.spec.keys.seed, self._step)).permutation(len(self.spec.shards))
         return [self._train(load_shard(self.spec.shards[shard])) for shard in order]
 
-    def _train(self, shard: dict[str, Tensor]) -> dict[str, float]:
+    def _train(self, shard: Shard) -> dict[str, float]:
         keys = self.spec.keys
         rate = keys.learning_rate * self._rate_share()
         for group, share in zip(self._optimiser.param_groups, self._shares, strict=True):
@@ -70,7 +114,9 @@ class KeyTrainer:
         nll = contrast(asked, blocks, shard["answers"], _other_parts(shard), keys.temperature)
         losses = {name: nll[shard["kinds"] == kind].mean() for kind, name in enumerate(KINDS)}
         if keys.pairs_share > 0 and len(shard["pairs"]):
-            losses[PAIRS] = self._pairs_nll(shard, blocks, hidden_share=keys.hidden_share).mean()
+            pairs = _pairs(shard, self.spec.blocks_per_window, keys.hidden_share, seed=self._step)
+            asked = self.keys_of_pairs(shard, pairs)
+            losses[PAIRS] = contrast(asked, blocks, pairs.answers, pairs.excluded, keys.temperature).mean()
         weights = {PAIRS: keys.pairs_share}
         loss = torch.stack([weights.get(n, (1 - keys.pairs_share) / len(KINDS)) * v for n, v in losses.items()]).sum()
         self._optimiser.zero_grad()
@@ -78,24 +124,6 @@ class KeyTrainer:
         self._optimiser.step()
         self._step += 1
         return {"step": self._step, "loss": float(loss.detach()), **{n: float(v.detach()) for n, v in losses.items()}}
-
-    def _pairs_nll(self, shard: dict[str, Tensor], blocks: Tensor, hidden_share: float) -> Tensor:
-        asked, answers, excluded = self._pair_keys(shard, hidden_share)
-        return contrast(asked, blocks, answers, excluded, self.spec.keys.temperature)
-
-    def _pair_keys(self, shard: dict[str, Tensor], hidden_share: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys of the later blocks as questions, a part of them without the tokens they share; their answers; and what
-        is no choice: the block itself, the one before, and those of its window that come after."""
-        later, earlier = shard["pairs"].unbind(dim=1)
-        generator = torch.Generator().manual_seed(self._step)
-        hides = torch.rand(len(later), 1, generator=generator) < hidden_share
-        own = shard["pair_own"]
-        mask = torch.where(hides & own.any(dim=1, keepdim=True), own, torch.ones_like(own))
-        asked = question_keys(self.net, shard["blocks"][later], mask)
-        numbers = torch.arange(len(shard["blocks"]))[None]
-        per_window = self.spec.blocks_per_window
-        same_window = numbers // per_window == later[:, None] // per_window
-        return asked, earlier, same_window & (numbers >= later[:, None] - 1)
 
     def _rate_share(self) -> float:
         if self._step < WARM_UP_STEPS:
@@ -108,36 +136,36 @@ class KeyTrainer:
         return self.net
 
     @torch.no_grad()
-    def validate(self) -> dict[str, list[int]]:
-        """Ranks of the answers among the blocks of all validation shards, by kind of question."""
-        return validation_ranks(self.spec.validation, self.spec.blocks_per_window, self)
+    def validate(self) -> dict[str, Placed]:
+        """Where the answers stand among the blocks of all validation shards, by kind of question."""
+        return find_answers(self.spec.validation, self.spec.blocks_per_window, self)
 
-    def keys_of(self, shard: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Of a shard's blocks and questions."""
+    def keys_of(self, shard: Shard) -> tuple[Tensor, Tensor]:
+        """See `Embedder`."""
         return block_keys(self.net, shard["blocks"]), question_keys(self.net, shard["questions"], shard["mask"])
 
-    def pair_questions(self, shard: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Of a shard's pairs, half of them without what they share."""
-        return self._pair_keys(shard, 0.5)
+    def keys_of_pairs(self, shard: Shard, pairs: Pairs) -> Tensor:
+        """See `Embedder`."""
+        return question_keys(self.net, shard["blocks"][pairs.asking], pairs.mask)
 
 
-def validation_ranks(paths: Sequence[Path], blocks_per_window: int, embedder: Any) -> dict[str, list[int]]:
-    """Ranks of answers, 0 the first, by kind of question; pairs where the embedder knows how to ask with them.
+def find_answers(paths: Sequence[Path], blocks_per_window: int, embedder: Embedder) -> dict[str, Placed]:
+    """Search shards as one history: where the answers stand, by kind of question.
 
     Args:
-        paths: shards that are searched as one history.
+        paths: of the shards.
         blocks_per_window: of their windows.
-        embedder: has `keys_of(shard)`, keys of blocks and questions, and perhaps `pair_questions(shard)`.
+        embedder: makes what is compared.
     """
     shards = [load_shard(path) for path in paths]
-    firsts = np.cumsum([0, *(len(shard["blocks"]) for shard in shards)])
+    firsts = np.cumsum([0, *(len(shard["blocks"]) for shard in shards)]).tolist()[:-1]
     embedded = [embedder.keys_of(shard) for shard in shards]
     blocks = torch.cat([keys for keys, _ in embedded])
-    found: dict[str, list[int]] = {name: [] for name in KINDS}
-    spans = torch.cat([shard["spans"] + int(first) for shard, first in zip(shards, firsts, strict=False)])
+    spans = torch.cat([shard["spans"] + first for shard, first in zip(shards, firsts, strict=True)])
     words = torch.cat([shard["words"] for shard in shards])
-    for shard, first, (_, asked) in zip(shards, firsts, embedded, strict=False):
-        answers = shard["answers"] + int(first)
+    found: dict[str, Placed] = {name: Placed([], []) for name in (*KINDS, PAIRS)}
+    for number, (shard, first, (_, asked)) in enumerate(zip(shards, firsts, embedded, strict=True)):
+        answers = shard["answers"] + first
         excluded = torch.zeros(len(asked), len(blocks), dtype=torch.bool)
         for row, word in enumerate(shard["words"].tolist()):
             # The same thing's other facts answer as well.
@@ -146,20 +174,28 @@ def validation_ranks(paths: Sequence[Path], blocks_per_window: int, embedder: An
         excluded.scatter_(1, answers[:, None], False)
         placed = ranks(asked, blocks, answers, excluded)
         for kind, name in enumerate(KINDS):
-            found[name] += placed[shard["kinds"] == kind].tolist()
-    if hasattr(embedder, "pair_questions"):
-        found[PAIRS] = []
-        for shard, first in zip(shards, firsts, strict=False):
-            if len(shard["pairs"]) == 0:
-                continue
-            asked, answers, own = embedder.pair_questions(shard)
-            excluded = torch.zeros(len(asked), len(blocks), dtype=torch.bool)
-            excluded[:, int(first) : int(first) + own.shape[1]] = own
-            found[PAIRS] += ranks(asked, blocks, answers + int(first), excluded).tolist()
+            own = shard["kinds"] == kind
+            found[name].add(placed[own], [str(word) for word in shard["words"][own].tolist()])
+        if len(shard["pairs"]):
+            pairs = _pairs(shard, blocks_per_window, hidden_share=0.5, seed=0)
+            excluded = torch.zeros(len(pairs.asking), len(blocks), dtype=torch.bool)
+            excluded[:, first : first + pairs.excluded.shape[1]] = pairs.excluded
+            placed = ranks(embedder.keys_of_pairs(shard, pairs), blocks, pairs.answers + first, excluded)
+            found[PAIRS].add(placed, [f"{number}/{block // blocks_per_window}" for block in pairs.asking.tolist()])
     return found
 
 
-def _other_parts(shard: dict[str, Tensor]) -> Tensor:
+def _pairs(shard: Shard, blocks_per_window: int, hidden_share: float, seed: int) -> Pairs:
+    asking, answers = shard["pairs"].unbind(dim=1)
+    hides = torch.rand(len(asking), 1, generator=torch.Generator().manual_seed(seed)) < hidden_share
+    own = shard["pair_own"]
+    mask = torch.where(hides & own.any(dim=1, keepdim=True), own, torch.ones_like(own))
+    numbers = torch.arange(len(shard["blocks"]))[None]
+    same_window = numbers // blocks_per_window == asking[:, None] // blocks_per_window
+    return Pairs(asking, answers, mask, same_window & (numbers >= asking[:, None] - 1))
+
+
+def _other_parts(shard: Shard) -> Tensor:
     """Blocks that hold another part of a question's fact."""
     numbers = torch.arange(len(shard["blocks"]))[None]
     first, last = shard["spans"][:, :1], shard["spans"][:, 1:]
