@@ -46,7 +46,7 @@ GISTNET = "gistnet"
 STAGES = ("wait", "teacher", "gists", "student", "head", "backward", "optimiser")
 """Of a step, in order; losses.jsonl has the seconds of each. `wait`: for data."""
 
-LOSSES = ("loss", "kl", "nll", "states", "repeat", "spread")
+LOSSES = ("loss", "kl", "nll", "states", "repeat", "spread", "inner")
 """Of `StepLosses`, those that are in losses.jsonl where the objective asks for them."""
 
 MEAN_TOKENS = 8192

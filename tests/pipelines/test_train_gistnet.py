@@ -396,11 +396,13 @@ def test_the_learned_constant_is_trained_by_three_workers_in_shards(
 ) -> None:
     """A net that begins at zero; and fewer pairs of validation windows than workers."""
     job = make_job("constant", num_steps=2, windows_per_step=3, num_workers=3, zero_stage=3)
-    every = ObjectiveConfig(repeat_share=0.5, states_share=0.5, states_layers=[1, 3], scored_share=0.5)
+    every = ObjectiveConfig(
+        repeat_share=0.5, states_share=0.5, states_layers=[1, 3], scored_share=0.5, inner_steps=1, inner_share=0.5
+    )
     run(replace(job, gistnet=GistNetConfig(kind="constant"), objective=every))
     lines = losses(root, "constant")
     assert lines[0]["spread"] == 0
-    assert {"kl", "nll", "states", "repeat"} < set(lines[0])
+    assert {"kl", "nll", "states", "repeat", "inner"} < set(lines[0])
 
 
 @pytest.mark.slow
