@@ -31,6 +31,7 @@ def test_every_job_is_there_and_accepts_its_configuration() -> None:
         "evaluate retrieval",
         "evaluate tasks",
         "train gistnet",
+        "train ablations",
         "tree verify",
         "tree rebuild-gists",
     ]

@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -228,6 +229,12 @@ def test_workers_share_a_run_without_changing_it(
         assert line["num_tokens"] == other["num_tokens"]
         for name in (*BY_TAIL, "repeat_own", "repeat_shuffled"):
             assert other[name] == pytest.approx(line[name], rel=1e-3), name
+    pairs, shared = (LossLog(root / "runs" / name / "fidelity_pairs.jsonl").read()[-1] for name in names)
+    assert pairs["windows"] == shared["windows"]
+    assert len(pairs["own"]) == len(pairs["windows"]) == 2
+    for name in BY_TAIL:
+        assert np.average(pairs[name], axis=0, weights=pairs["num_tokens"]) == pytest.approx(one[-1][name])
+        assert np.array(shared[name]) == pytest.approx(np.array(pairs[name]), rel=1e-3)
 
 
 @pytest.mark.slow
