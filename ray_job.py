@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 
+from cluster.ablations_config import TrainAblationsJob
 from cluster.cli import Job, main
 from cluster.config import CompactJob, DemoJob, InspectJob, TreeRebuildGistsJob, TreeVerifyJob
 from cluster.evaluation_config import EvaluateFocusJob
@@ -28,6 +29,7 @@ JOBS = (
     Job("evaluate tasks", EvaluateTasksJob, "pipelines.evaluate_tasks:run"),
     Job("train gistnet", TrainGistNetJob, "pipelines.train_gistnet:run"),
     Job("train keys", TrainKeysJob, "pipelines.train_keys:run"),
+    Job("train ablations", TrainAblationsJob, "pipelines.train_ablations:run"),
     Job("tree verify", TreeVerifyJob, "pipelines.tree:verify"),
     Job("tree rebuild-gists", TreeRebuildGistsJob, "pipelines.tree:rebuild_gists"),
 )

@@ -156,5 +156,7 @@ def _describe(hint: Any) -> str:
         return "one of " + ", ".join(str(choice) for choice in get_args(hint))
     if get_origin(hint) is list:
         return "a list, for example '[a, b]'"
+    if get_origin(hint) is dict:
+        return "a mapping, for example '{key: value}'"
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text (in YAML, quote numbers)"}
     return words.get(hint, f"a {getattr(hint, '__name__', hint)}")

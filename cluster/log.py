@@ -43,7 +43,10 @@ class _ShortFormatter(logging.Formatter):
 
 @contextmanager
 def logging_to(file: Path) -> Iterator[None]:
-    """Log to the terminal (INFO, short) and to the end of `file` (everything, with times), then stop doing so."""
+    """Log to the terminal (INFO, short) and to the end of `file` (everything, with times), then stop doing so.
+
+    Within another one a line stands in both files and once on the terminal.
+    """
     quiet_libraries()
     ours, everything = logging.getLogger(ROOT), logging.getLogger()
     level = ours.level
@@ -51,7 +54,8 @@ def logging_to(file: Path) -> Iterator[None]:
     full = logging.FileHandler(file, encoding="utf-8")
     full.setFormatter(logging.Formatter(_FILE_FORMAT, "%Y-%m-%dT%H:%M:%S"))
     ours.setLevel(logging.DEBUG)
-    ours.addHandler(terminal)
+    if not any(isinstance(handler, _TerminalHandler) for handler in ours.handlers):
+        ours.addHandler(terminal)
     everything.addHandler(full)
     try:
         yield

@@ -84,6 +84,18 @@ class ObjectiveConfig:
     """Variance share of the gists, from 0 to below 1, under which the loss grows, by up to 1 nat: a net that says the
     same of everything looks good at first. 0: no such term."""
 
+    inner_steps: int = 0
+    """Steps that the gist vectors themselves take down the loss before the net is asked to put out where they come to.
+    Each costs a reading behind gists and its backward pass. 0: the net goes down the loss itself."""
+
+    inner_rate: float = 0.05
+    """Length of such a step, as a share of the gist's own. With SmolLM2-135M 0.3 goes up the loss instead of down."""
+
+    inner_share: float = 1.0
+    """With `inner_steps`, weight of the distance to where they end, as a share of a gist's mean square, above 0 to 1;
+    the rest is that of the loss behind the net's own gists, whose gradient is 19 or more times as long.
+    1: that distance alone."""
+
     def validate(self) -> None:
         require(0 <= self.curriculum_share <= 1, "objective.curriculum_share must be from 0 to 1")
         require(0 <= self.spread_floor < 1, "objective.spread_floor must be from 0 to below 1")
@@ -109,6 +121,12 @@ class ObjectiveConfig:
             f"objective.states_layers={self.states_layers} must be 1 or more; 0 are the embeddings",
         )
         require(0 < self.scored_share <= 1, "objective.scored_share must be above 0, and at most 1")
+        require(self.inner_steps >= 0, "objective.inner_steps must be 0 or more")
+        require(self.inner_rate > 0, "objective.inner_rate must be positive")
+        require(
+            0 < self.inner_share <= 1,
+            "objective.inner_share must be above 0, and at most 1; for no inner steps give objective.inner_steps=0",
+        )
         require(
             self.scored_share == 1 or self.distils,
             "objective.scored_share below 1 compares predictions with a teacher's: give objective.kl_share above 0, "
@@ -124,6 +142,11 @@ class ObjectiveConfig:
     def distils(self) -> bool:
         """Whether a teacher's predictions are asked for."""
         return self.predicts and self.kl_share > 0
+
+    @property
+    def reads_own(self) -> bool:
+        """Whether the loss behind the net's own gists is part of what is minimised."""
+        return self.inner_steps == 0 or self.inner_share < 1
 
 
 @dataclass(frozen=True)
@@ -285,6 +308,11 @@ class TrainGistNetJob:
         require(
             self.gistnet.kind in {"windowed", "block", "constant"},
             f"gistnet.kind={self.gistnet.kind} has nothing to train; take windowed, block or constant",
+        )
+        require(
+            self.adapter.rank == 0 or self.objective.reads_own,
+            "objective.inner_share=1 asks nothing of the model behind the net's own gists, so an adapter would learn "
+            "nothing; lower it, or take adapter.rank=0",
         )
         require(
             self.adapter.rank == 0 or self.training.zero_stage < 3,

@@ -116,6 +116,8 @@ def _values(hint: Any) -> str:
         return f"list of {_values(get_args(hint)[0])}"
     words = {bool: "true, false", int: "integer", float: "number", str: "text", Path: "path", list[str]: "texts"}
     words |= {list[int]: "integers", list[float]: "numbers"}
+    if get_origin(hint) is dict:
+        return "mapping"
     return words[hint]
 
 

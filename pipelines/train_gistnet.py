@@ -102,7 +102,7 @@ def run(job: TrainGistNetJob) -> None:
         registered = ""
         if name := job.training.registered_name:
             registered = job_run.register_model(exported, name, net.digest())
-        report(spec, step, registered, job_run)
+        report(spec, net, step, registered, job_run)
 
 
 def open_text(job: TrainGistNetJob, split: CorpusSplit, tokenizer: Tokenizer) -> WindowSource:
@@ -161,8 +161,8 @@ def _spec(
     )
 
 
-def report(spec: TrainerSpec, step: int, registered: str, job_run: JobRun) -> None:
-    """Tables, plots, report; `registered` is the net's name in MLflow's registry, or empty."""
+def report(spec: TrainerSpec, net: GistNet, step: int, registered: str, job_run: JobRun) -> None:
+    """Tables, plots, report of the exported net; `registered` is its name in MLflow's registry, or empty."""
     losses, fidelity = spec.loss_log.read(), spec.fidelity_log.read()
     plot_losses(losses, job_run.folder / "losses.png")
     plot_speed(losses, job_run.folder / "speed.png")
@@ -171,7 +171,9 @@ def report(spec: TrainerSpec, step: int, registered: str, job_run: JobRun) -> No
     tables = training_tables(losses, fidelity)
     for table in tables:
         table.show()
-    job_run.finish({**training_numbers(losses, fidelity, step), "registered": registered}, tables)
+    num_parameters = sum(parameter.numel() for parameter in net.parameters())
+    numbers = {**training_numbers(losses, fidelity, step), "num_parameters": num_parameters, "registered": registered}
+    job_run.finish(numbers, tables)
     print(f"net       {job_run.folder / GISTNET} (after {step:,} steps)")
     if (adapter := job_run.folder / ADAPTER).is_dir():
         print(f"adapter   {adapter}")

@@ -37,6 +37,7 @@ def training_tables(losses: Lines, fidelity: Lines) -> list[Table]:
         "states": "square distance to the teacher's states over their variance",
         "repeat": "NLL of a block behind its own gist alone, nats a token",
         "spread": "variance share of the gists",
+        "inner": "square distance to where inner steps brought the gists, over the mean square there",
     }
     rows: list[dict[str, Any]] = [{"of the newest steps": f"mean of {len(newest)}", "value": None}]
     rows += [
@@ -147,14 +148,14 @@ def plot_losses(losses: Lines, path: Path) -> None:
     """Losses step by step, and how different gists are."""
     with figure(path, "Training", num_columns=2, size=(11.0, 4.0)) as (left, right):
         steps = np.array([line["step"] for line in losses])
-        for name in ("kl", "nll", "states", "repeat"):
+        for name in ("kl", "nll", "states", "repeat", "inner"):
             if name not in losses[0]:
                 continue
             values = np.array([line[name] for line in losses])
             left.plot(steps, values, alpha=0.25)
             left.plot(steps, _smoothed(values), label=name, color=left.lines[-1].get_color())
         right.plot(steps, [line["spread"] for line in losses], label="variance share of the gists")
-        left.set(xlabel="step", ylabel="nats a token (states: share of variance)", yscale="log")
+        left.set(xlabel="step", ylabel="nats a token (states, inner: shares)", yscale="log")
         right.set(xlabel="step")
         left.legend()
         right.legend()

@@ -32,6 +32,7 @@ def test_every_job_is_there_and_accepts_its_configuration() -> None:
         "evaluate tasks",
         "train gistnet",
         "train keys",
+        "train ablations",
         "tree verify",
         "tree rebuild-gists",
     ]

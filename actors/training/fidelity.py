@@ -15,34 +15,46 @@ BY_TAIL = ("full", "own", "shuffled", "mean_gist")
 OVER_ALL = ("repeat_own", "repeat_shuffled", "node_content")
 
 
-class FidelitySums:
-    """Sums over windows and workers, by tail."""
+class FidelityTable:
+    """A row for each pair of validation windows, filled by whoever measured it.
 
-    def __init__(self, num_groups: int, device: torch.device) -> None:
+    Two runs that are compared pair by pair differ far less by chance than their means do.
+    """
+
+    def __init__(self, num_pairs: int, num_groups: int, device: torch.device) -> None:
         """Args: `device` is one whose tensors the process group can add up."""
-        self._counts = torch.zeros(num_groups, dtype=torch.float64, device=device)
-        self._sums = torch.zeros(len(BY_TAIL), num_groups, dtype=torch.float64, device=device)
-        self._others = torch.zeros(2, len(OVER_ALL), dtype=torch.float64, device=device)  # weights, and sums
+        self._counts = torch.zeros(num_pairs, num_groups, dtype=torch.float64, device=device)
+        self._sums = torch.zeros(len(BY_TAIL), num_pairs, num_groups, dtype=torch.float64, device=device)
+        self._others = torch.zeros(2, num_pairs, len(OVER_ALL), dtype=torch.float64, device=device)  # weights, and sums
 
-    def add(self, found: Fidelity) -> None:
-        """What was found in windows of equal length."""
+    def add(self, pair: int, found: Fidelity) -> None:
+        """What was found in a pair of windows of equal length."""
         counts = self._counts.new_tensor(found.num_tokens)
-        self._counts += counts
+        self._counts[pair] = counts
         for number, name in enumerate(BY_TAIL):
-            self._sums[number] += self._counts.new_tensor(getattr(found, name)).nan_to_num() * counts
+            self._sums[number, pair] = self._counts.new_tensor(getattr(found, name)).nan_to_num() * counts
         weights = self._others.new_tensor([1, 1, found.num_behind_nodes])
         values = self._others.new_tensor([getattr(found, name) for name in OVER_ALL])
-        self._others += torch.stack((weights, values.nan_to_num() * weights))
+        self._others[:, pair] = torch.stack((weights, values.nan_to_num() * weights))
 
-    def reduced(self) -> dict[str, Any]:
-        """Means over all workers' windows; what no token was asked for is left out. All workers must come."""
-        for sums in (self._counts, self._sums, self._others):
-            dist.all_reduce(sums)
+    def gather(self) -> None:
+        """Put all workers' rows together; all must come."""
+        for values in (self._counts, self._sums, self._others):
+            dist.all_reduce(values)
+
+    def means(self) -> dict[str, Any]:
+        """Over all windows; what no token was asked for is left out."""
+        counts = self._counts.sum(dim=0)
         # Of few windows no token may have the longest tails; 0 / 0 would be in every mean over all tails.
-        means = (self._sums / self._counts.clamp(min=1)).tolist()
-        weights, sums = self._others.tolist()
+        means = (self._sums.sum(dim=1) / counts.clamp(min=1)).tolist()
+        weights, sums = self._others.sum(dim=1).tolist()
         others = {name: sums[i] / weights[i] for i, name in enumerate(OVER_ALL) if weights[i]}
-        return {"num_tokens": self._counts.tolist(), **dict(zip(BY_TAIL, means, strict=True)), **others}
+        return {"num_tokens": counts.tolist(), **dict(zip(BY_TAIL, means, strict=True)), **others}
+
+    def rows(self) -> dict[str, Any]:
+        """Of every pair: tokens by tail, and means over them."""
+        means = (self._sums / self._counts.clamp(min=1)).tolist()
+        return {"num_tokens": self._counts.tolist(), **dict(zip(BY_TAIL, means, strict=True))}
 
 
 def best_step(checkpoints: Checkpoints, *, by_repeating: bool = False) -> int | None:

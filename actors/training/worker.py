@@ -23,7 +23,7 @@ import torch.distributed as dist
 from actors.training.checkpoints import Checkpoints, Divergence, LossLog
 from actors.training.engine import DeepSpeedEngine
 from actors.training.feed import DATASET, fed_batches
-from actors.training.fidelity import FidelitySums, best_step
+from actors.training.fidelity import FidelityTable, best_step
 from actors.training.optimiser_state import OptimiserState
 from cluster.config import BaseLMConfig
 from cluster.errors import ModelError
@@ -56,11 +56,13 @@ GISTNET = "gistnet"
 
 ADAPTER = "adapter"
 """Folder of a checkpoint that holds the reader's adapter alone, in peft's format."""
+LOSS_LOG, FIDELITY, PAIRS = "losses.jsonl", "fidelity.jsonl", "fidelity_pairs.jsonl"
+"""Files of a run: a line a step, a line a validation, and the same pair of windows by pair."""
 
 STAGES = ("wait", "teacher", "gists", "student", "head", "backward", "optimiser")
 """Of a step, in order; losses.jsonl has the seconds of each. `wait`: for data."""
 
-LOSSES = ("loss", "kl", "nll", "states", "repeat", "spread")
+LOSSES = ("loss", "kl", "nll", "states", "repeat", "spread", "inner")
 """Of `StepLosses`, those that are in losses.jsonl where the objective asks for them."""
 
 
@@ -90,7 +92,7 @@ class TrainerSpec:
     @property
     def loss_log(self) -> LossLog:
         """Of the run."""
-        return LossLog(self.folder / "losses.jsonl")
+        return LossLog(self.folder / LOSS_LOG)
 
     @property
     def divergence(self) -> Divergence:
@@ -104,7 +106,12 @@ class TrainerSpec:
     @property
     def fidelity_log(self) -> LossLog:
         """What was measured on the validation windows."""
-        return LossLog(self.folder / "fidelity.jsonl")
+        return LossLog(self.folder / FIDELITY)
+
+    @property
+    def pairs_log(self) -> LossLog:
+        """The same, pair of windows by pair: lists of as many rows."""
+        return LossLog(self.folder / PAIRS)
 
 
 def train(config: dict[str, Any]) -> None:
@@ -144,6 +151,7 @@ class Trainer:
         if self.rank == 0:
             spec.loss_log.cut_back(self.first_step)
             spec.fidelity_log.cut_back(self.first_step)
+            spec.pairs_log.cut_back(self.first_step)
         self._validation = None if spec.validation is None else TokenWindows(spec.validation)
 
     def run(self, iterator: Any) -> None:
@@ -222,7 +230,7 @@ class Trainer:
         }
 
     def _validate(self, step: int) -> None:
-        """Every worker measures its share; worker 0 writes down the mean."""
+        """Every worker measures its share; worker 0 writes down the mean, and the parts of it."""
         if self._validation is None:
             return
         spec = self.spec
@@ -231,19 +239,21 @@ class Trainer:
         # Pairs, because a window's shuffled gists are its partner's.
         pairs = [chosen[first : first + 2] for first in range(0, len(chosen) - 1, 2)]
         self.objective.eval()
-        sums = FidelitySums(spec.objective.max_tail_blocks, self.lm.device)
+        table = FidelityTable(len(pairs), spec.objective.max_tail_blocks, self.lm.device)
         workers = dist.get_world_size()
         for first in range(0, len(pairs), workers):
             # All come equally often: under ZeRO 3 every pass gathers weights from all. Who is left over does one again.
-            pair = pairs[(first + self.rank) % len(pairs)]
+            own = first + self.rank
+            pair = pairs[own % len(pairs)]
             seeds = [(spec.training.seed, int(window)) for window in pair]
             found = self.objective.fidelity(self._ids(self._validation.read(pair)), seeds)
-            if first + self.rank < len(pairs):
-                sums.add(found)
+            if own < len(pairs):
+                table.add(own, found)
         self.objective.train()
-        line = sums.reduced()
+        table.gather()
         if self.rank == 0:
-            spec.fidelity_log.append({"step": step, **line})
+            spec.fidelity_log.append({"step": step, **table.means()})
+            spec.pairs_log.append({"step": step, "windows": [pair.tolist() for pair in pairs], **table.rows()})
 
     def _save(self, step: int) -> None:
         spec = self.spec
@@ -258,6 +268,7 @@ class Trainer:
             state.save(path)
             spec.loss_log.sync()
             spec.fidelity_log.sync()
+            spec.pairs_log.sync()
             measured = spec.fidelity_log.read()
             spec.checkpoints.complete(step, {"step": step, "fidelity": measured[-1] if measured else None})
             spec.checkpoints.drop_old(spec.training.keep_checkpoints, spec.best_step())

@@ -6,7 +6,8 @@ between two readers are measured as KL(teacher || student) of the next token, th
 or, without going up to the head, by how far the student's states are from the teacher's after lower layers (Romero et
 al. 2015, "FitNets"). Besides, or at first instead, the model may be asked to say a block again from its gist alone (Ge
 et al. 2023, "In-context Autoencoder for Context Compression in a Large Language Model"): a denser signal at less cost,
-of how to write what the frozen model can read.
+of how to write what the frozen model can read. All of this may also be asked of the gist vectors themselves first, and
+the net be taught where they go (`inner_steps`).
 
 Shapes: B windows of n blocks, K = 32 tokens a block, S = (n - 1)·K entries that predict, m vectors a gist, D hidden
 size.
@@ -26,13 +27,14 @@ from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.training_config import ObjectiveConfig
 from models.training.dense_pass import DensePass, Gists, ReadWindows
 from models.training.head_loss import HeadLoss, head_loss
+from models.training.inner_steps import apart, descended, distance
 from models.training.sight import Sight, random_sight
 from models.training.stage_clock import StageClock
 
 
 @dataclass(frozen=True)
 class StepLosses:
-    """What one batch of windows came to, nats a token but for `states` and what it adds to `loss`."""
+    """What one batch of windows came to, nats a token but for `states` and `inner` and what they add to `loss`."""
 
     loss: Float32[Tensor, ""]
     """To be minimised; the only one with a gradient."""
@@ -48,6 +50,19 @@ class StepLosses:
     spread: Float32[Tensor, ""]
     """Variance share of the gists: mean square distance to their mean, over their mean square length. Near 0 a net says
     the same of everything."""
+    inner: Float32[Tensor, ""] | None = None
+    """Mean square distance of the gists to where inner steps brought them, over the mean square there; None without."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What was asked for behind some gists."""
+
+    loss: Float32[Tensor, ""]
+    """All of it, weighed."""
+    predicted: HeadLoss | None
+    states: Float32[Tensor, ""] | None
+    again: HeadLoss | None
 
 
 @dataclass(frozen=True)
@@ -103,16 +118,14 @@ class Distillation(nn.Module):
         self.clock.lap("teacher")
         gists = self.dense.gists(windows)
         self.clock.lap("gists")
-        predicted, states = self._behind_gists(windows, gists, seeds) if is_behind else (None, None)
-        again = self._repeated(windows, gists) if config.repeat_share > 0 else None
-        behind = 1 - config.repeat_share
-        # Not 0 times the other: what was not asked for is not there.
-        parts = [
-            (behind * (1 - config.states_share), None if predicted is None else predicted.loss),
-            (behind * config.states_share, states),
-            (config.repeat_share, None if again is None else again.loss),
-        ]
-        loss = torch.stack([weight * part for weight, part in parts if part is not None]).sum()
+        inner, found = self._inner(windows, gists, seeds) if config.inner_steps > 0 else (None, None)
+        if found is None or config.reads_own:
+            found = self._asked(windows, gists, seeds)
+        loss = found.loss
+        if inner is not None:
+            share = config.inner_share
+            loss = share * inner + (1 - share) * loss if config.reads_own else inner
+        predicted, states, again = found.predicted, found.states, found.again
         spread = _spread(gists.blocks)
         if config.spread_floor > 0:
             loss = loss + (1 - spread / config.spread_floor).clamp(min=0)
@@ -123,9 +136,44 @@ class Distillation(nn.Module):
             None if states is None else states.detach(),
             None if again is None else again.nll.mean(),
             spread.detach(),
+            None if inner is None else inner.detach(),
         )
         self.clock.lap("head")
         return losses
+
+    def _asked(self, windows: ReadWindows, gists: Gists, seeds: Sequence[Sequence[int]]) -> Asked:
+        """All that is asked for behind gists; the same seeds ask the same."""
+        config = self.config
+        behind = 1 - config.repeat_share
+        predicted, states = self._behind_gists(windows, gists, seeds) if behind > 0 else (None, None)
+        again = self._repeated(windows, gists) if config.repeat_share > 0 else None
+        # Not 0 times the other: what was not asked for is not there.
+        parts = [
+            (behind * (1 - config.states_share), None if predicted is None else predicted.loss),
+            (behind * config.states_share, states),
+            (config.repeat_share, None if again is None else again.loss),
+        ]
+        loss = torch.stack([weight * part for weight, part in parts if part is not None]).sum()
+        return Asked(loss, predicted, states, again)
+
+    def _inner(
+        self, windows: ReadWindows, gists: Gists, seeds: Sequence[Sequence[int]]
+    ) -> tuple[Float32[Tensor, ""], Asked]:
+        """How far gists are from where a few steps of their own bring them, and what was asked for where they began.
+
+        Blocks and nodes both go, at the same time: a token sees one or the other, so each has to do its part beside the
+        other as it will be. A node's vectors go by themselves, not with the blocks they were made of.
+        """
+        token_size = windows.embeddings.float().square().mean().sqrt()
+        moved, first = gists, None
+        for _ in range(self.config.inner_steps):
+            moved = apart(moved)
+            found = self._asked(windows, moved, seeds)
+            moved = descended(moved, found.loss, self.config.inner_rate, token_size)
+            self.clock.lap("backward")
+            first = first or found
+        assert first is not None
+        return distance(gists, moved), first
 
     def _behind_gists(
         self, windows: ReadWindows, gists: Gists, seeds: Sequence[Sequence[int]]

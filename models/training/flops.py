@@ -40,16 +40,24 @@ def flops_per_window(lm: BaseLM, net: GistNet, window_tokens: int, objective: Ob
     num_nodes = window_tokens // WINDOW_TOKENS if window_tokens > WINDOW_TOKENS else 0
     # Behind a net's own forward pass: gradients of its weights and of what they multiply.
     found = 3.0 * (num_blocks * _of_block(net) + num_nodes * _of_node(net))
-    behind = objective.repeat_share < 1
-    matched = max(objective.states_layers, default=0) if behind else 0
+    matched = max(objective.states_layers, default=0) if objective.repeat_share < 1 else 0
     of_net, of_teacher = net.lm_layer or 0, lm.num_layers if objective.distils else matched
     if num_nodes:  # gists are made of each 1,024 tokens apart
         found += num_nodes * _forward(lm, WINDOW_TOKENS, of_net) + _forward(lm, window_tokens, of_teacher)
     else:
         found += _forward(lm, window_tokens, max(of_net, of_teacher))
-    if behind:
+    # What is asked behind gists is asked once at each inner step, besides behind the net's own.
+    found += (objective.inner_steps + objective.reads_own) * _asked(lm, net, window_tokens, objective, num_nodes)
+    return found
+
+
+def _asked(lm: BaseLM, net: GistNet, window_tokens: int, objective: ObjectiveConfig, num_nodes: int) -> float:
+    """What is asked for behind some gists, with the gradient to them."""
+    found = 0.0
+    num_blocks = window_tokens // K
+    if objective.repeat_share < 1:
         summaries, raw = (num_nodes + num_blocks) * net.num_vectors, window_tokens - K
-        share = 1.0 if objective.predicts else matched / lm.num_layers
+        share = 1.0 if objective.predicts else max(objective.states_layers) / lm.num_layers
         found += (4.0 * lm.num_layer_weights + _of_adapter(lm)) * (summaries + raw) * share
         found += 3 * _student_attention(lm, summaries, raw, objective) * share
     if objective.predicts:

@@ -34,3 +34,16 @@ def test_it_stops_with_the_block_and_continues_the_file(tmp_path: Path, capsys: 
     assert capsys.readouterr().err == "one\ntwo\n"
     assert [line.rsplit(" ", 1)[1] for line in file.read_text().splitlines()] == ["one", "two"]
     assert logging.getLogger().handlers == handlers
+
+
+def test_within_another_one_a_line_is_shown_once_and_kept_twice(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outer, inner = tmp_path / "outer.log", tmp_path / "inner.log"
+    with logging_to(outer):
+        with logging_to(inner):
+            get_logger("part").info("both")
+        get_logger("part").info("outer")
+    assert capsys.readouterr().err == "both\nouter\n"
+    assert len(outer.read_text().splitlines()) == 2
+    assert len(inner.read_text().splitlines()) == 1

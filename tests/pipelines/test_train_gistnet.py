@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -232,6 +233,12 @@ def test_workers_share_a_run_without_changing_it(
         assert line["num_tokens"] == other["num_tokens"]
         for name in (*BY_TAIL, "repeat_own", "repeat_shuffled"):
             assert other[name] == pytest.approx(line[name], rel=1e-3), name
+    pairs, shared = (LossLog(root / "runs" / name / "fidelity_pairs.jsonl").read()[-1] for name in names)
+    assert pairs["windows"] == shared["windows"]
+    assert len(pairs["own"]) == len(pairs["windows"]) == 2
+    for name in BY_TAIL:
+        assert np.average(pairs[name], axis=0, weights=pairs["num_tokens"]) == pytest.approx(one[-1][name])
+        assert np.array(shared[name]) == pytest.approx(np.array(pairs[name]), rel=1e-3)
 
 
 @pytest.mark.slow
@@ -400,11 +407,13 @@ def test_the_learned_constant_is_trained_by_three_workers_in_shards(
 ) -> None:
     """A net that begins at zero; and fewer pairs of validation windows than workers."""
     job = make_job("constant", num_steps=2, windows_per_step=3, num_workers=3, zero_stage=3)
-    every = ObjectiveConfig(repeat_share=0.5, states_share=0.5, states_layers=[1, 3], scored_share=0.5)
+    every = ObjectiveConfig(
+        repeat_share=0.5, states_share=0.5, states_layers=[1, 3], scored_share=0.5, inner_steps=1, inner_share=0.5
+    )
     run(replace(job, gistnet=GistNetConfig(kind="constant"), objective=every))
     lines = losses(root, "constant")
     assert lines[0]["spread"] == 0
-    assert {"kl", "nll", "states", "repeat"} < set(lines[0])
+    assert {"kl", "nll", "states", "repeat", "inner"} < set(lines[0])
 
 
 @pytest.mark.slow

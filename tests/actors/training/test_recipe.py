@@ -11,7 +11,7 @@ from actors.training.recipe import RECIPE, recipe_of, require_same_recipe
 from cluster.errors import ConfigError
 from cluster.training_config import AdapterConfig, ObjectiveConfig, TrainGistNetJob, TrainingConfig
 
-NEWER = ("states_", "scored_", "base_width", "adapter.")
+NEWER = ("states_", "scored_", "inner_", "base_width", "adapter.")
 
 
 def test_a_run_begun_before_a_switch_goes_on_as_it_was(tmp_path: Path) -> None:

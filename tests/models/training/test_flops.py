@@ -65,6 +65,25 @@ def test_passes_end_with_the_last_layer_that_is_matched(tiny_lm: BaseLM, share: 
     assert counter.get_total_flops() == pytest.approx(flops_per_window(tiny_lm, net, 256, config) - attention, rel=0.02)
 
 
+@pytest.mark.parametrize(("share", "num_readings"), [(0.5, 3), (1.0, 2)])
+@pytest.mark.parametrize("repeat_share", [0.5, 1.0])
+def test_inner_steps_read_what_is_behind_gists_again(
+    tiny_lm: BaseLM, share: float, num_readings: int, repeat_share: float
+) -> None:
+    net = build_gistnet(GistNetConfig(lm_layers=2, key_layer=1), tiny_lm).train()
+
+    def both(config: ObjectiveConfig) -> tuple[float, int]:
+        with FlopCounterMode(display=False) as counter:
+            Distillation(DensePass(tiny_lm, net), config)(torch.randint(0, 100, (1, 256)), [[0]]).loss.backward()
+        return flops_per_window(tiny_lm, net, 256, config), counter.get_total_flops()
+
+    plain_needed, plain_counted = both(ObjectiveConfig(repeat_share=repeat_share))
+    needed, counted = both(ObjectiveConfig(repeat_share=repeat_share, inner_steps=2, inner_share=share))
+    attended = 3 * 8 * K**2 + (3 * (8 + 256 - K) ** 2 if repeat_share < 1 else 0)
+    attention = 2 * tiny_lm.num_layers * tiny_lm.attention_width * attended * (num_readings - 1)
+    assert needed - plain_needed - attention == pytest.approx(counted - plain_counted, rel=0.02)
+
+
 def test_tokens_that_do_not_count_need_no_head(tiny_lm: BaseLM) -> None:
     net = build_gistnet(GistNetConfig(lm_layers=2, key_layer=1), tiny_lm).train()
 
