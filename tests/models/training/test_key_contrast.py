@@ -95,7 +95,7 @@ def test_training_finds_the_direction_that_tells_answers(net: GistNet) -> None:
     losses = []
     for _ in range(60):
         nll = contrast(question_keys(changed, asked, mask), block_keys(changed, blocks), answers, nobody, 0.1)
-        losses.append(float(nll.mean()))
+        losses.append(float(nll.detach().mean()))
         optimiser.zero_grad()
         nll.mean().backward()
         optimiser.step()
