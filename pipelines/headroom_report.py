@@ -230,8 +230,10 @@ def plot_chosen(cells: Sequence[Cell], oracle: str, path: Path) -> None:
 
 
 def plot_long_context(cells: Sequence[Cell], base: str, path: Path) -> None:
-    """Where the gain of the full history lies: in a few places or in all of them."""
+    """Where the gain of the full history lies: in a few places or in all of them. No picture where it was not read."""
     cells = [cell for cell in cells if cell.kind != ALL_KINDS and cell.has(base, rivals.FULL)]
+    if not cells:
+        return
     with figure(path, f"What the full history gains over {base}", size=(8.0, 4.0)) as axes:
         for cell in cells:
             gains = np.sort(cell.results.nll(base, cell.budget) - cell.results.nll(rivals.FULL, cell.budget))[::-1]
