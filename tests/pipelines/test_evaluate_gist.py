@@ -127,6 +127,7 @@ def test_again_and_interrupted_give_the_same_numbers(make_gist_job: GistJobFacto
     assert set(lines.splitlines()) < set(samples_file(more).read_text().splitlines()), "places are added, none changed"
 
 
+@pytest.mark.slow
 def test_with_an_adapter_all_but_the_full_text_is_read_otherwise(
     make_gist_job: GistJobFactory, tiny_lm_config: BaseLMConfig, tmp_path: Path
 ) -> None:

@@ -187,6 +187,7 @@ def test_a_killed_worker_changes_nothing(
     assert nets[0] == nets[1]
 
 
+@pytest.mark.slow
 def test_a_killed_driver_changes_nothing(
     root: Path, make_job: JobFactory, undisturbed: list[dict[str, float]], tmp_path: Path
 ) -> None:
