@@ -67,11 +67,14 @@ class RoutingKeysConfig:
     hidden_share: float = 0.5
     """Of such pairs, those that ask without the words they share."""
 
-    export_dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Of the exported net's file."""
+    export_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the exported net's file. bfloat16: half the size, weights rounded to 8 bits, those of the gists too."""
 
     num_workers: int = 0
     """Processes that read with the language model. 0: one a CPU, of one thread each."""
+
+    gpus_per_worker: float = 0.0
+    """GPUs of such a process; 0 reads on the CPU."""
 
     registered_name: str = "gistnet"
     """Name under which the net is entered in MLflow's model registry; empty: not."""
@@ -82,7 +85,7 @@ class RoutingKeysConfig:
     def validate(self) -> None:
         for name in ("dim", "num_facts", "facts_per_window", "windows_per_shard", "num_epochs"):
             require(getattr(self, name) >= 1, f"routing_keys.{name} must be at least 1")
-        for name in ("layer", "num_workers", "seed"):
+        for name in ("layer", "num_workers", "gpus_per_worker", "seed"):
             require(getattr(self, name) >= 0, f"routing_keys.{name} must be 0 or more")
         require(
             128 <= self.window_tokens <= 1024 and self.window_tokens & (self.window_tokens - 1) == 0,

@@ -50,6 +50,11 @@ def check_resources(requests: Sequence[Resources], what: str) -> None:
         )
 
 
+def largest_node_cpus() -> int:
+    """CPUs of the node that has most of them, at least 1: what one process can use."""
+    return max(1, *(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]))
+
+
 def wait_for_actors(actors: Sequence[Any], requested: Resources, timeout_s: float, what: str = "actors") -> None:
     """Wait until every actor is placed and its constructor has returned.
 

@@ -14,10 +14,8 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Float32, Int64
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache
 
 from cluster.config import BaseLMConfig
@@ -27,7 +25,7 @@ from models.banded_attention import ATTENTION_NAME as BANDED_ATTENTION
 from models.banded_attention import BandedMask
 from models.dtype_choice import PROBE_TEXT, PROBE_TOKENS, DtypeChoice, measure_dtypes
 from models.kv_cache import KVCache
-from models.model_conversion import quiet_transformers
+from models.loading import find_device, load_frozen
 from models.model_files import TOKENIZER_FILE, ModelFiles, resolve_model
 from models.positions import Positions
 from models.rotary import install_rotary_override
@@ -94,7 +92,7 @@ class BaseLM:
                 more layers than the model has; or an adapter that is damaged or of another model.
         """
         files = resolve_model(config)
-        device = _device(config.device)
+        device = find_device(config.device)
         if num_layers is not None and not 0 <= num_layers <= files.num_layers:
             raise ModelError(f"{files.model_id} has {files.num_layers} layers; {num_layers} were asked for")
         if config.dtype == "auto":
@@ -119,24 +117,7 @@ class BaseLM:
 
     @classmethod
     def _load(cls, files: ModelFiles, num_layers: int | None, dtype: torch.dtype, device: torch.device) -> BaseLM:
-        # SDPA takes boolean masks and is exact; other attention kernels are not always installed.
-        options: dict[str, Any] = {"dtype": dtype, "attn_implementation": "sdpa", "use_safetensors": True}
-        try:
-            with quiet_transformers():
-                if num_layers is None:
-                    model: Any = AutoModelForCausalLM.from_pretrained(files.folder, **options)
-                else:
-                    truncated = AutoConfig.from_pretrained(files.folder)
-                    truncated.num_hidden_layers = num_layers
-                    if getattr(truncated, "layer_types", None):
-                        truncated.layer_types = truncated.layer_types[:num_layers]
-                    model = AutoModel.from_pretrained(files.folder, config=truncated, **options)
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            raise ModelError(
-                f"the model in {files.folder} cannot be loaded ({type(error).__name__}: {error}); if it is a "
-                "converted one, delete the folder and run again"
-            ) from error
-        model.eval().requires_grad_(False).to(device)
+        model = load_frozen(files, num_layers, dtype, device)
         lm = cls(model, files, has_head=num_layers is None)
         if lm.has_head:
             lm._require_plain_head()
@@ -513,17 +494,3 @@ def choose_dtype(config: BaseLMConfig, *, num_layers: int | None = None) -> Dtyp
     choice = BaseLM.load(dataclasses.replace(config, dtype="auto"), num_layers=num_layers).dtype_choice
     assert choice is not None
     return choice
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ModelError(f"base_lm.device={name!r} is no device; give auto, cpu or cuda[:n]") from error
-    if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
-        raise ModelError(
-            f"base_lm.device={name!r}: torch sees {torch.cuda.device_count()} CUDA devices here; use cpu or auto"
-        )
-    return device

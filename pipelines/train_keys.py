@@ -9,6 +9,7 @@ Run it again after an interruption: what was read stays, the head (a few minutes
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -33,7 +34,7 @@ from cluster.environment import absolute_paths
 from cluster.errors import ConfigError, CorpusError
 from cluster.key_training_config import TrainKeysJob
 from cluster.provenance import config_digest
-from cluster.ray_calls import CALL_TIMEOUT_S, get_or_raise
+from cluster.ray_calls import CALL_TIMEOUT_S, get_or_raise, largest_node_cpus
 from cluster.ray_runtime import ray_session
 from cluster.run import JobRun, write_atomically
 from models.base_lm import BaseLM, choose_dtype
@@ -41,7 +42,7 @@ from models.gistnet import GistNet, build_gistnet
 from models.model_files import resolve_model
 from models.sentence_encoder import SentenceEncoder
 from models.tokenizer import Tokenizer
-from models.training.corpus_statistics import COUNTED_TOKENS, MEAN_TOKENS, measure_key_mean, measure_keys
+from models.training.corpus_statistics import COUNTED_TOKENS, MEAN_TOKENS, measure_key_mean, measure_keys, measure_means
 from models.training.key_contrast import with_key_head
 from pipelines.keys_report import keys_card, keys_tables, plot_training, recall
 from storage.corpus import open_corpus
@@ -98,18 +99,18 @@ def run(job: TrainKeysJob) -> None:
                 )
                 for text, label in ((source, "cutting the text"), (held_back, "cutting validation text"))
             )
-            lm = BaseLM.load(base_lm, num_layers=max(net.lm_layers, default=0))
+            # The driver may have no GPU, and reads little.
+            lm = BaseLM.load(replace(base_lm, device="cpu"), num_layers=max(net.lm_layers, default=0))
             job_run.log.info("measuring in which directions blocks differ")
             net = _begun(lm, net, job.routing_keys.dim, layer, windows)
-            num_cpus = int(session.resources["CPU"])
-            workers = job.routing_keys.num_workers or num_cpus
+            workers = job.routing_keys.num_workers or max(1, int(session.resources["CPU"]))
             spec = _states_spec(job, base_lm, net, windows, facts, job_run.folder / STATES)
-            _same_states(spec.folder.parent, spec, files.digest, source.digest())
+            validation = validation_facts(job.routing_keys.seed)
+            _same_states(spec.folder.parent, spec, [*facts, *validation], files.digest, source.digest())
             num_shards = -(-len(facts) // spec.facts_per_shard)
             counts = np.bincount(windows.sample(COUNTED_TOKENS).ravel(), minlength=files.vocab_size)
             surprisal = token_surprisal(counts)
             _read(spec, facts, surprisal, num_shards, workers, "reading", job_run)
-            validation = validation_facts(job.routing_keys.seed)
             checked = _validation_spec(spec, dev_windows, len(validation))
             num_checked = -(-job.routing_keys.num_validation_windows // checked.windows_per_shard)
             _read(checked, validation, surprisal, num_checked, workers, "reading validation text", job_run)
@@ -118,7 +119,7 @@ def run(job: TrainKeysJob) -> None:
                 job.routing_keys.blocks_per_window,
                 tuple(spec.path(shard) for shard in range(num_shards)),
                 tuple(checked.path(shard) for shard in range(num_checked)),
-                num_cpus,
+                num_threads=largest_node_cpus(),
             )
             job_run.log.info("reading with %s for a rival", "all-MiniLM-L6-v2")
             rival = find_answers(trainer_spec.validation, job.routing_keys.blocks_per_window, _Minilm(tokenizer))
@@ -150,7 +151,10 @@ def _begun(lm: BaseLM, net: GistNet, dim: int, layer: int | None, windows: Token
     """The net with a head that begins with the directions in which blocks differ most."""
     begun = with_key_head(net, dim, layer)
     sample = torch.from_numpy(windows.sample(MEAN_TOKENS).astype(np.int64))
-    measure_key_mean(lm, begun, sample)
+    if any(mean.any() for mean in net.buffers()):
+        measure_key_mean(lm, begun, sample)
+    else:  # untrained: there are no means yet that gists could depend on
+        measure_means(lm, begun, sample)
     measure_keys(lm, begun, torch.from_numpy(windows.sample(BEGUN_TOKENS).astype(np.int64)))
     return begun
 
@@ -175,6 +179,7 @@ def _states_spec(
         num_words=len(facts),
         seed=keys.seed,
         num_threads=1,
+        num_gpus=keys.gpus_per_worker,
     )
 
 
@@ -191,9 +196,10 @@ def _validation_spec(spec: KeyStatesSpec, windows: TokenWindows, num_facts: int)
     )
 
 
-def _same_states(folder: Path, spec: KeyStatesSpec, *digests: str) -> None:
+def _same_states(folder: Path, spec: KeyStatesSpec, facts: Sequence[KeyFact], *digests: str) -> None:
     """States that something else was read for are removed."""
-    made_of = json.dumps([{k: str(v) for k, v in asdict(spec).items()}, digests], sort_keys=True)
+    told = hashlib.sha256(json.dumps([asdict(fact) for fact in facts]).encode()).hexdigest()
+    made_of = json.dumps([{k: str(v) for k, v in asdict(spec).items()}, told, *digests], sort_keys=True)
     note = folder / "made_of.json"
     if folder.exists() and (not note.exists() or note.read_text() != made_of):
         shutil.rmtree(folder)

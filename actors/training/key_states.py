@@ -60,6 +60,8 @@ class KeyStatesSpec:
     """Facts in all; shard s has those from `s * facts_per_shard` on, and begins anew behind the last."""
     seed: int
     num_threads: int
+    num_gpus: float
+    """Of an actor; 0 reads on the CPU."""
 
     def path(self, shard: int) -> Path:
         """A shard's file."""
@@ -79,7 +81,9 @@ def make_states(
     yield from sorted(set(range(num_shards)) - set(missing))
     if not missing:
         return
-    check_resources([{"CPU": spec.num_threads}] * num_workers, "reading for routing keys")
+    request = {"CPU": float(spec.num_threads), **({"GPU": spec.num_gpus} if spec.num_gpus else {})}
+    num_workers = min(num_workers, len(missing))
+    check_resources([request] * num_workers, "reading for routing keys")
     stream_in_order()
     dataset = ray.data.from_items([{"shard": shard} for shard in missing], override_num_blocks=len(missing))
     made = dataset.map_batches(
@@ -88,7 +92,8 @@ def make_states(
         batch_size=1,
         batch_format="pyarrow",
         num_cpus=spec.num_threads,
-        compute=ActorPoolStrategy(size=min(num_workers, len(missing))),
+        num_gpus=spec.num_gpus or None,
+        compute=ActorPoolStrategy(size=num_workers),
     )
     for table in made.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
         shards: Any = table["shard"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -15,14 +16,11 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import psutil
 import pytest
 import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
 
 from actors.training.checkpoints import COMPLETE, Checkpoints, LossLog
 from actors.training.fidelity import BY_TAIL
@@ -43,65 +41,23 @@ from cluster.environment import PROJECT_ROOT
 from cluster.errors import ConfigError, CorpusError, ModelError
 from cluster.ray_runtime import RaySession
 from cluster.registry import with_local_nets
-from cluster.training_config import AdapterConfig, ObjectiveConfig, TrainGistNetJob, TrainingConfig, WindowsConfig
-from models.adapter import SavedAdapter
-from models.base_lm import BaseLM
+from cluster.training_config import ObjectiveConfig, TrainGistNetJob
 from models.gistnet import GistNet
 from pipelines.compact import run as compact
 from pipelines.train_gistnet import run
 from storage.corpus import split_of
 from tests.actors.helpers import make_text
-
-NUM_STEPS = 30
-COMPARED = ("step", "loss", "kl", "nll", "spread", "gradient_norm", "learning_rate")
-
-JobFactory = Callable[..., TrainGistNetJob]
+from tests.pipelines.training_jobs import NUM_STEPS, JobFactory, losses, training_job, what_counts, write_corpus
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("training")
-    (folder / "corpus").mkdir()
-    for index in range(24):
-        (folder / "corpus" / f"doc{index}.txt").write_text(make_text(index, 250))
-    return folder
+    return write_corpus(tmp_path_factory.mktemp("training"))
 
 
 @pytest.fixture(scope="module")
 def make_job(root: Path, tiny_lm_config: BaseLMConfig) -> JobFactory:
-    """A job; keyword arguments replace fields of the training section."""
-
-    def make(name: str, **training: Any) -> TrainGistNetJob:
-        fields: dict[str, Any] = {
-            "num_steps": NUM_STEPS,
-            "windows_per_step": 4,
-            "threads_per_worker": 1,
-            "learning_rate": 0.0025,  # of the wide layers of so small a net 0.001
-            "warmup_steps": 3,
-            "checkpoint_every_steps": 7,
-            "validate_every_steps": 10,
-        }
-        return TrainGistNetJob(
-            run=RunConfig(name=name, dir=root / "runs"),
-            tracking=TrackingConfig(enabled=False),
-            corpus=CorpusConfig(paths=[str(root / "corpus")], split="train"),
-            base_lm=tiny_lm_config,
-            gistnet=GistNetConfig(lm_layers=2, key_layer=1),
-            windows=WindowsConfig(window_tokens=256, folder=root / "windows", num_validation=4),
-            objective=ObjectiveConfig(max_tail_blocks=3),
-            training=TrainingConfig(**{**fields, **training}),
-        )
-
-    return make
-
-
-def losses(root: Path, name: str) -> list[dict[str, float]]:
-    return LossLog(root / "runs" / name / "losses.jsonl").read()
-
-
-def what_counts(lines: list[dict[str, float]]) -> list[tuple[float, ...]]:
-    """Everything but times."""
-    return [tuple(line[name] for name in COMPARED) for line in lines]
+    return functools.partial(training_job, root, tiny_lm_config)
 
 
 @pytest.fixture(scope="module")
@@ -442,112 +398,6 @@ def test_the_recipe_for_eight_gpus_runs_on_a_tiny_model_and_two_workers(
     assert [line["step"] for line in losses(root, "eight-gpus")] == [1, 2]
     report = json.loads((root / "runs/eight-gpus/report.json").read_text())
     assert report["node_content_nats"] != 0
-
-
-@pytest.fixture(scope="module")
-def adapted(root: Path, make_job: JobFactory, ray_cluster: RaySession) -> TrainGistNetJob:
-    """A run of 12 steps with an adapter, done."""
-    job = replace(make_job("adapted", num_steps=12, zero_stage=1), adapter=AdapterConfig(rank=2))
-    run(job)
-    return job
-
-
-def goes_on(root: Path, job: TrainGistNetJob, name: str) -> tuple[TrainGistNetJob, Path]:
-    """A copy of a run of 12 steps as it was after 7, and that checkpoint."""
-    shutil.copytree(root / "runs" / job.run.name, root / "runs" / name)
-    checkpoints = Checkpoints(root / "runs" / name / "checkpoints")
-    (checkpoints.path(12) / COMPLETE).unlink()
-    return replace(job, run=replace(job.run, name=name)), checkpoints.path(7)
-
-
-@pytest.mark.slow
-def test_an_adapter_is_trained_beside_the_net_and_exported_apart_from_it(
-    root: Path, adapted: TrainGistNetJob, undisturbed: list[dict[str, float]]
-) -> None:
-    folder, lines = root / "runs/adapted", losses(root, "adapted")
-    assert lines[0]["loss"] == undisturbed[0]["loss"], "untrained, it changes nothing"
-    assert lines[0]["gradient_norm"] > undisturbed[0]["gradient_norm"]
-    assert [line["step"] for line in lines] == list(range(1, 13))
-    validated, stock = (
-        LossLog(root / "runs" / name / "fidelity.jsonl").read()[0] for name in ("adapted", "undisturbed")
-    )
-    assert validated["full"] == stock["full"]
-    assert validated["own"] != stock["own"]
-    report = json.loads((folder / "report.json").read_text())
-    exported = SavedAdapter.load(folder / "adapter")
-    kept = SavedAdapter.load(folder / f"checkpoints/step-{report['exported_step']:08d}/adapter")
-    assert exported.digest() == kept.digest() == report["digests"]["adapter"]
-    assert all(bool(weight.any()) for weight in exported.weights.values())
-    card = (folder / "gistnet/README.md").read_text()
-    assert exported.digest() in card
-    assert "LoRA adapter of tiny, rank 2" in card
-    lm = BaseLM.load(replace(adapted.base_lm, adapter=str(folder / "adapter")))
-    plain = AutoModelForCausalLM.from_pretrained(lm.files.folder, dtype=torch.float32).eval()
-    theirs = PeftModel.from_pretrained(plain, str(folder / "adapter")).eval()
-    ids = torch.arange(40)[None]
-    with torch.no_grad(), lm.adapted():
-        assert torch.equal(lm.logits(lm.embed(ids)), theirs(ids).logits)
-    assert not (root / "runs/undisturbed/adapter").exists()
-
-
-@pytest.mark.slow
-def test_a_run_with_an_adapter_goes_on_bit_for_bit(root: Path, adapted: TrainGistNetJob) -> None:
-    job, _ = goes_on(root, adapted, "adapted-again")
-    run(job)
-    assert what_counts(losses(root, "adapted-again")) == what_counts(losses(root, "adapted"))
-    for kind, load in (("adapter", SavedAdapter.load), ("gistnet", GistNet.load)):
-        digests = [load(root / "runs" / name / kind).digest() for name in ("adapted", "adapted-again")]
-        assert digests[0] == digests[1]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", [0, 2])
-def test_an_adapters_checkpoint_knows_nothing_of_workers_and_stages(
-    root: Path, adapted: TrainGistNetJob, stage: int
-) -> None:
-    job, _ = goes_on(root, adapted, f"adapted-{stage}")
-    run(replace(job, training=replace(job.training, num_workers=2, zero_stage=stage)))
-    moved, alone = losses(root, f"adapted-{stage}"), losses(root, "adapted")
-    assert what_counts(moved[:7]) == what_counts(alone[:7])
-    for line, other in zip(moved[7:], alone[7:], strict=True):
-        assert line["loss"] == pytest.approx(other["loss"], rel=1e-5)
-        assert line["gradient_norm"] == pytest.approx(other["gradient_norm"], rel=1e-3)
-    one, two = (SavedAdapter.load(root / "runs" / name / "adapter") for name in ("adapted", f"adapted-{stage}"))
-    for name, weight in one.weights.items():
-        torch.testing.assert_close(two.weights[name], weight, rtol=1e-3, atol=1e-5)
-
-
-@pytest.mark.slow
-def test_another_adapter_or_a_damaged_one_is_refused(root: Path, adapted: TrainGistNetJob) -> None:
-    job, checkpoint = goes_on(root, adapted, "adapted-spoilt")
-    for other, what in (
-        (AdapterConfig(), "adapter.rank: 2 then, 0 now"),
-        (AdapterConfig(rank=2, alpha=4), "adapter.alpha: 16 then, 4 now"),
-        (AdapterConfig(rank=2, target_modules=["k_proj"]), "adapter.target_modules"),
-    ):
-        with pytest.raises(ConfigError, match=f"was begun otherwise .*{what}.* another --run.name"):
-            run(replace(job, adapter=other))
-    shutil.copytree(checkpoint / "adapter", root / "kept-adapter")
-    kept = SavedAdapter.load(root / "kept-adapter")
-    replace(kept, alpha=1).save(checkpoint / "adapter")
-    with pytest.raises(ModelError, match="adapter of the checkpoint .* is of another run; delete it"):
-        run(job)
-    (checkpoint / "adapter/adapter_model.safetensors").write_bytes(b"nothing")
-    with pytest.raises(ModelError, match="delete .*step-00000007 to go on"):
-        run(job)
-
-
-def test_an_adapter_that_cannot_be_is_refused_before_ray_is_asked(make_job: JobFactory) -> None:
-    job = make_job("refused-adapter")
-    with pytest.raises(ConfigError, match=r"have no query; there are down_proj, .*, v_proj"):
-        run(replace(job, adapter=AdapterConfig(rank=2, target_modules=["query"])))
-    assert not (job.run.dir / "refused-adapter").exists()
-    sharded = replace(make_job("sharded", zero_stage=3), adapter=AdapterConfig(rank=2))
-    with pytest.raises(ConfigError, match=r"zero_stage=3 .* take stage 0, 1 or 2, or adapter\.rank=0"):
-        validate_sections(sharded)
-    validate_sections(replace(sharded, adapter=AdapterConfig()))
-    with pytest.raises(ConfigError, match=r"base_lm\.adapter='x' would do nothing here"):
-        validate_sections(replace(job, base_lm=replace(job.base_lm, adapter="x")))
 
 
 def test_bad_input_is_refused_before_ray_is_asked(root: Path, make_job: JobFactory, ray_cluster: RaySession) -> None:
