@@ -42,8 +42,9 @@ class RetrievalTuningConfig:
     dense_match: list[Match] = field(default_factory=lambda: ["pooled", "max_sim"])
     """What is compared: the states' mean, or the best of them. `evaluate focus` pools."""
 
-    dense_whiten: list[bool] = field(default_factory=lambda: [True, False])
-    """Whether in the metric of the keys' own spread. `evaluate focus` does."""
+    dense_own_metric: list[bool] = field(default_factory=lambda: [True, False])
+    """Whether in the metric of the net that made the keys (whitened, or of trained keys plain cosine), as `evaluate
+    focus` does, or merely centred."""
 
     minilm_query_tokens: list[int] = field(default_factory=lambda: [16, 32, 64, 128, 256])
     """Newest tokens whose sentence embedding is compared with the blocks'. Empty: without `minilm`."""
@@ -66,7 +67,12 @@ class RetrievalTuningConfig:
             values = getattr(self, name)
             sound = all(1 <= value <= MAX_QUERY_TOKENS for value in values)
             require(sound, f"tuning.{name} holds {values}; all must be from 1 to {MAX_QUERY_TOKENS}")
-        needed = {"bm25_k1": queries[0], "bm25_b": queries[0], "dense_match": queries[1], "dense_whiten": queries[1]}
+        needed = {
+            "bm25_k1": queries[0],
+            "bm25_b": queries[0],
+            "dense_match": queries[1],
+            "dense_own_metric": queries[1],
+        }
         for name, query in needed.items():
             require(
                 bool(getattr(self, name)) or not getattr(self, query),

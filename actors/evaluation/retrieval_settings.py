@@ -48,22 +48,23 @@ class DenseSetting:
 
     query_tokens: int = DEFAULTS.dense_query_tokens
     match: Match = "pooled"
-    whiten: bool = True
+    own_metric: bool = True
+    """In the metric of the net that made the keys, as is searched; otherwise merely centred."""
 
     @property
     def columns(self) -> dict[str, Any]:
         """As in tables."""
-        return {"query tokens": self.query_tokens, "match": self.match, "whitened": self.whiten}
+        return {"query tokens": self.query_tokens, "match": self.match, "net's own metric": self.own_metric}
 
     @property
     def curve(self) -> str:
         """What settings have in common that differ in query tokens."""
-        return f"{self.match}, {'whitened' if self.whiten else 'centred'}"
+        return f"{self.match}, {'own metric' if self.own_metric else 'centred'}"
 
     @property
     def keys(self) -> dict[str, Any] | None:
         """Keys of `RetrievalConfig` that set it; None where none do."""
-        as_searched = self.match == "pooled" and self.whiten
+        as_searched = self.match == "pooled" and self.own_metric
         return {"dense_query_tokens": self.query_tokens} if as_searched else None
 
 
@@ -139,7 +140,8 @@ def search_grid(config: RetrievalTuningConfig) -> list[SearchSetting]:
     """Every setting of every searcher that is tuned, each once, and its default."""
     bm25 = [Bm25Setting(*values) for values in product(config.bm25_query_tokens, config.bm25_k1, config.bm25_b)]
     dense = [
-        DenseSetting(*values) for values in product(config.dense_query_tokens, config.dense_match, config.dense_whiten)
+        DenseSetting(*values)
+        for values in product(config.dense_query_tokens, config.dense_match, config.dense_own_metric)
     ]
     minilm = [MinilmSetting(num_tokens) for num_tokens in config.minilm_query_tokens]
     grids: list[tuple[list[SearchSetting], SearchSetting]] = [

@@ -151,7 +151,8 @@ class RetrievalTuner:
         self._embeddings = embeddings
         self._config = config
         self._grid = search_grid(config)
-        self._spaces = {whiten: KeySpace.of_tree(reader, array=KEYS, whiten=whiten) for whiten in (True, False)}
+        own, centred = KeySpace.of_net(gistnet, reader, array=KEYS), KeySpace.of_tree(reader, array=KEYS, whiten=False)
+        self._spaces = {True: own, False: centred}
         self._gains: list[PlaceGains] = []
         self._ranked: dict[SearchSetting, list[np.ndarray]] = defaultdict(list)
 
@@ -215,14 +216,14 @@ class _PlaceSearch:
             self._states = retrieval.asking_states(most)
             reader, first = retrieval.reading.reader, retrieval.reading.history.first_block
             self._indexes = {
-                whiten: KeyIndex(reader, space, first, retrieval.shown_from, array=KEYS)
-                for whiten, space in spaces.items()
+                own_metric: KeyIndex(reader, space, first, retrieval.shown_from, array=KEYS)
+                for own_metric, space in spaces.items()
             }
 
     def ranked(self, setting: SearchSetting) -> RankedBlocks:
         """Blocks by a setting, all that it finds."""
         if isinstance(setting, DenseSetting):
-            by_key = replace(self._retrieval, key_index=self._indexes[setting.whiten])
+            by_key = replace(self._retrieval, key_index=self._indexes[setting.own_metric])
             return by_key.dense_by(self._states[-setting.query_tokens :], setting.match)
         configured = replace(self._retrieval, config=replace(self._retrieval.config, **setting.keys))
         return configured.bm25() if isinstance(setting, Bm25Setting) else configured.minilm()

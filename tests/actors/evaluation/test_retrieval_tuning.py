@@ -157,7 +157,7 @@ def ranked_plainly(setting: SearchSetting, lm: BaseLM, tree: StoredText, place: 
         blocks = np.arange(place.first_block, SHOWN_FROM)
         ids = reading.ids(place.stop_block - 512 // K, 512 // K)
         states = query_states(lm, tree.gistnet, ids, setting.query_tokens)
-        space = KeySpace.of_tree(tree.reader, array=KEYS, whiten=setting.whiten)
+        space = KeySpace.of_tree(tree.reader, array=KEYS, whiten=setting.own_metric)
         keys = tree.reader.read(KEYS, 1, blocks)[:, 0]
         scores = dense_scores(keys, states, setting.match, space.centre, space.whitening)
         return blocks[np.argsort(-scores, kind="stable")].tolist()
@@ -239,7 +239,7 @@ def test_what_wins_can_be_set(results: TuningResults) -> None:
     config.validate()
     dense = results.best("dense")
     assert isinstance(dense, DenseSetting)
-    assert (dense.match, dense.whiten) == ("pooled", True)
+    assert (dense.match, dense.own_metric) == ("pooled", True)
     fused = results.best("fusion")
     assert isinstance(fused, FusionSetting)
     assert list(config.fusion) == [member.searcher for member in fused.members]

@@ -22,6 +22,7 @@ from models.focus.dense import KeyIndex, KeySpace, Match, dense_scores, query_st
 from models.gistnet import GistNet, build_gistnet
 from models.model_files import resolve_model
 from models.tokenizer import Tokenizer
+from models.training.key_contrast import with_key_head
 from models.window_encoder import WindowEncoder
 from storage.contract import DocumentMeta, SpanWrite, TreeReader
 from storage.memory_tree import MemoryTree
@@ -201,6 +202,16 @@ def net_of(kind: str, lm: BaseLMConfig, key_layer: int = 2, key_dim: int = 0) ->
     if net.key_head is not None:  # trained, the two differ
         net.key_head.question.data.copy_(net.key_head.query)
     return net
+
+
+def test_the_net_says_where_its_keys_are_compared(tiny_lm_config: BaseLMConfig) -> None:
+    net = net_of("windowed", tiny_lm_config, key_dim=16)
+    keys = sticky_keys(300, 16, 0)
+    reader = tree_of(keys)
+    whitened = KeySpace.of_net(net, reader, array=KEYS)
+    assert torch.equal(whitened.place(torch.eye(16)), KeySpace.of_tree(reader, array=KEYS).place(torch.eye(16)))
+    trained = KeySpace.of_net(with_key_head(net, 16, None), reader, array=KEYS)
+    assert torch.equal(trained.place(torch.eye(16)), torch.eye(16))
 
 
 @pytest.fixture(scope="module")
