@@ -203,8 +203,10 @@ def plot_curves(group: str, outcomes: Sequence[Outcome], path: Path) -> None:
 
 
 def plot_differences(outcomes: Sequence[Outcome], path: Path) -> None:
-    """Every variant beside the default of its seed."""
+    """Every variant beside the default of its seed; no picture where there is none."""
     rows = _with_default(outcomes)
+    if not rows:
+        return
     with figure(
         path, "Over the default, two standard errors", num_columns=2, size=(12.0, 1.5 + 0.3 * len(rows))
     ) as both:

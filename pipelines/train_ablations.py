@@ -198,7 +198,7 @@ def report(outcomes: Sequence[Outcome], job_run: JobRun) -> None:
     """Tables, plots."""
     for table in ablation_tables(outcomes):
         table.show()
-    for earlier in job_run.folder.glob("curves-*.png"):  # of groups that may not be asked for now
+    for earlier in job_run.folder.glob("*.png"):  # of variants that may not be asked for now
         earlier.unlink()
     for group in dict.fromkeys(o.group for o in outcomes if o.group and o.measured):
         plot_curves(group, outcomes, job_run.folder / f"curves-{group}.png")
