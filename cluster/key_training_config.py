@@ -28,11 +28,15 @@ class RoutingKeysConfig:
     layer: int = 0
     """Keys are made of the LM's states after so many layers, at most those the net reads; 0: of what the net reads."""
 
+    reach: int = 8
+    """Tokens right before a block that its key is made of, too, at most 32: so that the second block of a sentence
+    about a thing is found by the thing's name."""
+
     dictionary: str = "package:wordnet"
     """WordNet's database files, where words and their descriptions come from: a folder, or a corpus of
     `corpus.corpora_file`."""
 
-    num_facts: int = 6000
+    num_facts: int = 16_000
     """Different things that facts are planted about; as many as are known, at most."""
 
     facts_per_window: int = 4
@@ -96,6 +100,7 @@ class RoutingKeysConfig:
             f"routing_keys.facts_per_window={self.facts_per_window} leaves too little text in a window of "
             f"{self.window_tokens} tokens; at most one in two blocks",
         )
+        require(0 <= self.reach <= TOKENS_PER_BLOCK, f"routing_keys.reach={self.reach} must be 0 to {TOKENS_PER_BLOCK}")
         require(self.num_validation_windows >= 1, "routing_keys.num_validation_windows must be at least 1")
         require(self.learning_rate > 0, "routing_keys.learning_rate must be positive")
         require(self.temperature > 0, "routing_keys.temperature must be positive")

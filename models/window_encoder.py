@@ -22,6 +22,7 @@ from cluster.errors import ModelError
 from models.base_lm import BaseLM
 from models.gistnet import GistNet, GistOutput
 from models.gistnet.build import check_fits
+from models.gistnet.lead_in import LeadIn
 
 WINDOW_TOKENS = SLOTS_PER_SUPER_BLOCK
 """A window is a document's next 1,024 tokens, counted from the document's start."""
@@ -120,7 +121,8 @@ class WindowEncoder:
         net = self.gistnet
         blocks = (self.window_batch * BLOCKS_PER_WINDOW, TOKENS_PER_BLOCK, net.dim)
         if net.lm_layer is None:
-            return net.forward_tokens(embeddings.reshape(blocks), lengths)
+            before = LeadIn.of(embeddings, net.spec.key_reach)
+            return net.forward_tokens(embeddings.reshape(blocks), lengths, before=before)
         # Padding follows the text, where causality hides it; without a mask attention is fastest.
         states = self.base_lm.hidden_states(embeddings, net.lm_layers)
         return net.forward_tokens(
@@ -128,6 +130,7 @@ class WindowEncoder:
             lengths,
             states[net.lm_layer].reshape(blocks),
             None if net.key_layer is None else states[net.key_layer].reshape(blocks),
+            None if net.key_layer is None else LeadIn.of(states[net.key_layer], net.spec.key_reach),
         )
 
     def _to_device(self, array: np.ndarray) -> Tensor:

@@ -22,9 +22,18 @@ Found = Mapping[str, Placed]
 """By kind of question."""
 
 
+WHOLE = (4, 8)
+"""And among so many whether all of an answer is, which often runs over two blocks."""
+
+
 def recall(placed: Placed, first: int) -> Estimate:
-    """Share of questions whose answer is among the first blocks found; the error by thing asked for."""
+    """Share of questions a block of whose answer is among the first found; the error by thing asked for."""
     return clustered_mean(np.asarray(placed.ranks) < first, placed.things)
+
+
+def recall_of_all(placed: Placed, first: int) -> Estimate:
+    """Share of questions all of whose answer is among the first blocks found."""
+    return clustered_mean(np.asarray(placed.last_ranks) < first, placed.things)
 
 
 def keys_tables(measured: Sequence[Mapping[str, Any]], rival: Found) -> list[Table]:
@@ -43,7 +52,10 @@ def keys_tables(measured: Sequence[Mapping[str, Any]], rival: Found) -> list[Tab
 
 
 def _shares(placed: Placed) -> dict[str, str]:
-    estimates = {f"among the first {k}": recall(placed, k) for k in FIRST}
+    estimates = {
+        **{f"among the first {k}": recall(placed, k) for k in FIRST},
+        **{f"all of it among {k}": recall_of_all(placed, k) for k in WHOLE},
+    }
     return {name: f"{e.mean:.1%} ± {e.standard_error:.1%}" for name, e in estimates.items()}
 
 

@@ -21,6 +21,7 @@ import numpy as np
 import ray
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from actors.compactor import explicit_dtype
 from actors.training.key_examples import token_surprisal
@@ -32,19 +33,20 @@ from actors.training.windows import prepare_windows, windows_folder
 from cluster.config import BaseLMConfig
 from cluster.environment import absolute_paths
 from cluster.errors import ConfigError, CorpusError
-from cluster.key_training_config import TrainKeysJob
+from cluster.key_training_config import RoutingKeysConfig, TrainKeysJob
 from cluster.provenance import config_digest
 from cluster.ray_calls import CALL_TIMEOUT_S, get_or_raise, largest_node_cpus
 from cluster.ray_runtime import ray_session
 from cluster.run import JobRun, write_atomically
 from models.base_lm import BaseLM, choose_dtype
 from models.gistnet import GistNet, build_gistnet
+from models.gistnet.lead_in import lead_in
 from models.model_files import resolve_model
 from models.sentence_encoder import SentenceEncoder
 from models.tokenizer import Tokenizer
 from models.training.corpus_statistics import COUNTED_TOKENS, MEAN_TOKENS, measure_key_mean, measure_keys, measure_means
 from models.training.key_contrast import with_key_head
-from pipelines.keys_report import keys_card, keys_tables, plot_training, recall
+from pipelines.keys_report import FIRST, WHOLE, Found, keys_card, keys_tables, plot_training, recall, recall_of_all
 from storage.corpus import open_corpus
 from storage.corpus.packages import resolve_packages
 from storage.corpus.wordnet import read_entries
@@ -102,7 +104,7 @@ def run(job: TrainKeysJob) -> None:
             # The driver may have no GPU, and reads little.
             lm = BaseLM.load(replace(base_lm, device="cpu"), num_layers=max(net.lm_layers, default=0))
             job_run.log.info("measuring in which directions blocks differ")
-            net = _begun(lm, net, job.routing_keys.dim, layer, windows)
+            net = _begun(lm, net, job.routing_keys, layer, windows)
             workers = job.routing_keys.num_workers or max(1, int(session.resources["CPU"]))
             spec = _states_spec(job, base_lm, net, windows, facts, job_run.folder / STATES)
             validation = validation_facts(job.routing_keys.seed)
@@ -122,7 +124,9 @@ def run(job: TrainKeysJob) -> None:
                 num_threads=largest_node_cpus(),
             )
             job_run.log.info("reading with %s for a rival", "all-MiniLM-L6-v2")
-            rival = find_answers(trainer_spec.validation, job.routing_keys.blocks_per_window, _Minilm(tokenizer))
+            rival = find_answers(
+                trainer_spec.validation, job.routing_keys.blocks_per_window, _Minilm(tokenizer, job.routing_keys)
+            )
             losses, measured, net = _trained(trainer_spec, net, job_run)
         _finish(job_run, job, net, losses, measured, rival, len(facts), files.model_id)
 
@@ -147,9 +151,9 @@ def _dictionary(job: TrainKeysJob) -> Path:
     return folder
 
 
-def _begun(lm: BaseLM, net: GistNet, dim: int, layer: int | None, windows: TokenWindows) -> GistNet:
+def _begun(lm: BaseLM, net: GistNet, keys: RoutingKeysConfig, layer: int | None, windows: TokenWindows) -> GistNet:
     """The net with a head that begins with the directions in which blocks differ most."""
-    begun = with_key_head(net, dim, layer)
+    begun = with_key_head(net, keys.dim, layer, keys.reach)
     sample = torch.from_numpy(windows.sample(MEAN_TOKENS).astype(np.int64))
     if any(mean.any() for mean in net.buffers()):
         measure_key_mean(lm, begun, sample)
@@ -252,17 +256,32 @@ def _named(values: Mapping[str, float]) -> dict[str, float]:
     return {name.replace(" ", "_"): value for name, value in values.items()}
 
 
-class _Minilm:
-    """The packaged sentence encoder in the place of keys: it reads text."""
+def _shares(found: Found) -> dict[str, dict[str, float]]:
+    """For programs: by kind of question, how many are found among so many, and how many wholly."""
+    return {
+        kind: {
+            **{f"recall@{k}": recall(placed, k).mean for k in FIRST},
+            **{f"recall_of_all@{k}": recall_of_all(placed, k).mean for k in WHOLE},
+        }
+        for kind, placed in found.items()
+    }
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+
+class _Minilm:
+    """The packaged sentence encoder in the place of keys: it reads the text of blocks, and of what keys reach to."""
+
+    def __init__(self, tokenizer: Tokenizer, keys: RoutingKeysConfig) -> None:
         self._encoder = SentenceEncoder.load()
         self._tokenizer = tokenizer
+        self._keys = keys
 
     def keys_of(self, shard: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Of a shard's blocks and questions."""
-        everything = torch.ones_like(shard["tokens"], dtype=torch.bool)
-        return self._encode(shard["tokens"], everything), self._encode(shard["question_tokens"], shard["mask"])
+        tokens = shard["tokens"]
+        before, there = lead_in(tokens.unflatten(0, (-1, self._keys.blocks_per_window)), self._keys.reach)
+        mask = F.pad(there.flatten(0, 1), (0, tokens.shape[1]), value=True)
+        blocks = self._encode(torch.cat([before.flatten(0, 1), tokens], dim=1), mask)
+        return blocks, self._encode(shard["question_tokens"], shard["mask"])
 
     def keys_of_pairs(self, shard: Mapping[str, Tensor], pairs: Pairs) -> Tensor:
         """Of the tokens that ask."""
@@ -300,12 +319,8 @@ def _finish(
         registered = job_run.register_model(exported, job.routing_keys.registered_name, net.digest())
     numbers = {
         "num_facts": num_facts,
-        "validation": {
-            f"{kind}@{k}": {"before": recall(measured[0]["found"][kind], k).mean, "after": recall(r, k).mean}
-            for kind, r in measured[-1]["found"].items()
-            for k in (1, 4, 8)
-        },
-        "minilm": {f"{kind}@{k}": recall(r, k).mean for kind, r in rival.items() for k in (1, 4, 8)},
+        "validation": {"before": _shares(measured[0]["found"]), "after": _shares(measured[-1]["found"])},
+        "minilm": _shares(rival),
         "first_step": losses[0],
         "last_step": losses[-1],
         "registered": registered,

@@ -46,8 +46,9 @@ class KeyExamples:
     """`LITERAL` or `DESCRIBED`."""
     words: Int64[np.ndarray, " Q"]
     """Number of the thing asked for; equal ones, the same thing."""
-    answers: Int64[np.ndarray, " Q"]
-    """The block that names it, by its last token."""
+    answers: Int64[np.ndarray, "Q 2"]
+    """First and last block that a reader needs for an answer: that which names the thing, by the name's last token,
+    and those that hold what is to be found of it."""
     spans: Int64[np.ndarray, "Q 2"]
     """First and last block that holds any of the fact."""
     pairs: Int64[np.ndarray, "P 2"]
@@ -82,15 +83,15 @@ def make_examples(
     num_windows, num_tokens = windows.shape
     num_blocks = num_tokens // K
     owners = np.arange(len(facts)) * num_windows // max(len(facts), 1)
-    answers, spans = np.zeros(len(facts), np.int64), np.zeros((len(facts), 2), np.int64)
+    answers, spans = np.zeros((2, len(facts), 2), np.int64)
     planted = windows.copy()
     for window in range(num_windows):
         own = np.flatnonzero(owners == window).tolist()
-        encoded = [_statement(facts[fact], tokenizer) for fact in own]
-        planted[window], places = _plant(windows[window], encoded, random)
-        for fact, (first, named, last) in zip(own, places, strict=True):
-            answers[fact] = window * num_blocks + named // K
-            spans[fact] = window * num_blocks + np.array([first // K, last // K])
+        statements = [_statement(facts[fact], tokenizer) for fact in own]
+        planted[window], begins = _plant(windows[window], [ids for ids, _ in statements], random)
+        for fact, (ids, needed), begin in zip(own, statements, begins, strict=True):
+            answers[fact] = window * num_blocks + (begin + np.array(needed)) // K
+            spans[fact] = window * num_blocks + (begin + np.array([0, len(ids) - 1])) // K
     texts = [text for fact in facts for text in (fact.literal, fact.described)]
     questions = [tokenizer.encode("\n\n" + text)[-QUESTION_TOKENS:].astype(np.int64) for text in texts]
     pairs, own_tokens = _pairs(planted, spans, surprisal)
@@ -100,7 +101,7 @@ def make_examples(
         _contexts(windows, len(questions), random),
         np.tile([LITERAL, DESCRIBED], len(facts)),
         np.repeat(np.asarray(numbers, np.int64), 2),
-        np.repeat(answers, 2),
+        np.repeat(answers, 2, axis=0),
         np.repeat(spans, 2, axis=0),
         pairs,
         own_tokens,
@@ -112,36 +113,47 @@ def token_surprisal(counts: Int64[np.ndarray, " V"]) -> Float32[np.ndarray, " V"
     return -np.log((counts + 1) / (counts.sum() + len(counts))).astype(np.float32)
 
 
-def _statement(fact: KeyFact, tokenizer: Tokenizer) -> tuple[np.ndarray, int]:
-    """Its tokens, and the one that ends the word."""
-    ids = tokenizer.encode(" " + fact.statement)
-    for end in range(1, len(ids) + 1):
-        if fact.word in tokenizer.decode(ids[:end]):
-            return ids.astype(np.int64), end - 1
-    raise ModelError(f"the fact {fact.statement!r} does not hold the word {fact.word!r}")
+def _statement(fact: KeyFact, tokenizer: Tokenizer) -> tuple[np.ndarray, tuple[int, int]]:
+    """Its tokens, and the first and last of those that answer: the one that ends the word, and the value's."""
+    ids = tokenizer.encode(" " + fact.statement).astype(np.int64)
+    _, named = _tokens_of(fact.word, ids, tokenizer)
+    first, last = _tokens_of(fact.value, ids, tokenizer)
+    return ids, (min(named, first), max(named, last))
+
+
+def _tokens_of(part: str, ids: np.ndarray, tokenizer: Tokenizer) -> tuple[int, int]:
+    """Numbers of the first and last token of where it first stands.
+
+    Raises:
+        ModelError: it stands nowhere.
+    """
+    end = next((end for end in range(1, len(ids) + 1) if part in tokenizer.decode(ids[:end])), None)
+    if end is None:
+        raise ModelError(f"the fact {tokenizer.decode(ids)!r} does not hold {part!r}")
+    return max(first for first in range(end) if part in tokenizer.decode(ids[first:end])), end - 1
 
 
 def _plant(
-    window: np.ndarray, statements: Sequence[tuple[np.ndarray, int]], random: np.random.Generator
-) -> tuple[np.ndarray, list[tuple[int, int, int]]]:
-    """The window with the statements in it, each in a part of its own, and first, naming and last token of each."""
+    window: np.ndarray, encoded: Sequence[np.ndarray], random: np.random.Generator
+) -> tuple[np.ndarray, list[int]]:
+    """The window with the statements in it, each in a part of its own, and the first token of each."""
     size = len(window)
-    total = sum(len(ids) for ids, _ in statements)
+    total = sum(map(len, encoded))
     if 2 * total > size:
         raise ModelError(f"facts of {total} tokens in a window of {size}; lower routing_keys.facts_per_window")
     pieces: list[np.ndarray] = []
-    places: list[tuple[int, int, int]] = []
+    begins: list[int] = []
     kept = size - total
     read = written = 0
-    for index, (ids, named) in enumerate(statements):
-        low, high = (kept * part // len(statements) for part in (index, index + 1))
+    for index, ids in enumerate(encoded):
+        low, high = (kept * part // len(encoded) for part in (index, index + 1))
         at = int(random.integers(low, max(high, low + 1)))
         pieces += [window[read:at], ids]
         written += at - read
-        places.append((written, written + named, written + len(ids) - 1))
+        begins.append(written)
         written += len(ids)
         read = at
-    return np.concatenate([*pieces, window[read:kept]]), places
+    return np.concatenate([*pieces, window[read:kept]]), begins
 
 
 def _contexts(windows: np.ndarray, count: int, random: np.random.Generator) -> np.ndarray:

@@ -63,8 +63,10 @@ class KeyFact:
     """One thing's fact."""
 
     word: str
+    value: str
+    """What is to be found of it."""
     statement: str
-    """Holds the word as it is."""
+    """Holds word and value as they are."""
     literal: str
     """A question that names it."""
     described: str
@@ -88,7 +90,9 @@ def validation_facts(seed: int) -> list[KeyFact]:
     these sentences are trained on: what is measured is what carries over."""
     draws = Draws("key validation", seed)
     return [
-        KeyFact(word, recall_sentence(word, code), recall_query(word).strip(), recall_query(word, description).strip())
+        KeyFact(
+            word, code, recall_sentence(word, code), recall_query(word).strip(), recall_query(word, description).strip()
+        )
         for (word, description), code in zip(CONCEPTS, draw_codes(draws, len(CONCEPTS)), strict=True)
     ]
 
@@ -106,6 +110,7 @@ def _fact(entry: Entry, draws: Draws) -> KeyFact:
     statement = draws.pick(STATEMENTS).format(**names, value=value)
     return KeyFact(
         entry.word,
+        value,
         statement[0].upper() + statement[1:],
         draws.pick(LITERAL).format(**names),
         draws.pick(DESCRIBED).format(**names),

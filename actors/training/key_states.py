@@ -4,7 +4,7 @@
         blocks       (N, 32, D) float16   after the net's key layer, of the windows' blocks
         questions    (Q, 48, D) float16   of the questions, zero past their length
         mask         (Q, 48) bool
-        kinds, words, answers (Q,), spans (Q, 2), pairs (P, 2) int64, pair_own (P, 32) bool   as `KeyExamples`
+        kinds, words (Q,), answers, spans (Q, 2), pairs (P, 2) int64, pair_own (P, 32) bool   as `KeyExamples`
         tokens       (N, 32) int32, of the blocks; question_tokens (Q, 48) int32
 
 The head is so small that it passes over them many times while the model reads them once.

@@ -13,6 +13,7 @@ import ray
 import torch
 from jaxtyping import Bool, Float32, Int64
 from torch import Tensor
+from torch.nn import functional as F
 from torch.optim import AdamW
 
 from actors.training.key_examples import KINDS
@@ -40,13 +41,16 @@ class Placed:
     """Where answers were found."""
 
     ranks: list[int]
-    """How many blocks stood before each: 0 where it was found first."""
+    """How many blocks stood before the first block of each: 0 where it was found first."""
+    last_ranks: list[int]
+    """How many stood before its last block, those of its own counted: a reader of so many and one more sees it all."""
     things: list[str]
     """What each question is about: answers about one thing are not independent of each other."""
 
-    def add(self, placed: Tensor, things: Sequence[str]) -> None:
-        """Some more."""
-        self.ranks.extend(placed.tolist())
+    def add(self, placed: tuple[Tensor, Tensor], things: Sequence[str], of: Tensor | slice = slice(None)) -> None:
+        """Some more, as `ranks` gives them."""
+        for mine, theirs in zip((self.ranks, self.last_ranks), placed, strict=True):
+            mine.extend(theirs[of].tolist())
         self.things.extend(things)
 
 
@@ -55,7 +59,7 @@ class Pairs:
     """Pairs of a shard's blocks, as questions: P of them among N blocks."""
 
     asking: Int64[Tensor, " P"]
-    answers: Int64[Tensor, " P"]
+    answers: Bool[Tensor, "P N"]
     mask: Bool[Tensor, "P 32"]
     """Tokens that ask: all of the later block's, or those that the earlier one does not have."""
     excluded: Bool[Tensor, "P N"]
@@ -109,9 +113,9 @@ class KeyTrainer:
         rate = keys.learning_rate * self._rate_share()
         for group, share in zip(self._optimiser.param_groups, self._shares, strict=True):
             group["lr"] = share * rate
-        blocks = block_keys(self.net, shard["blocks"])
-        asked = question_keys(self.net, shard["questions"], shard["mask"])
-        nll = contrast(asked, blocks, shard["answers"], _other_parts(shard), keys.temperature)
+        blocks, asked = self.keys_of(shard)
+        answers, other_parts = (_between(shard[name], len(blocks)) for name in ("answers", "spans"))
+        nll = contrast(asked, blocks, answers, other_parts, keys.temperature)
         losses = {name: nll[shard["kinds"] == kind].mean() for kind, name in enumerate(KINDS)}
         if keys.pairs_share > 0 and len(shard["pairs"]):
             pairs = _pairs(shard, self.spec.blocks_per_window, keys.hidden_share, seed=self._step)
@@ -142,7 +146,8 @@ class KeyTrainer:
 
     def keys_of(self, shard: Shard) -> tuple[Tensor, Tensor]:
         """See `Embedder`."""
-        return block_keys(self.net, shard["blocks"]), question_keys(self.net, shard["questions"], shard["mask"])
+        windows = shard["blocks"].unflatten(0, (-1, self.spec.blocks_per_window)).flatten(1, 2)
+        return block_keys(self.net, windows), question_keys(self.net, shard["questions"], shard["mask"])
 
     def keys_of_pairs(self, shard: Shard, pairs: Pairs) -> Tensor:
         """See `Embedder`."""
@@ -163,43 +168,41 @@ def find_answers(paths: Sequence[Path], blocks_per_window: int, embedder: Embedd
     blocks = torch.cat([keys for keys, _ in embedded])
     spans = torch.cat([shard["spans"] + first for shard, first in zip(shards, firsts, strict=True)])
     words = torch.cat([shard["words"] for shard in shards])
-    found: dict[str, Placed] = {name: Placed([], []) for name in (*KINDS, PAIRS)}
+    found: dict[str, Placed] = {name: Placed([], [], []) for name in (*KINDS, PAIRS)}
     for number, (shard, first, (_, asked)) in enumerate(zip(shards, firsts, embedded, strict=True)):
-        answers = shard["answers"] + first
+        answers = _between(shard["answers"] + first, len(blocks))
         excluded = torch.zeros(len(asked), len(blocks), dtype=torch.bool)
         for row, word in enumerate(shard["words"].tolist()):
             # The same thing's other facts answer as well.
-            for low, high in spans[words == word].tolist():
-                excluded[row, low : high + 1] = True
-        excluded.scatter_(1, answers[:, None], False)
+            excluded[row] = _between(spans[words == word], len(blocks)).any(dim=0)
         placed = ranks(asked, blocks, answers, excluded)
         for kind, name in enumerate(KINDS):
             own = shard["kinds"] == kind
-            found[name].add(placed[own], [str(word) for word in shard["words"][own].tolist()])
+            found[name].add(placed, [str(word) for word in shard["words"][own].tolist()], own)
         if len(shard["pairs"]):
             pairs = _pairs(shard, blocks_per_window, hidden_share=0.5, seed=0)
-            excluded = torch.zeros(len(pairs.asking), len(blocks), dtype=torch.bool)
-            excluded[:, first : first + pairs.excluded.shape[1]] = pairs.excluded
-            placed = ranks(embedder.keys_of_pairs(shard, pairs), blocks, pairs.answers + first, excluded)
+            sides = (first, len(blocks) - first - len(shard["blocks"]))
+            answers, excluded = (F.pad(mask, sides) for mask in (pairs.answers, pairs.excluded))
+            placed = ranks(embedder.keys_of_pairs(shard, pairs), blocks, answers, excluded)
             found[PAIRS].add(placed, [f"{number}/{block // blocks_per_window}" for block in pairs.asking.tolist()])
     return found
 
 
 def _pairs(shard: Shard, blocks_per_window: int, hidden_share: float, seed: int) -> Pairs:
-    asking, answers = shard["pairs"].unbind(dim=1)
+    asking = shard["pairs"][:, 0]
     hides = torch.rand(len(asking), 1, generator=torch.Generator().manual_seed(seed)) < hidden_share
     own = shard["pair_own"]
     mask = torch.where(hides & own.any(dim=1, keepdim=True), own, torch.ones_like(own))
     numbers = torch.arange(len(shard["blocks"]))[None]
     same_window = numbers // blocks_per_window == asking[:, None] // blocks_per_window
+    answers = _between(shard["pairs"][:, [1, 1]], len(shard["blocks"]))
     return Pairs(asking, answers, mask, same_window & (numbers >= asking[:, None] - 1))
 
 
-def _other_parts(shard: Shard) -> Tensor:
-    """Blocks that hold another part of a question's fact."""
-    numbers = torch.arange(len(shard["blocks"]))[None]
-    first, last = shard["spans"][:, :1], shard["spans"][:, 1:]
-    return (numbers >= first) & (numbers <= last) & (numbers != shard["answers"][:, None])
+def _between(ends: Tensor, count: int) -> Tensor:
+    """`(R, count)`: which of so many blocks lie from the first to the last that each of R rows names."""
+    numbers = torch.arange(count)[None]
+    return (numbers >= ends[:, :1]) & (numbers <= ends[:, 1:])
 
 
 def start_trainer(spec: KeyTrainerSpec, net: GistNet) -> Any:

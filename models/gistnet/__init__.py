@@ -1,6 +1,8 @@
 """GistNets: 32 children into m vectors and a routing key, at every level of detail.
 
     base       GistNet: the interface, masking, routing keys, digests, save and load
+    key_head   which tokens count for a routing key, and in which directions
+    lead_in    the tokens before a block that its key may reach to
     layers     pooling, adapter and transformer the trainable nets are made of
     controls   constant, last_token, mean, rescaled_mean: what a trained net has to beat
     windowed   embeddings and lower-layer states of the LM, pooled

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from cluster.config import TOKENS_PER_BLOCK
 from cluster.errors import ModelError
 from models.gistnet.key_head import KeyHead
+from models.gistnet.lead_in import LeadIn
 
 FORMAT = "megacontext.gistnet"
 FORMAT_VERSION = 1
@@ -33,7 +34,7 @@ WEIGHTS_FILE = "model.safetensors"
 
 RMS_EPSILON = 1e-6
 
-ADDED_LATER = {"key_layer": None, "num_keywords": 0, "key_dim": 0, "key_metric": "whitened"}
+ADDED_LATER = {"key_layer": None, "num_keywords": 0, "key_dim": 0, "key_metric": "whitened", "key_reach": 0}
 """Parts of a specification that older nets do not have: unset, they are in no digest."""
 
 
@@ -68,6 +69,9 @@ class GistNetSpec:
     """D_key of projected routing keys. 0: keys are as wide as the LM's states."""
     key_metric: KeyMetric = "whitened"
     """Where keys and questions are compared."""
+    key_reach: int = 0
+    """Tokens right before a block that its routing key is made of, too: what is said of a thing often runs on into the
+    block after the one that names it."""
 
     def __post_init__(self) -> None:
         limits = {  # a forged config must not keep the program busy
@@ -79,6 +83,7 @@ class GistNetSpec:
             "num_encoder_layers": (self.num_encoder_layers, 0, 2**8),
             "num_keywords": (self.num_keywords, 0, TOKENS_PER_BLOCK),
             "key_dim": (self.key_dim, 0, self.dim),
+            "key_reach": (self.key_reach, 0, TOKENS_PER_BLOCK),
         }
         for name, (value, low, high) in limits.items():
             if type(value) is not int or not low <= value <= high:
@@ -224,6 +229,7 @@ class GistNet(nn.Module, abc.ABC):
         lengths: Int64[Tensor, " G"],
         hidden: Float[Tensor, "G K D"] | None = None,
         key_states: Float[Tensor, "G K D"] | None = None,
+        before: LeadIn | None = None,
     ) -> GistOutput:
         """Gists and keys of blocks (LOD1).
 
@@ -233,6 +239,8 @@ class GistNet(nn.Module, abc.ABC):
                 values without meaning.
             hidden: the LM's states after `lm_layer` layers; needed unless that is None.
             key_states: the LM's states after `key_layer` layers; needed where that is another layer.
+            before: what stands before the blocks, for keys that reach there; None where nothing does, and where keys
+                are not wanted.
 
         Raises:
             ModelError: shapes that do not fit the net, or missing states.
@@ -251,7 +259,9 @@ class GistNet(nn.Module, abc.ABC):
         else:
             self._check("key_states", key_states, (TOKENS_PER_BLOCK, self.dim))
         entries = self._entries(embeddings, lengths, hidden, key_states)
-        return GistOutput(self._block_gists(entries), self._block_keys(entries))
+        if before is not None:
+            self._check("before", before.states, (self.spec.key_reach, self.dim))
+        return GistOutput(self._block_gists(entries), self._block_keys(entries, before))
 
     def forward_nodes(
         self,
@@ -295,9 +305,11 @@ class GistNet(nn.Module, abc.ABC):
         centred = masked(rms_normalised(states.float()) - self.key_mean, mask)
         return centred if self.key_head is None else self.key_head(centred, mask, asking=asking)
 
-    def _block_keys(self, entries: Entries) -> Float32[Tensor, "G D_key"]:
-        rows = self.key_rows(entries.key_states, entries.mask)
-        return F.normalize(rows.sum(dim=1) / entries.mask.sum(dim=1, keepdim=True), dim=-1)
+    def _block_keys(self, entries: Entries, before: LeadIn | None) -> Float32[Tensor, "G D_key"]:
+        states, mask = entries.key_states, entries.mask
+        if before is not None:
+            states, mask = torch.cat([before.states.float(), states], 1), torch.cat([before.mask, mask], 1)
+        return F.normalize(self.key_rows(states, mask).sum(dim=1) / mask.sum(dim=1, keepdim=True), dim=-1)
 
     def _entries(
         self, embeddings: Tensor, lengths: Tensor, hidden: Tensor | None, key_states: Tensor | None = None

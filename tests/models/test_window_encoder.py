@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional as F
 
 from cluster.config import BaseLMConfig, ComputeDtype, GistNetConfig, GistNetKind
 from cluster.errors import ModelError
@@ -17,6 +18,7 @@ from models.gistnet import build_gistnet
 from models.model_files import resolve_model
 from models.positions import global_positions
 from models.tokenizer import Tokenizer
+from models.training.key_contrast import with_key_head
 from models.window_encoder import WINDOW_TOKENS, EncodedWindow, WindowEncoder
 from tests.models.gistnet.nets import KINDS, perturb
 
@@ -129,6 +131,28 @@ def test_gists_are_the_nets_on_the_lms_states(tiny_config: BaseLMConfig, tiny_lm
     assert np.allclose(encoded.gists, direct.gists.flatten(0, 1).numpy(), atol=1e-4)
     assert np.allclose(encoded.keys, direct.keys.numpy(), atol=1e-4)
     assert np.allclose(encoded.keys[3], (by_hand / by_hand.norm()).numpy(), atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["windowed", "block"])
+def test_keys_reach_into_the_block_before_them_in_their_window(tiny_lm: BaseLM, kind: GistNetKind) -> None:
+    plain = build_gistnet(GistNetConfig(kind=kind, lm_layers=2, key_layer=2), tiny_lm)
+    reaching = with_key_head(plain, key_dim=16, key_layer=None, key_reach=8)
+    windows = [text(100), text(70)]
+    encoded = WindowEncoder(tiny_lm, reaching, window_batch=2).encode_windows(windows)
+    for window, found in zip(windows, encoded, strict=True):
+        with torch.inference_mode():
+            states = tiny_lm.embed(torch.from_numpy(window.astype(np.int64))[None])
+            if kind == "windowed":
+                states = tiny_lm.hidden_states(states, [2])[2]
+            for block in range(len(found.keys)):
+                part = states[:, max(0, block * 32 - 8) : (block + 1) * 32]
+                rows = reaching.key_rows(part, torch.ones(part.shape[:2], dtype=torch.bool))
+                expected = F.normalize(rows.sum(dim=1), dim=-1)[0]
+                assert np.allclose(found.keys[block], expected.numpy(), atol=1e-4)
+    without = WindowEncoder(tiny_lm, with_key_head(plain, 16, None), window_batch=2).encode_windows(windows)
+    assert np.array_equal(without[0].gists, encoded[0].gists)
+    assert np.array_equal(without[0].keys[0], encoded[0].keys[0])
+    assert not np.allclose(without[0].keys[1:], encoded[0].keys[1:], atol=1e-2)
 
 
 @pytest.mark.parametrize("kind", [k for k in KINDS if k != "windowed"])

@@ -41,16 +41,25 @@ def examples_of(tokenizer: Tokenizer, num_facts: int = 8, seed: int = 0) -> tupl
     return made, windows, facts
 
 
-def test_every_fact_stands_in_its_span_and_ends_its_word_in_the_answer(tokenizer: Tokenizer) -> None:
+def test_every_fact_stands_in_its_span_and_its_answer_holds_what_a_reader_needs(tokenizer: Tokenizer) -> None:
     made, _, facts = examples_of(tokenizer)
     blocks = made.windows.reshape(-1, K)
+
+    def text(first: int, last: int) -> str:
+        return tokenizer.decode(blocks[first : last + 1].reshape(-1))
+
+    several = 0
     for number, fact in enumerate(facts):
-        first, last = made.spans[2 * number]
-        answer = made.answers[2 * number]
-        assert first <= answer <= last
-        assert fact.statement in tokenizer.decode(blocks[first : last + 1].reshape(-1))
-        assert fact.word in tokenizer.decode(blocks[first : answer + 1].reshape(-1))
-        assert fact.word not in tokenizer.decode(blocks[first:answer].reshape(-1))
+        (first, last), (begin, end) = made.spans[2 * number], made.answers[2 * number]
+        assert first <= begin <= end <= last
+        assert fact.statement in text(first, last)
+        assert fact.value in text(begin, end)
+        assert fact.word in text(first, end)
+        assert fact.word not in text(first, begin - 1)  # its last token is not before the answer
+        both = [fact.value in text(first, middle) and fact.word in text(first, middle) for middle in range(begin, end)]
+        assert not any(both)  # no block too many
+        several += begin < end
+    assert 0 < several < len(facts)
 
 
 def test_windows_keep_their_length_and_their_text_around_facts(tokenizer: Tokenizer) -> None:

@@ -38,7 +38,7 @@ def shard_of(folder: Path, name: str, blocks: Tensor, asked: Tensor, **integers:
 
 def test_ranks_count_what_stands_before_the_answer_and_is_a_choice(tmp_path: Path) -> None:
     one, two, far = torch.eye(3)
-    # Shard 1: thing 7's fact in blocks 1 and 2, the second of them nearer to its question than the answer.
+    # Shard 1: thing 7's fact in blocks 1 to 3, the second of them nearer to its question than the answer, 1.
     first = torch.stack([far, one * 0.5, one, far, two, far, far, two * 2])
     # Shard 2: thing 7's other fact, nearest of all; thing 8's, behind one block that is no answer.
     second = torch.stack([one * 3, far, two * 0.9, far])
@@ -50,8 +50,8 @@ def test_ranks_count_what_stands_before_the_answer_and_is_a_choice(tmp_path: Pat
             torch.stack([one]),
             kinds=[0],
             words=[7],
-            answers=[1],
-            spans=[[1, 2]],
+            answers=[[1, 1]],
+            spans=[[1, 3]],
             pairs=[[7, 4]],
         ),
         shard_of(
@@ -61,15 +61,17 @@ def test_ranks_count_what_stands_before_the_answer_and_is_a_choice(tmp_path: Pat
             torch.stack([one, two]),
             kinds=[1, 1],
             words=[7, 8],
-            answers=[0, 2],
-            spans=[[0, 0], [2, 2]],
+            answers=[[0, 0], [2, 3]],
+            spans=[[0, 0], [2, 3]],
             pairs=[[3, 1]],
         ),
     ]
     found = find_answers(paths, BLOCKS_PER_WINDOW, ByNumber())
     assert found["literal"].ranks == [0]
     assert found["literal"].things == ["7"]
+    assert found["literal"].last_ranks == [0]
     assert found["described"].ranks == [0, 2]  # thing 8's behind blocks 4 and 7 of the first shard
+    assert found["described"].last_ranks == [0, 3]  # and its second block behind its first
     assert found["described"].things == ["7", "8"]
     # Block 7 itself and block 6 before it are no choice; block 3 of the second shard finds others as near as its own.
     assert found[PAIRS].ranks == [0, 0]

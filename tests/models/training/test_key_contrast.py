@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from cluster.config import TOKENS_PER_BLOCK as K
@@ -16,6 +19,11 @@ from models.focus.dense import query_states
 from models.gistnet import GistNet, build_gistnet
 from models.training.corpus_statistics import measure_means
 from models.training.key_contrast import begin, block_keys, contrast, question_keys, ranks, with_key_head
+from models.window_encoder import WindowEncoder
+
+
+def one_each(answers: Sequence[int], num_blocks: int) -> Tensor:
+    return F.one_hot(torch.tensor(answers), num_blocks).bool()
 
 
 @pytest.fixture
@@ -39,6 +47,20 @@ def test_a_new_head_changes_keys_and_no_gist(net: GistNet, tiny_lm: BaseLM) -> N
     assert changed.key_layer == 2
     assert net.key_layer == 1
     assert torch.allclose(block_keys(changed, states[2]), after.keys, atol=1e-6)
+
+
+@pytest.mark.parametrize("reach", [0, 5, K])
+def test_keys_are_those_of_compaction(net: GistNet, tiny_lm: BaseLM, reach: int) -> None:
+    changed = with_key_head(net, key_dim=16, key_layer=None, key_reach=reach)
+    assert changed.key_head is not None
+    with torch.no_grad():
+        changed.key_head.query.normal_(std=5)
+    ids = torch.randint(tiny_lm.vocab_size, (2, 4 * K), generator=torch.Generator().manual_seed(1))
+    windows = [row.numpy().astype(np.uint32) for row in ids]
+    compacted = WindowEncoder(tiny_lm, changed, window_batch=2).encode_windows(windows)
+    states = tiny_lm.hidden_states(tiny_lm.embed(ids), [2])[2]
+    made = block_keys(changed, states)
+    assert torch.allclose(made, torch.from_numpy(np.concatenate([w.keys for w in compacted])), atol=1e-4)
 
 
 def test_a_layer_above_what_the_net_reads_is_refused(net: GistNet) -> None:
@@ -67,15 +89,31 @@ def test_the_likelihood_of_an_answer_among_blocks() -> None:
     blocks = torch.eye(4)
     asked = torch.eye(4)[:2]
     nobody = torch.zeros(2, 4, dtype=torch.bool)
-    answers = torch.tensor([0, 2])
+    answers = one_each([0, 2], 4)
     nll = contrast(asked, blocks, answers, nobody, temperature=0.5)
     right = -math.log(math.exp(2) / (math.exp(2) + 3))
     assert torch.allclose(nll, torch.tensor([right, right + 2.0]), atol=1e-6)
     excluded = nobody.clone()
     excluded[1, 1] = True  # what the second question is nearest to
     assert torch.allclose(contrast(asked, blocks, answers, excluded, 0.5)[1], torch.tensor(math.log(3)), atol=1e-6)
-    assert ranks(asked, blocks, answers, nobody).tolist() == [0, 1]
-    assert ranks(asked, blocks, answers, excluded).tolist() == [0, 0]
+    assert [placed.tolist() for placed in ranks(asked, blocks, answers, nobody)] == [[0, 1], [0, 1]]
+    assert [placed.tolist() for placed in ranks(asked, blocks, answers, excluded)] == [[0, 0], [0, 0]]
+
+
+def test_blocks_of_one_answer_do_not_compete() -> None:
+    blocks = torch.eye(4)
+    asked = torch.tensor([[3.0, 1.0, 2.0, 0.0]])
+    both = torch.tensor([[True, True, False, False]])
+    nobody = torch.zeros_like(both)
+
+    def nll(score: float) -> float:
+        return math.log(1 + (math.exp(2) + 1) / math.exp(score))
+
+    assert contrast(asked, blocks, both, nobody, 1.0).tolist() == pytest.approx([(nll(3) + nll(1)) / 2])
+    assert [placed.tolist() for placed in ranks(asked, blocks, both, nobody)] == [[0], [2]]
+    # An answer counts, whatever else it is a part of.
+    assert torch.equal(contrast(asked, blocks, both, both, 1.0), contrast(asked, blocks, both, nobody, 1.0))
+    assert [placed.tolist() for placed in ranks(asked, blocks, both, both)] == [[0], [2]]
 
 
 def test_training_finds_the_direction_that_tells_answers(net: GistNet) -> None:
@@ -91,7 +129,7 @@ def test_training_finds_the_direction_that_tells_answers(net: GistNet) -> None:
     groups = [{**group, "lr": 0.01 * group.pop("share")} for group in begin(changed)]
     optimiser = torch.optim.AdamW(groups)
     mask, nobody = torch.ones(24, 8, dtype=torch.bool), torch.zeros(24, 24, dtype=torch.bool)
-    answers = torch.arange(24)
+    answers = one_each(range(24), 24)
     losses = []
     for _ in range(60):
         nll = contrast(question_keys(changed, asked, mask), block_keys(changed, blocks), answers, nobody, 0.1)
@@ -99,7 +137,7 @@ def test_training_finds_the_direction_that_tells_answers(net: GistNet) -> None:
         optimiser.zero_grad()
         nll.mean().backward()
         optimiser.step()
-    found = ranks(question_keys(changed, asked, mask), block_keys(changed, blocks), answers, nobody)
+    found, _ = ranks(question_keys(changed, asked, mask), block_keys(changed, blocks), answers, nobody)
     assert losses[0] > 1.5 > 0.3 > losses[-1]
     assert (found == 0).float().mean() > 0.9
     assert all(weight.grad is None for name, weight in changed.named_parameters() if not name.startswith("key_head."))
