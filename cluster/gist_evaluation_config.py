@@ -37,8 +37,9 @@ class GistEvaluationConfig:
     """Seed of the places; the same seed gives the same numbers."""
 
     lods: list[int] = field(default_factory=lambda: [1, 2])
-    """Levels of detail that stand in for the history: 1, 2. With 2 every history begins at a super-block, and
-    `history_tokens` is a multiple of 1,024; blocks between the last whole super-block and the tail keep LOD1."""
+    """Levels of detail that stand in for the history: 1, 2. With 2 every history begins at a super-block; blocks
+    between the last whole super-block and the tail keep LOD1. For LOD2 alone `history_tokens` is a multiple of 1,024
+    and the tail."""
 
     tail_tokens: list[int] = field(default_factory=lambda: [0, 64])
     """Newest tokens shown raw behind the gists, which then stand in for the others only; multiples of 32."""
@@ -66,9 +67,9 @@ class GistEvaluationConfig:
         )
         unit = TOKENS_PER_BLOCK ** max(self.lods)
         require(
-            self.history_tokens >= unit and self.history_tokens % unit == 0,
-            f"evaluation.history_tokens={self.history_tokens} must be a positive multiple of {unit}, the slots of a "
-            f"node of LOD{max(self.lods)}; take another length or other evaluation.lods",
+            self.history_tokens >= unit and self.history_tokens % TOKENS_PER_BLOCK == 0,
+            f"evaluation.history_tokens={self.history_tokens} must be a multiple of {TOKENS_PER_BLOCK} and at least "
+            f"{unit}, the slots of a node of LOD{max(self.lods)}; take another length or other evaluation.lods",
         )
         require(
             bool(self.tail_tokens) and len(set(self.tail_tokens)) == len(self.tail_tokens),

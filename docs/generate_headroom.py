@@ -7,22 +7,19 @@ every place; `positions` and `thorough` what is compared at some of them. To add
 
 from __future__ import annotations
 
-import gzip
-import json
 import sys
 from pathlib import Path
-
-import yaml
 
 from actors.evaluation.headroom import Cell, FocusRun, cells_of
 from cluster.tables import Table
 from pipelines.headroom_report import headroom_tables, plot_chosen, plot_gaps, plot_long_context
+from pipelines.packed_runs import pack, with_tables
 
 PAGE = Path(__file__).with_name("headroom.md")
 FOLDER = Path(__file__).with_name("headroom")
 BASE, ORACLE = "recency/raw", "oracle/raw"
 GATE = "gate"
-BEGIN, END = "<!-- {group}: written by docs/generate_headroom.py -->", "<!-- {group}: to here -->"
+PROGRAM = "docs/generate_headroom.py"
 
 
 def read_groups() -> dict[str, list[Cell]]:
@@ -38,40 +35,17 @@ def render(groups: dict[str, list[Cell]]) -> str:
     """The page, with its tables anew."""
     page = PAGE.read_text(encoding="utf-8")
     for group, cells in groups.items():
-        begin, end = BEGIN.format(group=group), END.format(group=group)
-        before, found, rest = page.partition(begin)
-        if not found:
-            raise SystemExit(
-                f"{PAGE} has no place for {group!r}: put these two lines where its tables should stand:\n{begin}\n{end}"
-            )
         # The legend stands once, above all of them.
         tables = [Table(t.rows, t.title.partition(": nats")[0]) for t in headroom_tables(cells, BASE, ORACLE)]
-        page = f"{before}{begin}\n\n" + "\n\n".join(t.markdown() for t in tables) + f"\n\n{end}{rest.partition(end)[2]}"
+        page = with_tables(page, PROGRAM, group, tables)
     return page
-
-
-def pack(run: Path, name: str) -> None:
-    """Add a run's places to those packed under a name."""
-    target = FOLDER / name
-    target.mkdir(parents=True, exist_ok=True)
-    (samples,) = run.glob("samples-*.jsonl")
-    packed = next(iter(target.glob("samples-*.jsonl.gz")), target / f"{samples.name}.gz")
-    lines = gzip.decompress(packed.read_bytes()).splitlines() if packed.exists() else []
-    places = {json.loads(line)["place"]["number"]: line for line in [*lines, *samples.read_bytes().splitlines()]}
-    content = b"".join(places[number] + b"\n" for number in sorted(places))
-    packed.write_bytes(gzip.compress(content, mtime=0))
-    recipe = yaml.safe_load((run / "config.yaml").read_text())
-    evaluation = {**recipe["evaluation"], "first_place": 0, "num_places": len(places)}
-    kept = {"store": {"context": recipe["store"]["context"]}, "evaluation": evaluation}
-    header = "# What the samples beside this were measured with; see ../../headroom.md.\n"
-    (target / "config.yaml").write_text(header + yaml.safe_dump(kept, sort_keys=False))
 
 
 def main(arguments: list[str]) -> None:
     """Pack what is named, then write the page and its pictures."""
     for argument in arguments:
         run, _, name = argument.partition("=")
-        pack(Path(run), name)
+        pack(Path(run), FOLDER / name)
     groups = read_groups()
     PAGE.write_text(render(groups), encoding="utf-8")
     cells = groups[GATE]

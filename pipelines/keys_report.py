@@ -18,6 +18,8 @@ from models.gistnet import GistNet
 FIRST = (1, 4, 8)
 """Recall is counted among so many first blocks."""
 
+MADE_FROM = "# The net it was made from"
+
 Found = Mapping[str, Placed]
 """By kind of question."""
 
@@ -71,7 +73,8 @@ def keys_card(net: GistNet, lm_id: str, recipe: Mapping[str, Any], tables: Seque
         Table([{"key": key, "value": str(value)} for key, value in recipe.items()], "Keys made with").markdown(),
     ]
     if begun_card:
-        parts.append(f"# The net it was made from\n\n{begun_card.strip()}")
+        # Of a net whose keys are trained anew, what is said of the old ones no longer holds.
+        parts.append(f"{MADE_FROM}\n\n{begun_card.rpartition(MADE_FROM)[2].strip()}")
     return "\n\n".join(parts) + "\n"
 
 

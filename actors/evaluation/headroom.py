@@ -12,7 +12,7 @@ import numpy as np
 from actors.evaluation.focus_evaluator import Measured
 from actors.evaluation.places import Place
 from actors.evaluation.results import FocusResults
-from actors.evaluation.samples import read_samples
+from actors.evaluation.samples import files_of_run, read_samples
 from actors.evaluation.statistics import Estimate, clustered_mean, ratio_of_means
 from cluster.config_parser import parse_job
 from cluster.errors import ConfigError
@@ -44,17 +44,13 @@ class FocusRun:
             ConfigError: there is no such run, not exactly one file of samples in it, or its recipe has keys that an
                 evaluation of focus has no longer.
         """
-        recipe = folder / "config.yaml"
-        files = sorted([*folder.glob("samples-*.jsonl"), *folder.glob("samples-*.jsonl.gz")])
-        if not recipe.exists() or len(files) != 1:
-            found = f"{len(files)} files of samples" if recipe.exists() else "no config.yaml"
-            raise ConfigError(f"{folder} is no run of `evaluate focus` with one file of samples: it holds {found}")
+        recipe, file = files_of_run(folder, "evaluate focus")
         try:
             evaluation = parse_job(EvaluateFocusJob, ["--config", str(recipe)]).evaluation
         except ConfigError as error:
             raise ConfigError(f"{recipe} is no recipe of `evaluate focus`: {error}") from error
         # Documents of two corpora may have one name.
-        samples = [(_of_kind(kind, place), measured) for place, measured in read_samples(files[0], Place, Measured)]
+        samples = [(_of_kind(kind, place), measured) for place, measured in read_samples(file, Place, Measured)]
         return cls(kind, evaluation, samples)
 
 

@@ -85,6 +85,20 @@ class SampleLog(Generic[PlaceT, MeasuredT]):
         self.close()
 
 
+def files_of_run(folder: Path, command: str) -> tuple[Path, Path]:
+    """A run's recipe, and its samples, packed or not.
+
+    Raises:
+        ConfigError: there is no such run, or not exactly one file of samples in it.
+    """
+    recipe = folder / "config.yaml"
+    files = sorted([*folder.glob("samples-*.jsonl"), *folder.glob("samples-*.jsonl.gz")])
+    if not recipe.exists() or len(files) != 1:
+        found = f"{len(files)} files of samples" if recipe.exists() else "no config.yaml"
+        raise ConfigError(f"{folder} is no run of `{command}` with one file of samples: it holds {found}")
+    return recipe, files[0]
+
+
 def read_samples(
     path: Path, place_type: type[PlaceT], measured_type: type[MeasuredT]
 ) -> Iterator[tuple[PlaceT, list[MeasuredT]]]:

@@ -219,7 +219,8 @@ def test_what_cannot_work_is_said_before_anything_starts(make_gist_job: GistJobF
     ("wrong", "message"),
     [
         ({"lods": [3]}, "must hold 1, 2"),
-        ({"history_tokens": 512}, "multiple of 1024"),
+        ({"history_tokens": 512}, "at least 1024"),
+        ({"history_tokens": 1040}, "multiple of 32"),
         ({"history_tokens": 48, "lods": [1]}, "multiple of 32"),
         ({"tail_tokens": [40]}, "multiple of 32"),
         ({"tail_tokens": []}, "at least one"),
