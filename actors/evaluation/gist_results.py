@@ -166,7 +166,8 @@ class GistResults:
                     "gain_over_constant": self.gain_over_constant(source, setting),
                     **numbers,
                 }
-            numbers["recovered_fraction"] = self.recovered_fraction(condition)
+            if condition.name not in {FULL, NONE}:
+                numbers["recovered_fraction"] = self.recovered_fraction(condition)
             for name, estimate in numbers.items():
                 entry[name] = estimate.mean
                 entry[f"{name}_se"] = estimate.standard_error

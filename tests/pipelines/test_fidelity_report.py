@@ -59,6 +59,15 @@ def test_measures_are_those_of_the_numbers(tmp_path: Path) -> None:
         assert measured(results, PRACTICAL.setting, name).mean == pytest.approx(value, abs=0.002)  # type: ignore[arg-type]
 
 
+def test_a_run_with_nothing_but_raw_tails_has_a_report(tmp_path: Path) -> None:
+    report = read(write_run(tmp_path / "run", PRACTICAL, 6), PRACTICAL).results.as_report()
+    recovered = {entry["condition"]: entry.get("recovered_fraction") for entry in report}
+    assert recovered.pop(FULL) is None
+    assert recovered.pop(NONE) is None
+    assert recovered[f"{TREE}/{OWN}"] == pytest.approx(0.5, abs=0.01)
+    assert set(recovered) == {RECENCY, f"{TREE}/{OWN}", f"{TREE}/{SHUFFLED}", f"{TREE}/{MEAN_GIST}"}
+
+
 def test_bars_are_reached_missed_or_not_measured(tmp_path: Path) -> None:
     code, prose = (read(write_run(tmp_path / kind, PRACTICAL, 200), PRACTICAL, kind) for kind in ("code", "prose"))
     found = verdicts({"practical": together([code, prose])})
