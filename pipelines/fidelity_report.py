@@ -9,11 +9,12 @@ from typing import get_args
 import numpy as np
 
 from actors.evaluation.fidelity import ALL_KINDS, BARS, CASES, CLAIM_PLACES, FidelityRun, Measure, measured
-from actors.evaluation.gist_evaluator import FULL, NONE, OWN, RECENCY, SHUFFLED, Condition
+from actors.evaluation.gist_evaluator import OWN, Condition
 from actors.evaluation.gist_sources import TREE
 from actors.evaluation.statistics import Estimate
 from cluster.plots import figure
 from cluster.tables import Table
+from pipelines.gist_report import draw_lost
 
 Runs = Mapping[str, Sequence[FidelityRun]]
 """By the name of their case: each kind of text, and all of them."""
@@ -74,19 +75,5 @@ def plot_cases(runs: Runs, path: Path) -> None:
     cases = [case for case in CASES if runs.get(case.name)]
     with figure(path, "What is lost", num_columns=len(cases), size=(4.5 * len(cases), 4.0)) as axes:
         for panel, case in zip(np.atleast_1d(np.asarray(axes)), cases, strict=True):
-            results, (lod, tail) = runs[case.name][-1].results, (case.setting.lod, case.setting.tail_tokens)
-            shown = {
-                Condition(NONE, 0, tail): "the raw tail alone" if tail else "nothing",
-                Condition(RECENCY, lod, tail): "recent raw tokens",
-                Condition(f"{TREE}/{OWN}", lod, tail): "own gists",
-                Condition(f"{TREE}/{SHUFFLED}", lod, tail): "shuffled gists",
-            }
-            for condition, label in shown.items():
-                curve = results.curve(condition, Condition(FULL))
-                positions = np.arange(1, len(curve.mean) + 1)
-                (line,) = panel.plot(positions, curve.mean, label=label)
-                low, high = (curve.mean + sign * 2 * curve.standard_error for sign in (-1, 1))
-                panel.fill_between(positions, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
-            panel.set(title=case.name, xlabel="position in the horizon, tokens", ylabel="ΔNLL, nats")
-            panel.axhline(0, color="black", linewidth=0.8)
-            panel.legend()
+            draw_lost(panel, runs[case.name][-1].results, case.setting)
+            panel.set_title(case.name)

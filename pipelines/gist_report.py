@@ -102,6 +102,12 @@ def _percent(estimate: Estimate) -> str:
 
 
 def plot_curves(results: GistResults, setting: Setting, path: Path) -> None:
+    """`draw_lost` as a picture."""
+    with figure(path, f"LOD{setting.lod}, tail {setting.tail_tokens}: what is lost", size=(9.0, 4.5)) as axes:
+        draw_lost(axes, results, setting)
+
+
+def draw_lost(axes: Any, results: GistResults, setting: Setting) -> None:
     """NLL over that of the full history, by position in the horizon, of the tree's gists and their controls.
 
     Without the mean gist, which can lose so much that nothing else could be told apart.
@@ -113,12 +119,11 @@ def plot_curves(results: GistResults, setting: Setting, path: Path) -> None:
         Condition(f"{TREE}/{OWN}", lod, tail),
         Condition(f"{TREE}/{SHUFFLED}", lod, tail),
     ]
-    with figure(path, f"LOD{setting.lod}, tail {setting.tail_tokens}: what is lost", size=(9.0, 4.5)) as axes:
-        for condition in shown:
-            _draw(axes, results.curve(condition, Condition(FULL)), _label(condition))
-        axes.set(xlabel="position in the horizon, tokens", ylabel="ΔNLL, nats (two standard errors)")
-        axes.axhline(0, color="black", linewidth=0.8)
-        axes.legend()
+    for condition in shown:
+        _draw(axes, results.curve(condition, Condition(FULL)), _label(condition))
+    axes.set(xlabel="position in the horizon, tokens", ylabel="ΔNLL, nats (two standard errors)")
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.legend()
 
 
 def plot_content(results: GistResults, setting: Setting, path: Path) -> None:

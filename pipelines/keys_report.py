@@ -64,6 +64,8 @@ def _shares(placed: Placed) -> dict[str, str]:
 def keys_card(net: GistNet, lm_id: str, recipe: Mapping[str, Any], tables: Sequence[Table], begun_card: str) -> str:
     """What whoever finds the net should know: Markdown. `begun_card` is that of the net it was made from, or empty."""
     made_of = f"the states after {net.key_layer} layers" if net.key_layer else "token embeddings"
+    if net.spec.key_reach:
+        made_of += f" of the block and of the {net.spec.key_reach} tokens before it"
     parts = [
         f"# GistNet {net.net_id} for {lm_id}, with trained routing keys",
         f"Its gists are those of the net it was made from. Its routing keys, {net.key_dim} numbers for every {K} "

@@ -58,6 +58,9 @@ GISTNET = "gistnet"
 STATES = "states"
 """Folder of what the model read, removed at the end."""
 
+OF_THE_MACHINE = ("windows_folder", "num_workers", "gpus_per_worker", "registered_name")
+"""Settings that say where keys were trained, not how: no part of a net's card."""
+
 WINDOWS_PER_VALIDATION_SHARD = 64
 
 BEGUN_TOKENS = 32_768
@@ -309,7 +312,8 @@ def _finish(
     tables = keys_tables(measured, rival)
     for table in tables:
         table.show()
-    recipe = {**asdict(job.routing_keys), "facts": num_facts, "config digest": config_digest(job)}
+    recipe = {name: value for name, value in asdict(job.routing_keys).items() if name not in OF_THE_MACHINE}
+    recipe |= {"facts": num_facts, "config digest": config_digest(job)}
     begun = Path(job.gistnet.path).expanduser() / "README.md" if job.gistnet.path else None
     begun_card = begun.read_text() if begun is not None and begun.is_file() else ""
     write_atomically(exported / "README.md", keys_card(net, lm_id, recipe, tables, begun_card))
