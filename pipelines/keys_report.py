@@ -84,12 +84,12 @@ def plot_training(
     losses: Sequence[Mapping[str, float]], measured: Sequence[Mapping[str, Any]], rival: Found, path: Path
 ) -> None:
     """Losses by step, and recall by epoch with the rival's as a line."""
-    with figure(path, "Routing keys", num_columns=2, size=(12.0, 4.0)) as (left, right):
+    with figure(path, "Routing keys", num_columns=2, size=(14.0, 4.0)) as (left, right):
         for name in losses[0]:
             if name not in {"step", "loss"}:
                 points = [(line["step"], line[name]) for line in losses if name in line]
                 left.plot(*zip(*points, strict=True), label=name, alpha=0.8)
-        left.set(xlabel="step", ylabel="NLL of the answer among all blocks, nats", yscale="log")
+        left.set(xlabel="step", ylabel="NLL of the answer among wrong blocks, nats", yscale="log")
         left.legend()
         epochs = [line["epoch"] for line in measured]
         for kind in measured[-1]["found"]:
@@ -101,4 +101,4 @@ def plot_training(
             )
             right.axhline(recall(rival[kind], 1).mean, color=drawn.get_color(), linestyle=":", label=f"{kind}, MiniLM")
         right.set(xlabel="epoch", ylabel="found first (two standard errors)", ylim=(0, 1))
-        right.legend()
+        right.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))  # lines are everywhere inside
