@@ -14,12 +14,14 @@ from cluster.evaluation_config import EvaluateFocusJob
 from cluster.gist_evaluation_config import EvaluateGistJob
 from cluster.headroom_config import EvaluateHeadroomJob
 from cluster.key_training_config import TrainKeysJob
+from cluster.session_config import ChatJob
 from cluster.task_evaluation_config import EvaluateTasksJob
 from cluster.training_config import TrainGistNetJob
 from cluster.tuning_config import EvaluateRetrievalJob
 
 JOBS = (
     Job("demo", DemoJob, "pipelines.demo:run"),
+    Job("chat", ChatJob, "pipelines.chat:run"),
     Job("compact", CompactJob, "pipelines.compact:run"),
     Job("inspect", InspectJob, "pipelines.inspect:run"),
     Job("evaluate gist", EvaluateGistJob, "pipelines.evaluate_gist:run"),

@@ -50,8 +50,8 @@ class CompactorSpec:
 class Compactor:
     """A GistNet on its LM's lower layers. Plain class; `CompactorActor` hosts it."""
 
-    def __init__(self, spec: CompactorSpec, gistnet: GistNet) -> None:
-        """Load what the net needs of the LM.
+    def __init__(self, spec: CompactorSpec, gistnet: GistNet, base_lm: BaseLM | None = None) -> None:
+        """Load what the net needs of the LM, or share one that is loaded already.
 
         Raises:
             ModelError: this machine's copy of the LM is another one than the driver's.
@@ -59,7 +59,7 @@ class Compactor:
         torch.set_num_threads(spec.num_threads)
         keep_freed_memory()
         self._specs = spec.encoding.arrays
-        base_lm = BaseLM.load(spec.base_lm, num_layers=gistnet.lm_layer or 0)
+        base_lm = base_lm or BaseLM.load(spec.base_lm, num_layers=gistnet.lm_layer or 0)
         if base_lm.digest != spec.base_lm_digest:
             raise ModelError(
                 f"{spec.base_lm.source} on this machine has digest {base_lm.digest[:12]}, the job's driver has "

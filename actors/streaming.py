@@ -17,8 +17,18 @@ from storage.contract import Ack, DocumentMeta, TreeWriter
 class DocumentStream:
     """One growing document. After a restart, make it again with the same document: it goes on where it was."""
 
-    def __init__(self, writer: TreeWriter, compactor: Compactor, document: DocumentMeta) -> None:
-        """Begin or continue a document; no other may be open in the context."""
+    def __init__(
+        self, writer: TreeWriter, compactor: Compactor, document: DocumentMeta, *, blocks_at_a_time: int = 1
+    ) -> None:
+        """Begin or continue a document; no other may be open in the context.
+
+        Args:
+            writer: of the context.
+            compactor: makes the gists.
+            document: whose tokens come.
+            blocks_at_a_time: full blocks that wait for their gists, raw and durable as the tail, until there are so
+                many: a window is encoded as a whole, whatever is new in it.
+        """
         self._writer = writer
         self._compactor = compactor
         self._document = document
@@ -26,6 +36,7 @@ class DocumentStream:
         self._window = np.empty(0, np.uint32)
         self._window_start = 0
         self._stored_blocks = 0
+        self._blocks_at_a_time = blocks_at_a_time
         mark = writer.marks([document.key]).get(document.key)
         if mark is not None:
             self._restore(mark.num_blocks)
@@ -34,6 +45,19 @@ class DocumentStream:
     def num_tokens(self) -> int:
         """Tokens of the document so far, all durable."""
         return self._window_start + len(self._window)
+
+    @property
+    def last_token(self) -> int | None:
+        """The newest token; None while there is none."""
+        if len(self._window):
+            return int(self._window[-1])
+        if self._stored_blocks == 0:
+            return None
+        reader = self._writer.reader()
+        try:
+            return int(reader.tokens(reader.version.num_blocks - 1, 1)[0][0, -1])
+        finally:
+            reader.close()
 
     def _restore(self, num_blocks: int) -> None:
         """Read the current window and the tail back from the tree."""
@@ -75,8 +99,9 @@ class DocumentStream:
 
     def _store_full_blocks(self) -> Ack | None:
         """Compact the blocks that became full; start a new window when this one is."""
-        full = len(self._window) // K
-        ack = self._store(full * K, last=False) if full > self._blocks_in_window() else None
+        full, stored = len(self._window) // K, self._blocks_in_window()
+        enough = full - stored >= self._blocks_at_a_time or (full > stored and len(self._window) == WINDOW_TOKENS)
+        ack = self._store(full * K, last=False) if enough else None
         if len(self._window) == WINDOW_TOKENS:
             self._window, self._window_start = self._window[:0], self._window_start + WINDOW_TOKENS
         return ack

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tokenizers
+from tokenizers.decoders import DecodeStream
 
 from cluster.config import BaseLMConfig
 from cluster.errors import ModelError
@@ -90,10 +91,23 @@ class Tokenizer:
             raise
         return [np.asarray(encoding.ids, dtype=np.uint32) for encoding in encodings]
 
+    def encode_markup(self, text: str) -> np.ndarray:
+        """As `encode`, but names of special tokens become those tokens: for a chat template's text, not a user's."""
+        self._backend.encode_special_tokens = False
+        try:
+            return self.encode(text)
+        finally:
+            self._backend.encode_special_tokens = True
+
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
         """The text of token ids, special tokens by name. A character cut in two shows as U+FFFD."""
         listed = ids.tolist() if isinstance(ids, np.ndarray) else [int(i) for i in ids]
         return self._backend.decode(listed, skip_special_tokens=False)
+
+    def decode_stream(self) -> Callable[[int], str]:
+        """A function from each next token of a text to the characters it completes, special tokens left out."""
+        stream = DecodeStream(skip_special_tokens=True)
+        return lambda token: stream.step(self._backend, token) or ""
 
     def decode_batch(self, pieces: Sequence[np.ndarray]) -> list[str]:
         """`decode` of each."""

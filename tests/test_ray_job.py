@@ -23,6 +23,7 @@ def door(*words: str) -> subprocess.CompletedProcess[str]:
 def test_every_job_is_there_and_accepts_its_configuration() -> None:
     assert [job.command for job in ray_job.JOBS] == [
         "demo",
+        "chat",
         "compact",
         "inspect",
         "evaluate gist",

@@ -223,6 +223,18 @@ class KeyIndex:
             out[part] = _scores(keys, directions, self._space, self._key_lengths[part])
         return out
 
+    def grown(self, reader: TreeReader) -> KeyIndex:
+        """The same index over a later version of the tree, to its last block; keys there already are not read again."""
+        other = copy.copy(self)
+        other._reader = reader
+        other._stop = reader.version.num_blocks
+        known = len(self._key_lengths)
+        other._key_lengths = np.empty(max(known, other._stop - self._first), np.float32)
+        other._key_lengths[:known] = self._key_lengths
+        for offset, keys in other._chunks(known):
+            other._key_lengths[offset : offset + len(keys)] = _lengths(keys, self._space)
+        return other
+
     def over(self, reader: TreeReader, changed_blocks: np.ndarray) -> KeyIndex:
         """The same index over a reader that differs in some blocks (in their place, not in number)."""
         other = copy.copy(self)
@@ -235,9 +247,9 @@ class KeyIndex:
             other._key_lengths[blocks - self._first] = _lengths(keys, self._space)
         return other
 
-    def _chunks(self) -> Iterator[tuple[int, Tensor]]:
-        """`(offset, keys (n, D))` of consecutive blocks."""
-        for first in range(self._first, self._stop, CHUNK_KEYS):
+    def _chunks(self, skipped: int = 0) -> Iterator[tuple[int, Tensor]]:
+        """`(offset, keys (n, D))` of consecutive blocks, without the first `skipped`."""
+        for first in range(self._first + skipped, self._stop, CHUNK_KEYS):
             blocks = np.arange(first, min(first + CHUNK_KEYS, self._stop))
             keys = self._reader.read(self._array, 1, blocks).flatten(1)
             _check_width(keys.shape[1], self._space)

@@ -1,0 +1,488 @@
+"""A session: it reads without end, keeps a fixed Working Context of all it has read, and answers.
+
+    what is said -> the tree -> history, search -> refocus -> rows -> KV cache -> tokens -> the tree -> …
+
+There is a refocus on every question and every so many decoded tokens. Between two of them the model reads the Working
+Context and what was decoded behind it; the cache keeps what an edit does not touch. The tree is the state: a session
+that is opened again goes on where it ended.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+import uuid
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from actors.plan import CompactionPlan
+from actors.session_memory import SessionMemory
+from actors.session_search import BlockName, Match, SessionSearch
+from cluster.config import TOKENS_PER_BLOCK as K
+from cluster.config import StoreConfig
+from cluster.errors import BudgetError, DiskFullError, FocusError, MegaContextError
+from cluster.heap import keep_freed_memory
+from cluster.session_config import SamplingConfig, SessionConfig
+from models.base_lm import BaseLM
+from models.decoding.chat_format import ChatFormat
+from models.decoding.focused_cache import FocusedCache, Reuse
+from models.decoding.sampling import Sampler
+from models.focus.assembly import Assembled, Assembler
+from models.focus.history import History
+from models.focus.layout import lay_out
+from models.focus.refocus import Focus, RefocusPolicy, refocus
+from models.focus.working_context import WorkingContext, smallest_budget
+from storage.contract import DocumentMeta
+from storage.focus_events import FocusEvent, FocusEventLog, read_focus_events
+from storage.schema import GISTS
+
+logger = logging.getLogger("megacontext.session")
+
+PINNED_SHARE = 0.5
+"""Of the budget that pins may take."""
+
+
+@dataclass(frozen=True)
+class SessionSpec:
+    """Everything a session needs, before anything is loaded."""
+
+    plan: CompactionPlan
+    store: StoreConfig
+    """Its `context` is the session's own."""
+    reads: tuple[str, ...] = ()
+    config: SessionConfig = field(default_factory=SessionConfig)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What an answer took."""
+
+    num_question_tokens: int
+    num_answer_tokens: int
+    text: str
+    ended: str
+    """`end`: by the model; `length`: `max_new_tokens`; `stop`: a stop string; `closed`: nobody read on."""
+    num_refocuses: int
+    rows_reused: int
+    rows_read: int
+    """Rows read by refocuses; decoded tokens are not among them."""
+    seconds: dict[str, float]
+    """Wall time by part: `write` (tree, gists and levels), `search`, `focus`, `assemble`, `read`, `decode`."""
+    first_token_s: float
+    """From the question to the first token."""
+
+
+@dataclass
+class _Clock:
+    """Wall seconds by part."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+
+
+class Session:
+    """Plain class; one call at a time. `SessionActor` hosts it."""
+
+    def __init__(self, spec: SessionSpec, base_lm: BaseLM | None = None) -> None:
+        """Load the models and open the contexts.
+
+        Args:
+            spec: which, and how it is focused.
+            base_lm: the model of `spec.plan`, where it is loaded already; sessions of one process may share it.
+
+        Raises:
+            ModelError, StorageError: what cannot be loaded or opened, and what to do.
+            BudgetError: the budget cannot hold the contexts.
+        """
+        keep_freed_memory()
+        self.config = spec.config
+        self._plan = spec.plan
+        self._lm = base_lm or BaseLM.load(spec.plan.base_lm)
+        self._tokenizer = spec.plan.tokenizer
+        self._format = ChatFormat.of(spec.plan.files.folder, self._tokenizer, spec.config.system_prompt)
+        self.id = uuid.uuid4().hex[:12]
+        self.memory = SessionMemory(
+            spec.plan,
+            spec.store,
+            spec.reads,
+            self._lm,
+            compact_tokens=spec.config.compact_tokens,
+            owner=f"session {self.id}",
+        )
+        try:
+            self._search = SessionSearch(
+                self.memory, self._lm, spec.plan.gistnet, self._tokenizer, spec.config.candidates
+            )
+            self._policy = _policy(spec.config)
+            self._events = FocusEventLog(self.memory.folder) if spec.config.record_events else None
+            self._cache = FocusedCache(self._lm)
+            self._event: FocusEvent | None = None
+            self._nll, self._num_decoded = 0.0, 0
+            self._assembled: Assembled | None = None
+            self.focus: Focus | None = None
+            self.matches: dict[BlockName, Match] = {}
+            """Why the last refocus found what it found."""
+            self._pinned: list[BlockName] = []
+            self._by_hand: dict[BlockName, float] = {}
+            self.warning = ""
+            """Why the last refocus fell back to recency; empty when it did not."""
+            self._check_budget(self.memory.histories())
+        except BaseException:
+            self.memory.close()
+            raise
+
+    def _check_budget(self, histories: Sequence[History]) -> None:
+        need = smallest_budget(histories) - histories[-1].tail_tokens + self.config.compact_tokens + K
+        room = self.config.budget - self.config.refocus_tokens
+        if need > room:
+            raise BudgetError(
+                f"a budget of {self.config.budget} is too small for {len(histories)} contexts of "
+                f"{sum(h.num_tokens for h in histories):,} tokens: gists and waiting tokens need "
+                f"{need + self.config.refocus_tokens}. Set session.budget to that or more"
+            )
+
+    # -- reading and answering -------------------------------------------------------------------------------------
+
+    def read(self, document: DocumentMeta, text: str) -> bool:
+        """Read a document into the session's context; False where the context holds it already.
+
+        Raises:
+            StorageError: no text, or what writing meets.
+        """
+        tokens = self._tokenizer.encode(text)
+        added = self.memory.read_document(document, tokens)
+        self.memory.index()
+        return added
+
+    def ask(self, question: str, sampling: SamplingConfig) -> Generator[str | Turn]:
+        """Answer: pieces of text as they come, and at last the `Turn`. Leave early by closing the iterator.
+
+        What was said by then stays in the context, as it does when the process dies.
+
+        Raises:
+            ModelError, StorageError: what reading and writing meet.
+        """
+        started = time.perf_counter()
+        clock, reuse = _Clock(), [0, 0]
+        asked = self._tokenizer.encode(question)
+        opening = self._format.next_turn(self.memory.last_token)
+        is_first = self.memory.last_token is None
+        with clock.part("write"):
+            self.memory.say(np.concatenate([opening, asked, self._format.before_answer]).astype(np.uint32))
+        if is_first and self.config.system_prompt:
+            self._pin_opening(len(opening))
+        query = asked[-self.config.query_tokens :].astype(np.int64)
+        self._refocus("question", query, clock, reuse)
+
+        sampler = Sampler(sampling, self._lm.device)
+        decode = self._tokenizer.decode_stream()
+        stops = (*self._format.stop_strings, *sampling.stop_strings)
+        answer: list[int] = []
+        unsaid: list[int] = []
+        text, ended, first_token_s, num_refocuses = "", "length", 0.0, 1
+        try:
+            while len(answer) < sampling.max_new_tokens:
+                with clock.part("decode"):
+                    token = sampler.draw(answer, self._cache.logits())
+                    self._count_decoded(token)
+                first_token_s = first_token_s or time.perf_counter() - started
+                answer.append(token)
+                unsaid.append(token)
+                if token in self._format.end_ids:
+                    ended = "end"
+                    break
+                piece = decode(token)
+                if piece:
+                    text += piece
+                    cut = min((at for stop in stops if (at := text.find(stop)) >= 0), default=None)
+                    if cut is not None:
+                        yield piece[: max(0, cut - (len(text) - len(piece)))]
+                        text, ended = text[:cut], "stop"
+                        break
+                    yield piece
+                if len(answer) == sampling.max_new_tokens:
+                    break
+                if len(unsaid) >= self.config.refocus_tokens:
+                    with clock.part("write"):
+                        self.memory.say(np.array(unsaid, np.uint32))
+                        unsaid.clear()
+                    tail = np.array(answer[-K:], np.int64)
+                    self._refocus("interval", np.concatenate([query, tail])[-2 * len(query) - K :], clock, reuse)
+                    num_refocuses += 1
+                else:
+                    with clock.part("decode"):
+                        self._cache.append(np.array([token], np.int64))
+        except GeneratorExit:
+            ended = "closed"
+            raise
+        finally:
+            with clock.part("write"):
+                if unsaid:
+                    self.memory.say(np.array(unsaid, np.uint32))
+                self.memory.index()
+            self._finish_event()
+        yield Turn(
+            len(asked), len(answer), text, ended, num_refocuses, reuse[0], reuse[1], dict(clock.seconds), first_token_s
+        )
+
+    # -- focus -----------------------------------------------------------------------------------------------------
+
+    def refocus(self, question: str) -> Focus:
+        """Refocus on a question without asking it."""
+        query = self._tokenizer.encode(question)[-self.config.query_tokens :].astype(np.int64)
+        self._refocus("question", query, _Clock(), [0, 0])
+        assert self.focus is not None
+        return self.focus
+
+    def _refocus(self, reason: str, query: np.ndarray, clock: _Clock, reuse: list[int]) -> None:
+        self._finish_event()
+        histories = self.memory.histories()
+        before = dict(clock.seconds)
+        with clock.part("search"):
+            scores = self._scores(query, histories)
+        budget = self.config.budget - self.config.refocus_tokens
+        with clock.part("focus"):
+            self.focus = refocus(
+                self._policy,
+                histories,
+                budget,
+                scores,
+                self.focus,
+                pinned=self._pinned,
+                new_question=reason == "question",
+                seed=self.config.seed,
+            )
+        with clock.part("assemble"):
+            readers = self.memory.readers()
+            assembler = Assembler(self._lm.embed, readers, array=GISTS, dtype=self._lm.dtype, device=self._lm.device)
+            self._assembled = assembler.assemble(self.focus.wc, self._assembled)
+        with clock.part("read"):
+            layout = lay_out(self.config.positional, self._assembled.half_tokens, self.focus.wc.total_tokens)
+            read = self._cache.refocus(self._assembled.embeds, layout.half_tokens, layout.next_half_token)
+        reuse[0] += read.num_reused
+        reuse[1] += read.num_read
+        if self.focus.unfit:
+            logger.warning("%d pinned blocks no longer fit the budget and are not shown", len(self.focus.unfit))
+        self._begin_event(reason, scores, read, {k: v - before.get(k, 0.0) for k, v in clock.seconds.items()})
+
+    def _scores(self, query: np.ndarray, histories: Sequence[History]) -> dict[BlockName, float]:
+        """What blocks are worth; on trouble nothing, which is recency."""
+        self.warning, self.matches = "", {}
+        scores = dict(self._by_hand)
+        if self._policy.strategy == "recency" or len(query) == 0:
+            return scores
+        own = histories[-1]
+        tail_from = own.stop_block if self.focus is None else min(self.focus.tail_from, own.stop_block)
+        try:
+            context = np.empty(0, np.int64)
+            self.matches = self._search.find(query, context, tail_from, self.config.candidates)
+        except MegaContextError as error:
+            self.warning = f"search failed ({error}); the newest tokens are shown instead"
+            logger.warning("%s", self.warning)
+            return scores
+        for name, match in self.matches.items():
+            scores[name] = scores.get(name, 0.0) + match.score
+        return scores
+
+    # -- by hand ---------------------------------------------------------------------------------------------------
+
+    def expand(self, block: int, source: int = -1) -> None:
+        """Show a block from the next refocus on, until others are worth more by far.
+
+        Raises:
+            NodeMissingError: there is no such block.
+        """
+        self._by_hand[self._named(block, source)] = 2.0
+
+    def pin(self, block: int, source: int = -1) -> None:
+        """Show a block from the next refocus on, always.
+
+        Raises:
+            NodeMissingError: there is no such block.
+            BudgetError: pins would take more than half of the budget.
+        """
+        name = self._named(block, source)
+        if name in self._pinned:
+            return
+        most = int(self.config.budget * PINNED_SHARE) // K
+        if len(self._pinned) >= most:
+            raise BudgetError(
+                f"{most} blocks are pinned, half of a budget of {self.config.budget}; unpin one or raise session.budget"
+            )
+        self._pinned.append(name)
+
+    def unpin(self, block: int, source: int = -1) -> bool:
+        """No longer show a block in any case; False where it was not pinned."""
+        name = self._named(block, source)
+        self._by_hand.pop(name, None)
+        if name not in self._pinned:
+            return False
+        self._pinned.remove(name)
+        return True
+
+    @property
+    def pinned(self) -> tuple[BlockName, ...]:
+        """Blocks always shown, `(block, source)`."""
+        return tuple(self._pinned)
+
+    def _named(self, block: int, source: int) -> BlockName:
+        readers = self.memory.readers()
+        if not -len(readers) <= source < len(readers):
+            raise FocusError(f"there is no context number {source}; the session has {len(readers)}")
+        source %= len(readers)
+        self.memory.span(block, source)
+        return block, source
+
+    def _pin_opening(self, num_tokens: int) -> None:
+        """The system prompt, which begins the turns' document."""
+        reader = self.memory.readers()[-1]
+        document = reader.documents()[-1]
+        stop = document.first_block + num_tokens // K
+        source = len(self.memory.readers()) - 1
+        self._pinned += [(block, source) for block in range(document.first_block, stop)]
+
+    # -- events ----------------------------------------------------------------------------------------------------
+
+    def _begin_event(self, reason: str, scores: dict[BlockName, float], read: Reuse, seconds: dict[str, float]) -> None:
+        focus = self.focus
+        assert focus is not None
+        wc = focus.wc
+        self._nll, self._num_decoded = 0.0, 0
+        self._event = FocusEvent(
+            self.id,
+            focus.number,
+            reason,
+            json.dumps(asdict(self._policy), sort_keys=True),
+            [(history.context, history.seq) for history in wc.histories],
+            wc.total_tokens,
+            wc.budget,
+            wc.total_cost,
+            [(node.lod, node.index, node.source) for node in wc.nodes()],
+            scores,
+            list(focus.found),
+            list(focus.pinned),
+            list(focus.added),
+            list(focus.dropped),
+            focus.num_aged,
+            read.num_reused,
+            read.num_read,
+            seconds,
+            warning=self.warning,
+        )
+
+    def _count_decoded(self, token: int) -> None:
+        if self._event is not None and self._events is not None:
+            self._nll += self._cache.nll_of_next(token)
+            self._num_decoded += 1
+
+    def _finish_event(self) -> None:
+        event, self._event = self._event, None
+        if event is None or self._events is None:
+            return
+        event.num_decoded = self._num_decoded
+        event.nll_decoded = self._nll / self._num_decoded if self._num_decoded else None
+        try:
+            self._events.add(event)
+        except DiskFullError as error:
+            logger.warning("%s", error)
+
+    def events(self) -> list[dict[str, Any]]:
+        """This session's focus events that are durable, oldest first: all of them once it is closed."""
+        return read_focus_events(self.memory.folder, self.id).to_pylist()
+
+    def close(self) -> None:
+        """Make everything durable and release the contexts."""
+        self._finish_event()
+        self._search.close()
+        try:
+            if self._events is not None:
+                self._events.flush()
+        finally:
+            self.memory.close()
+
+
+class SessionActor:
+    """Hosts a session in a process of its own: one call at a time, answers streamed.
+
+    Call `ask` with `num_returns="streaming"`. The first call loads the models, so that a refusal reaches the caller
+    as itself.
+    """
+
+    def __init__(self, spec: SessionSpec, num_threads: int = 1) -> None:
+        self._spec = spec
+        self._num_threads = num_threads
+        self._session: Session | None = None
+
+    def _opened(self) -> Session:
+        if self._session is None:
+            torch.set_num_threads(self._num_threads)
+            self._session = Session(self._spec)
+        return self._session
+
+    def ready(self) -> int:
+        """Tokens the session remembers, once it is open."""
+        return self._opened().memory.num_tokens
+
+    def ask(self, question: str, sampling: SamplingConfig) -> Iterator[str | Turn]:
+        """As `Session.ask`."""
+        yield from self._opened().ask(question, sampling)
+
+    def read(self, document: DocumentMeta, text: str) -> bool:
+        """As `Session.read`."""
+        return self._opened().read(document, text)
+
+    def close(self) -> None:
+        """As `Session.close`."""
+        session, self._session = self._session, None
+        if session is not None:
+            session.close()
+
+
+def _policy(config: SessionConfig) -> RefocusPolicy:
+    return RefocusPolicy(
+        config.mode,
+        config.allocator,
+        config.tail_tokens,
+        config.max_blocks,
+        config.age_tokens,
+        config.keep_bonus,
+        config.cooldown,
+        config.row_price,
+        config.exploration,
+    )
+
+
+def picture(wc: WorkingContext, width: int = 72) -> str:
+    """One line: the histories from old to new, each column by the finest level that shows a part of it.
+
+    `█` raw, `▓` LOD1, `▒` LOD2, `░` above; contexts are set apart by a bar.
+    """
+    total = max(1, sum(history.num_blocks + bool(history.tail_tokens) for history in wc.histories))
+    lines = []
+    for source, history in enumerate(wc.histories):
+        blocks = history.num_blocks + bool(history.tail_tokens)
+        if blocks == 0:
+            continue
+        columns = max(1, round(width * blocks / total))
+        mine = np.flatnonzero(wc.source == source)
+        first = (wc.first_block[mine] - history.first_block) * columns // blocks
+        stop = -(-(wc.stop_block[mine] - history.first_block) * columns // blocks)
+        finest = np.full(columns, 99)
+        for lod, start, end in zip(wc.lod[mine].tolist(), first.tolist(), stop.tolist(), strict=True):
+            end = max(end, start + 1)
+            finest[start:end] = np.minimum(finest[start:end], lod)
+        lines.append("".join("█▓▒░"[min(int(lod), 3)] for lod in finest))
+    return "|".join(lines)

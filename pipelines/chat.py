@@ -1,0 +1,175 @@
+"""chat: talk with a model that remembers a context.
+
+Type a question; `/help` lists what else there is. Lines may also be piped in. What is said stays in the context:
+another run goes on where this one ended, and so does one that follows a crash.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from actors.plan import CompactionPlan, check_encoding, plan_models
+from actors.session import Session, SessionSpec, Turn
+from cluster.config import StoreConfig
+from cluster.errors import ConfigError, MegaContextError
+from cluster.log import get_logger
+from cluster.run import JobRun
+from cluster.session_config import ChatJob
+from pipelines.chat_commands import Commands, Quit, found_rows
+from pipelines.session_report import draw_session, session_numbers, session_tables
+from storage.contract import DocumentMeta
+from storage.corpus import Document
+from storage.store import Store
+
+logger = get_logger("chat")
+
+BANNER = "{model} remembers {tokens:,} tokens in {contexts}. Ask, or /help. Ctrl-D ends."
+
+
+def run(job: ChatJob) -> None:
+    """Hold a conversation and leave a report of it."""
+    job = dataclasses.replace(job, run=dataclasses.replace(job.run, name=job.run.name or f"chat-{job.context}"))
+    store = dataclasses.replace(job.store, context=job.context)
+    plan = prepare(job, store)
+    with JobRun.start("chat", job) as job_run:
+        job_run.log_digests(plan.digests())
+        session = Session(SessionSpec(plan, store, tuple(job.reads), job.session))
+        with contextlib.closing(session):
+            read_files(session, job)
+            turns = converse(session, job)
+        events = session.events()
+        tables = session_tables(turns, events)
+        if events:
+            draw_session(events, job_run.folder)
+        job_run.finish(session_numbers(turns, events), tables)
+        if not job.json:
+            sys.stdout.write(f"\nreport  {job_run.folder / 'report.md'}\n")
+
+
+def prepare(job: ChatJob, store: StoreConfig) -> CompactionPlan:
+    """Everything that can be refused, before a model is loaded.
+
+    Raises:
+        ContextNotFoundError, IncompatibleTreeError, ModelError: what was found and what to do.
+    """
+    plan = plan_models(job.base_lm, job.gistnet, store)
+    check_encoding(plan, store)
+    if job.reads:
+        known = Store(job.store.root)
+        for name in job.reads:
+            known.folder(name)
+    return plan
+
+
+def read_files(session: Session, job: ChatJob) -> None:
+    """Read `files` into the context; those it holds already are passed over.
+
+    Raises:
+        ConfigError: a file that is no text.
+    """
+    for name in job.files:
+        read_file(session, name)
+
+
+def read_file(session: Session, name: str) -> str:
+    """Read a text file into the session's context, and say what became of it.
+
+    Raises:
+        ConfigError: no such file, or no text.
+    """
+    path = Path(name).expanduser()
+    try:
+        raw = path.read_bytes()
+        text = raw.decode("utf-8")
+    except OSError as error:
+        raise ConfigError(f"{name} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{name} is no UTF-8 text") from error
+    if not text.strip():
+        raise ConfigError(f"{name} holds no text")
+    before = session.memory.num_tokens
+    document = Document.from_raw(path.resolve().as_uri(), text, raw, path.stat().st_mtime)
+    added = session.read(
+        DocumentMeta(
+            document.key, document.uri, document.content_sha256, document.size_bytes, document.modified_at, ()
+        ),
+        text,
+    )
+    if not added:
+        return f"{name} is in the context already"
+    return f"read {name}: {session.memory.num_tokens - before:,} tokens"
+
+
+def converse(session: Session, job: ChatJob) -> list[Turn]:
+    """Questions and commands until the input ends."""
+    commands = Commands(session, lambda name: read_file(session, name))
+    turns: list[Turn] = []
+    is_terminal = sys.stdin.isatty() and not job.prompt and not job.json
+    if is_terminal:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  # line editing and history for `input`
+        names = ", ".join([*job.reads, job.context])
+        sys.stdout.write(
+            BANNER.format(model=job.base_lm.source, tokens=session.memory.num_tokens, contexts=names) + "\n"
+        )
+    for line in [job.prompt] if job.prompt else _lines(is_terminal):
+        if not line.strip():
+            continue
+        try:
+            if line.startswith("/"):
+                sys.stdout.write(commands.run(line))
+            else:
+                turns.append(answer(session, line, job))
+                if is_terminal:
+                    sys.stdout.write(f"{commands.picture()}\n")
+        except Quit:
+            break
+        except MegaContextError as error:
+            if job.prompt or not is_terminal:
+                raise
+            sys.stdout.write(f"error: {error}\n")
+        sys.stdout.flush()
+    return turns
+
+
+def answer(session: Session, question: str, job: ChatJob) -> Turn:
+    """One turn, printed as it comes; Ctrl-C ends the answer and keeps what was said."""
+    stream = session.ask(question, job.sampling)
+    turn: Turn | None = None
+    said = ""
+    try:
+        for piece in stream:
+            if isinstance(piece, Turn):
+                turn = piece
+                continue
+            said += piece
+            if not job.json:
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+    except KeyboardInterrupt:
+        stream.close()
+        sys.stdout.write(" (stopped)")
+    turn = turn or Turn(0, 0, said, "closed", 0, 0, 0, {}, 0.0)
+    if job.json:
+        record = {"question": question, **dataclasses.asdict(turn), "found": found_rows(session)}
+        sys.stdout.write(json.dumps(record) + "\n")
+    else:
+        sys.stdout.write("\n")
+    return turn
+
+
+def _lines(is_terminal: bool) -> Iterator[str]:
+    """Lines of standard input; on a terminal with a prompt."""
+    while True:
+        try:
+            yield input("> " if is_terminal else "")
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            sys.stdout.write("\n")
+            return

@@ -1,0 +1,158 @@
+"""Focus events: what a session showed, scored and edited, and what it was worth. They train LensNet and curation.
+
+An append-only log of Parquet files in the context's folder, each written once: to a temporary name, synced, renamed.
+Events wait in memory until there are enough of them, or somebody flushes; a crash loses those that wait and leaves no
+half file.
+"""
+
+from __future__ import annotations
+
+import errno
+import time
+import uuid
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cluster.errors import CorruptTreeError, DiskFullError, StorageError
+from storage.durable import fsync_folder, write_file_durably
+
+EVENTS_FOLDER = "focus"
+FLUSH_EVENTS = 64
+
+_BLOCKS = pa.list_(pa.struct([("source", pa.int16()), ("block", pa.int64())]))
+
+SCHEMA = pa.schema(
+    [
+        ("session", pa.string()),
+        ("number", pa.int64()),
+        ("time", pa.float64()),
+        ("reason", pa.string()),
+        ("policy", pa.string()),
+        ("contexts", pa.list_(pa.struct([("context", pa.string()), ("version", pa.int64())]))),
+        ("num_tokens", pa.int64()),
+        ("budget", pa.int32()),
+        ("cost", pa.int32()),
+        ("entries", pa.list_(pa.struct([("source", pa.int16()), ("lod", pa.int8()), ("index", pa.int64())]))),
+        (
+            "scores",
+            pa.list_(pa.struct([("source", pa.int16()), ("block", pa.int64()), ("score", pa.float32())])),
+        ),
+        ("found", _BLOCKS),
+        ("pinned", _BLOCKS),
+        ("added", _BLOCKS),
+        ("dropped", _BLOCKS),
+        ("num_aged", pa.int32()),
+        ("rows_reused", pa.int32()),
+        ("rows_read", pa.int32()),
+        ("seconds", pa.map_(pa.string(), pa.float32())),
+        ("num_decoded", pa.int32()),
+        ("nll_decoded", pa.float32()),
+        ("warning", pa.string()),
+    ],
+    metadata={b"megacontext.focus_events": b"1"},
+)
+"""Version 1. `block`s are of the context `contexts[source]`; `policy` is JSON; `seconds` are of wall time by part of
+the refocus; `nll_decoded` is the mean NLL in nats of the `num_decoded` tokens decoded until the next refocus, null
+where there were none."""
+
+Block = tuple[int, int]
+"""`(block, source)`."""
+
+
+@dataclass
+class FocusEvent:
+    """One refocus; fields as in `SCHEMA`."""
+
+    session: str
+    number: int
+    reason: str
+    policy: str
+    contexts: list[tuple[str, int]]
+    num_tokens: int
+    budget: int
+    cost: int
+    entries: list[tuple[int, int, int]]
+    """`(lod, index, source)`."""
+    scores: dict[Block, float]
+    found: list[Block]
+    pinned: list[Block]
+    added: list[Block]
+    dropped: list[Block]
+    num_aged: int
+    rows_reused: int = 0
+    rows_read: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    num_decoded: int = 0
+    nll_decoded: float | None = None
+    warning: str = ""
+    time: float = field(default_factory=time.time)
+
+
+def _row(event: FocusEvent) -> dict[str, object]:
+    row = {f.name: getattr(event, f.name) for f in fields(event)}
+    row["contexts"] = [{"context": name, "version": seq} for name, seq in event.contexts]
+    row["entries"] = [{"source": source, "lod": lod, "index": index} for lod, index, source in event.entries]
+    row["scores"] = [{"source": s, "block": b, "score": score} for (b, s), score in sorted(event.scores.items())]
+    for name in ("found", "pinned", "added", "dropped"):
+        row[name] = [{"source": source, "block": block} for block, source in getattr(event, name)]
+    row["seconds"] = list(event.seconds.items())
+    return row
+
+
+class FocusEventLog:
+    """Appends one session's events."""
+
+    def __init__(self, context_folder: Path) -> None:
+        self._folder = context_folder / EVENTS_FOLDER
+        self._waiting: list[FocusEvent] = []
+
+    def add(self, event: FocusEvent) -> None:
+        """Keep a finished event; written when enough wait.
+
+        Raises:
+            DiskFullError, StorageError: the disk refused; the events still wait.
+        """
+        self._waiting.append(event)
+        if len(self._waiting) >= FLUSH_EVENTS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Make every event durable. Errors as of `add`."""
+        if not self._waiting:
+            return
+        sink = pa.BufferOutputStream()
+        pq.write_table(pa.Table.from_pylist([_row(event) for event in self._waiting], SCHEMA), sink)
+        # Names in the order of time, so that a listing is the order of events.
+        name = f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}.parquet"
+        temporary = self._folder / f".{name}.tmp"
+        try:
+            self._folder.mkdir(exist_ok=True)
+            write_file_durably(temporary, sink.getvalue().to_pybytes())
+            temporary.rename(self._folder / name)
+            fsync_folder(self._folder)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            kind = DiskFullError if error.errno in {errno.ENOSPC, errno.EDQUOT} else StorageError
+            raise kind(
+                f"cannot write focus events under {self._folder}: {error}; they are kept and tried again"
+            ) from error
+        self._waiting.clear()
+
+
+def read_focus_events(context_folder: Path, session: str | None = None) -> pa.Table:
+    """Events of a context, all or one session's, oldest first; an empty table where there are none.
+
+    Raises:
+        CorruptTreeError: a file that is no Parquet of this schema; names it.
+    """
+    tables = []
+    for path in sorted((context_folder / EVENTS_FOLDER).glob("*.parquet")):
+        try:
+            chosen = None if session is None else [("session", "=", session)]
+            tables.append(pq.read_table(path, schema=SCHEMA, filters=chosen))
+        except (pa.ArrowException, OSError) as error:
+            raise CorruptTreeError(f"{path} holds no focus events: {error}; move it away to read the others") from error
+    return pa.concat_tables(tables) if tables else SCHEMA.empty_table()

@@ -1,0 +1,341 @@
+"""A session remembers, keeps its budget, predicts as a full pass would, and goes on where it ended."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import torch
+
+from actors.plan import CompactionPlan, plan_models
+from actors.session import Session, SessionActor, SessionSpec, Turn, picture
+from cluster.config import TOKENS_PER_BLOCK as K
+from cluster.config import BaseLMConfig, GistNetConfig, StoreConfig
+from cluster.errors import (
+    BudgetError,
+    ContextNotFoundError,
+    FocusError,
+    IncompatibleTreeError,
+    NodeMissingError,
+    StorageError,
+    WriterConflictError,
+)
+from cluster.ray_runtime import RaySession
+from cluster.session_config import SamplingConfig, SessionConfig
+from models.base_lm import BaseLM
+from models.focus.layout import lay_out
+from models.positions import Positions
+from storage.contract import DocumentMeta
+from storage.focus_events import read_focus_events
+from storage.store import Store
+from storage.verify import verify_context
+from tests.actors.helpers import follow, ingest, make_compactor, make_documents, make_text, open_context
+
+CONFIG = SessionConfig(
+    budget=320, compact_tokens=64, tail_tokens=64, refocus_tokens=16, age_tokens=64, max_blocks=3, row_price=0.0
+)
+SAMPLING = SamplingConfig(max_new_tokens=40, temperature=1.0, top_p=1.0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Two torch threads spin while they wait for each other; on a busy machine that is most of the time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def lm(tiny_lm_config: BaseLMConfig) -> BaseLM:
+    return BaseLM.load(tiny_lm_config)
+
+
+@pytest.fixture
+def plan(tmp_path: Path, tiny_lm_config: BaseLMConfig) -> CompactionPlan:
+    net = GistNetConfig(kind="windowed", lm_layers=2)
+    return plan_models(tiny_lm_config, net, StoreConfig(root=tmp_path, context="own"))
+
+
+@pytest.fixture
+def spec(tmp_path: Path, plan: CompactionPlan) -> SessionSpec:
+    return SessionSpec(plan, StoreConfig(root=tmp_path, context="own", segment_super_blocks=4), config=CONFIG)
+
+
+@pytest.fixture
+def session(spec: SessionSpec, lm: BaseLM) -> Iterator[Session]:
+    with closing(Session(spec, lm)) as opened:
+        yield opened
+
+
+def document(name: str, text: str) -> DocumentMeta:
+    return DocumentMeta(name, f"file:///{name}", size_bytes=len(text))
+
+
+def ask(session: Session, question: str, **sampling: Any) -> Turn:
+    *pieces, turn = session.ask(question, replace(SAMPLING, **sampling))
+    assert isinstance(turn, Turn)
+    assert "".join(str(piece) for piece in pieces) == turn.text
+    return turn
+
+
+def said(session: Session) -> str:
+    """All of the session's own context."""
+    reader = session.memory.readers()[-1]
+    tokens, counts = reader.tokens(0, reader.version.num_blocks)
+    ids = [int(t) for row, count in zip(tokens, counts, strict=True) for t in row[:count]]
+    tail = reader.tail()
+    return session._tokenizer.decode(ids + ([] if tail is None else tail.tokens.tolist()))
+
+
+def assert_as_full_pass(session: Session) -> None:
+    """The next token's logits are those of the Working Context read in one pass."""
+    assembled, focus = session._assembled, session.focus
+    assert assembled is not None
+    assert focus is not None
+    layout = lay_out(session.config.positional, assembled.half_tokens, focus.wc.total_tokens)
+    with torch.inference_mode():
+        at = Positions(torch.from_numpy(layout.half_tokens)[None])
+        expected = session._lm.logits(assembled.embeds[None], positions=at, last_only=True)[0, -1]
+    assert torch.allclose(session._cache.logits(), expected, atol=1e-3, rtol=0)
+
+
+def test_what_is_asked_and_answered_is_remembered(session: Session) -> None:
+    first = ask(session, "where is the tree?")
+    second = ask(session, "and the model?", max_new_tokens=5)
+    assert (first.num_answer_tokens, first.ended, second.num_answer_tokens) == (40, "length", 5)
+    assert first.num_refocuses == 3
+    text = said(session)
+    assert text.index("where is the tree?") < text.index("and the model?")
+    assert first.text in text
+    assert {"write", "search", "focus", "assemble", "read", "decode"} <= set(first.seconds)
+    assert 0 < first.first_token_s < sum(first.seconds.values()) + 1
+
+
+@pytest.mark.parametrize("mode", ["overlay", "strict"])
+@pytest.mark.parametrize("positional", ["compact", "anchored"])
+def test_over_a_long_session_the_model_reads_what_a_full_pass_would(
+    spec: SessionSpec, lm: BaseLM, mode: Any, positional: Any
+) -> None:
+    config = replace(CONFIG, mode=mode, positional=positional, budget=420)
+    with closing(Session(replace(spec, config=config), lm)) as session:
+        reused = 0
+        for number in range(6):
+            if number in {0, 3}:
+                text = make_text(number, 400)
+                assert session.read(document(f"d{number}", text), text)
+            session.refocus(make_text(number, 4))
+            assert_as_full_pass(session)
+            turn = ask(session, make_text(number, 6), seed=number)
+            reused += turn.rows_reused
+            assert session._cache.num_rows <= config.budget
+            assert session.focus is not None
+            assert session.focus.wc.total_cost <= config.budget - config.refocus_tokens
+        assert reused > 0
+        folder, name = session.memory.folder, session.memory.name
+    assert verify_context(folder, name).problems == []
+
+
+def test_a_session_goes_on_where_it_ended(spec: SessionSpec, lm: BaseLM) -> None:
+    with closing(Session(spec, lm)) as session:
+        ask(session, "where is the tree?")
+        before = said(session)
+    with closing(Session(spec, lm)) as session:
+        assert said(session) == before
+        ask(session, "go on")
+        assert said(session).startswith(before)
+        documents = session.memory.readers()[-1].documents()
+        assert len(documents) == 1
+        assert documents[0].meta.uri == "session:own/1"
+
+
+def test_an_answer_nobody_waits_for_stays(session: Session) -> None:
+    stream = session.ask("where is the tree?", SAMPLING)
+    heard = "".join(str(next(stream)) for _ in range(3))
+    stream.close()
+    assert heard in said(session)
+    ask(session, "go on")
+    assert_as_full_pass_after_refocus(session)
+
+
+def assert_as_full_pass_after_refocus(session: Session) -> None:
+    session.refocus("tree")
+    assert_as_full_pass(session)
+
+
+def test_one_seed_is_one_answer(spec: SessionSpec, lm: BaseLM, tmp_path: Path) -> None:
+    texts = []
+    for name in ("a", "b"):
+        store = replace(spec.store, root=tmp_path / name)
+        with closing(Session(replace(spec, store=store), lm)) as session:
+            texts.append(ask(session, "where?", seed=5).text)
+    assert texts[0] == texts[1]
+
+
+def test_a_stop_string_ends_an_answer_and_is_not_said(spec: SessionSpec, lm: BaseLM, tmp_path: Path) -> None:
+    with closing(Session(spec, lm)) as session:
+        whole = ask(session, "where?", seed=3).text
+    stop = next(letter for letter in whole[3:] if letter.isascii() and letter.isalpha())
+    store = replace(spec.store, root=tmp_path / "stopped")
+    with closing(Session(replace(spec, store=store), lm)) as session:
+        turn = ask(session, "where?", seed=3, stop_strings=[stop])
+    assert (turn.text, turn.ended) == (whole[: whole.index(stop)], "stop")
+
+
+def other_context(root: Path, plan: CompactionPlan, texts: Sequence[int], name: str = "other") -> None:
+    writer = open_context(root, plan, name)
+    ingest(writer, plan, make_compactor(plan), make_documents(texts))
+    follow(writer, plan)
+    writer.close()
+
+
+def test_other_contexts_are_read_and_not_written(
+    tmp_path: Path, spec: SessionSpec, plan: CompactionPlan, lm: BaseLM
+) -> None:
+    other_context(tmp_path, plan, [600, 300])
+    with Store(tmp_path).open_reader("other") as reader:
+        before = reader.version
+        wanted = reader.tokens(11, 1)[0][0]
+    with closing(Session(replace(spec, reads=("other",)), lm)) as session:
+        # Whole words of the block, so that its rare ones are found.
+        question = plan.tokenizer.decode(wanted.astype(np.int64))
+        focus = session.refocus(question)
+        assert (11, 0) in focus.found
+        assert session.matches[(11, 0)].lexical_rank == 1
+        ask(session, question)
+        assert session.memory.span(11, 0).context == "other"
+        assert picture(session.focus.wc).count("|") == 1  # type: ignore[union-attr]
+    with Store(tmp_path).open_reader("other") as reader:
+        assert reader.version == before
+
+
+def test_where_search_fails_the_newest_tokens_are_shown(
+    session: Session, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    text = make_text(1, 500)
+    session.read(document("d", text), text)
+    assert session.refocus(text[:60]).found
+
+    def fail(*_: object) -> None:
+        raise StorageError("the disk is gone")
+
+    monkeypatch.setattr(session._search, "find", fail)
+    turn = ask(session, text[:60])
+    assert turn.num_answer_tokens == 40
+    assert "the disk is gone" in session.warning
+    assert "newest tokens are shown" in caplog.text
+    assert session.events() == []  # they wait
+    session._finish_event()
+    assert session._events is not None
+    session._events.flush()
+    assert "the disk is gone" in session.events()[-1]["warning"]
+
+
+def test_every_refocus_leaves_an_event(spec: SessionSpec, lm: BaseLM) -> None:
+    with closing(Session(spec, lm)) as session:
+        text = make_text(2, 500)
+        session.read(document("d", text), text)
+        turns = [ask(session, text[30:90]), ask(session, text[400:480])]
+        folder, budget = session.memory.folder, session.config.budget - session.config.refocus_tokens
+    events = session.events()
+    assert len(events) == sum(turn.num_refocuses for turn in turns)
+    assert [event["number"] for event in events] == list(range(len(events)))
+    assert {event["reason"] for event in events} == {"question", "interval"}
+    assert sum(event["num_decoded"] for event in events) == sum(turn.num_answer_tokens for turn in turns)
+    for event in events:
+        assert event["cost"] <= event["budget"] == budget
+        assert event["rows_reused"] + event["rows_read"] == event["cost"]
+        raw = {entry["index"] for entry in event["entries"] if entry["lod"] == 0}
+        assert {block["block"] for block in event["found"]} <= raw
+        assert event["nll_decoded"] is None or 0 < event["nll_decoded"] < 20
+        assert dict(event["seconds"])["read"] > 0
+    assert read_focus_events(folder).num_rows == len(events)
+
+
+def test_events_can_be_left_out(spec: SessionSpec, lm: BaseLM) -> None:
+    with closing(Session(replace(spec, config=replace(CONFIG, record_events=False)), lm)) as session:
+        ask(session, "where?")
+    assert session.events() == []
+
+
+def test_pinned_and_expanded_blocks_are_shown(session: Session) -> None:
+    text = make_text(3, 600)
+    session.read(document("d", text), text)
+    session.pin(2)
+    session.expand(5)
+    focus = session.refocus("nothing of the kind")
+    assert {2, 5} <= set(focus.wc.raw_blocks().tolist())
+    assert session.pinned == ((2, 0),)
+    assert session.unpin(2)
+    assert not session.unpin(2)
+    with pytest.raises(NodeMissingError):
+        session.pin(10_000)
+    with pytest.raises(FocusError, match="no context number 3"):
+        session.pin(1, 3)
+    for block in range(CONFIG.budget // 2 // K):
+        session.pin(block)
+    with pytest.raises(BudgetError, match="5 blocks are pinned"):
+        session.pin(9)
+
+
+def test_a_system_prompt_is_always_shown(spec: SessionSpec, lm: BaseLM) -> None:
+    config = replace(CONFIG, system_prompt="Answer as the keeper of the tree would, in few words. " * 2)
+    with closing(Session(replace(spec, config=config), lm)) as session:
+        ask(session, "where?")
+        text = make_text(4, 900)
+        session.read(document("d", text), text)
+        ask(session, "where?")
+        assert session.focus is not None
+        assert {0, 1, 2} <= set(session.focus.wc.raw_blocks().tolist())
+
+
+def test_a_document_is_read_once(session: Session) -> None:
+    text = make_text(5, 50)
+    assert session.read(document("d", text), text)
+    assert not session.read(document("d", text), text)
+    with pytest.raises(StorageError, match="holds no text"):
+        session.read(document("empty", ""), "")
+
+
+def test_what_cannot_be_opened_is_refused_and_nothing_is_kept(
+    tmp_path: Path, spec: SessionSpec, plan: CompactionPlan, lm: BaseLM, tiny_lm_config: BaseLMConfig
+) -> None:
+    with pytest.raises(ContextNotFoundError, match="nowhere"):
+        Session(replace(spec, reads=("nowhere",)), lm)
+    other = plan_models(tiny_lm_config, GistNetConfig(kind="mean"), StoreConfig(root=tmp_path / "x", context="x"))
+    open_context(tmp_path, other, "other").close()
+    with pytest.raises(IncompatibleTreeError, match="other"):
+        Session(replace(spec, reads=("other",)), lm)
+    with closing(Session(spec, lm)), pytest.raises(WriterConflictError):
+        Session(spec, lm)
+    with closing(Session(spec, lm)) as session:
+        assert session.memory.num_tokens == 0
+
+
+def test_a_budget_that_cannot_hold_the_contexts_is_refused(
+    tmp_path: Path, spec: SessionSpec, plan: CompactionPlan, lm: BaseLM
+) -> None:
+    for name in ("other", "another"):
+        other_context(tmp_path, plan, [2200], name)  # 14 nodes of LOD2 and 22 blocks behind them
+    small = replace(spec, reads=("other", "another"), config=replace(CONFIG, budget=176))
+    with pytest.raises(BudgetError, match=r"Set session\.budget"):
+        Session(small, lm)
+
+
+def test_the_actor_streams_its_answers(spec: SessionSpec, ray_cluster: RaySession) -> None:
+    del ray_cluster
+    actor: Any = ray.remote(SessionActor).options(num_cpus=0.1).remote(spec)
+    assert ray.get(actor.ready.remote()) == 0
+    stream = actor.ask.options(num_returns="streaming").remote("where is the tree?", SAMPLING)
+    *pieces, turn = [ray.get(piece) for piece in stream]
+    assert isinstance(turn, Turn)
+    assert "".join(str(piece) for piece in pieces) == turn.text
+    assert ray.get(actor.read.remote(document("d", "text"), "some text"))
+    ray.get(actor.close.remote())
+    ray.kill(actor)
