@@ -101,7 +101,7 @@ def _check_budgets(
     # Those that measure candidates read them after the gists, whatever the form.
     conditions = rivals.conditions(config.rivals, config.forms)
     measuring = {c.chooser for c in conditions} & {rivals.RERANK, *rivals.ORACLES, rivals.EXHAUSTIVE}
-    if all(c.form in {"", "raw"} for c in conditions) and not measuring:
+    if all(c.form in {"", *rivals.RAW_FORMS} for c in conditions) and not measuring:
         return
     vectors = plan.gistnet.num_vectors
     histories = (History.of(reader, p.first_block, p.stop_block, vectors_per_node=vectors) for p in places)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from actors.evaluation import rivals
 from actors.evaluation.samples import sample_file_name
 from actors.evaluation.task_evaluator import TaskEvaluatorSpec, task_conditions, tasks_of
 from actors.evaluation.task_places import TaskPlace, choose_task_places, in_groups
@@ -89,7 +90,7 @@ def _check_budgets(
     queries = [tasks[name].sample(config.seed, sample, num_needle_places=1).query for name, sample in sorted(asked)]
     longest = max(map(len, plan.tokenizer.encode_batch(queries)))
     smallest = 0
-    if any(condition.form not in {"", "raw"} for condition in task_conditions(config)):
+    if any(condition.form not in {"", *rivals.RAW_FORMS} for condition in task_conditions(config)):
         vectors = plan.gistnet.num_vectors
         parts = {(place.first_block, place.stop_block) for place in places}
         smallest = max(smallest_budget([History.of(reader, *part, vectors_per_node=vectors)]) for part in parts)

@@ -44,6 +44,10 @@ class Contents:
         """Parts one after the other."""
         return cls(torch.cat([p.embeds for p in parts]), np.concatenate([p.half_tokens for p in parts]))
 
+    def ordered(self, order: Int64[np.ndarray, " rows"]) -> Contents:
+        """The same rows in another order."""
+        return Contents(self.embeds[torch.from_numpy(order).to(self.embeds.device)], self.half_tokens[order])
+
     def rows(self, start: int, stop: int) -> Contents:
         """Rows `[start, stop)`."""
         return Contents(self.embeds[start:stop], self.half_tokens[start:stop])

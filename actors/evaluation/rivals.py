@@ -1,9 +1,10 @@
 """The rivals of focus, at exactly equal slots: who chooses blocks, and in which form the choice is shown.
 
 A condition is `chooser/form`, with `@policy` behind it where its rows stand elsewhere than by the evaluation's position
-policy. Forms: `raw` shows chosen blocks and the raw tail alone, `overlay` and `strict` are Working Contexts whose gists
-stand in for everything else, `constant` is an overlay whose gists all say the same. `none`, `full`, `needles` and
-`recency/raw` have no gists either.
+policy. Forms: `raw` shows chosen blocks and the raw tail alone; `late` the same with chosen blocks behind the tail,
+`late64` before its newest 64 tokens (with `compact`: under `global` rows would stand before those they are read after);
+`overlay` and `strict` are Working Contexts whose gists stand in for everything else, `constant` is an overlay whose
+gists all say the same. `none`, `full`, `needles` and `recency/raw` have no gists either.
 """
 
 from __future__ import annotations
@@ -34,12 +35,15 @@ ORACLES = (ORACLE_GREEDY, ORACLE)
 MEASURING = (*ORACLES, EXHAUSTIVE)
 """They measure what the horizon gains, and so may know how many blocks are worth showing."""
 CHOOSERS = (RECENCY, UNIFORM, *RETRIEVERS, *MEASURING)
-FORMS = ("raw", "overlay", "strict", "constant")
+LATE = {"late": 0, "late64": 64}
+"""Forms by how many of the newest tokens stand behind what was chosen."""
+RAW_FORMS = ("raw", *LATE)
+FORMS = (*RAW_FORMS, "overlay", "strict", "constant")
 WITHOUT_FORM = (NONE, FULL, NEEDLES)
 """They have no budget. `needles`: what a task's answer depends on and the tail, nothing else."""
 TASK_CHOOSERS = (NONE, FULL, NEEDLES, RECENCY, UNIFORM, RANDOM, *SEARCHERS, FUSION, ORACLE)
 """Rivals on tasks."""
-TASK_FORMS = ("raw", "overlay", "strict")
+TASK_FORMS = (*RAW_FORMS, "overlay", "strict")
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,7 @@ def conditions(
             found.append(Condition(chooser))
             continue
         # Without gists nothing but raw tokens can be shown evenly.
-        shown = [f for f in ([form] if form else forms) if not (chooser == UNIFORM and f == "raw")]
+        shown = [f for f in ([form] if form else forms) if not (chooser == UNIFORM and f in RAW_FORMS)]
         found += [Condition(chooser, f, policy) for f in shown]
     if not found:
         raise ConfigError(f"rivals {list(rivals)} in forms {list(forms)} leave nothing to compare")
@@ -120,8 +124,9 @@ def contents_of(
     if condition.chooser == FULL:
         return reading.raw(range(history.first_block, history.stop_block)), []
     chosen = ranked if condition.chooser not in {RECENCY, UNIFORM} else ()
-    if condition.form == "raw":
-        return _raw(reading, chosen, budget, tail_tokens, max_blocks)
+    if condition.form in RAW_FORMS:
+        newest_last = LATE.get(condition.form)
+        return _raw(reading, chosen, budget, tail_tokens, max_blocks, newest_last)
     wc = working_context(condition, reading, chosen, budget, tail_tokens, max_blocks)
     # Found blocks may be raw for being recent, too: only as many as could be chosen were.
     raw = set(wc.raw_blocks().tolist())
@@ -165,9 +170,17 @@ def tail_blocks(reading: Reading, tail_tokens: int) -> list[int]:
 
 
 def _raw(
-    reading: Reading, ranked: RankedBlocks, budget: int, tail_tokens: int, max_blocks: int
+    reading: Reading,
+    ranked: RankedBlocks,
+    budget: int,
+    tail_tokens: int,
+    max_blocks: int,
+    newest_last: int | None = None,
 ) -> tuple[Contents, list[int]]:
-    """Chosen blocks and the newest tokens, filling the budget exactly where the history is long enough."""
+    """Chosen blocks and the newest tokens, filling the budget exactly where the history is long enough.
+
+    In timeline order, or with the chosen before so many of the newest tokens.
+    """
     history = reading.history
     sizes = np.diff(history.tokens_before)
     room = budget - min(tail_tokens, budget)
@@ -185,10 +198,12 @@ def _raw(
             newest.append(block)
             left -= int(sizes[block - history.first_block])
         block -= 1
-    rows = reading.raw([*picked, *newest])
-    if left < 0:
-        # The oldest block of the tail is cut, so that the slots are equal to the last one.
-        cut = reading.raw([newest[-1]])
-        first = int(np.flatnonzero(rows.half_tokens == cut.half_tokens[0])[0])
-        rows = Contents.joined([rows.rows(0, first), rows.rows(first - left, rows.num_rows)])
-    return rows, picked
+    # The oldest block of the tail is cut, so that the slots are equal to the last one.
+    tail = reading.raw(newest)
+    tail = tail.rows(max(0, -left), tail.num_rows)
+    found = reading.raw(picked)
+    if newest_last is None:
+        rows = Contents.joined([found, tail])
+        return rows.ordered(np.argsort(rows.half_tokens)), picked
+    older = max(0, tail.num_rows - newest_last)
+    return Contents.joined([tail.rows(0, older), found, tail.rows(older, tail.num_rows)]), picked

@@ -261,7 +261,7 @@ class TaskEvaluator:
             needed = question.needed.tolist()
             contents = reading.raw([*needed, *rivals.tail_blocks(reading, config.tail_tokens)])
             return _Shown(contents, shown_whole(reading.history, contents), needed)
-        if condition.form in {"", "raw"}:
+        if condition.form in {"", *rivals.RAW_FORMS}:
             contents, picked = rivals.contents_of(
                 condition, reading, ranked, room, config.tail_tokens, config.max_blocks
             )
@@ -372,7 +372,7 @@ class TaskEvaluator:
     def _bare(self, question: Question, reading: Reading, budget: int) -> tuple[Contents, Contents]:
         """What stands for the history where nothing is chosen, and its raw tail."""
         tail_tokens = self._config.tail_tokens
-        if all(condition.form in {"", "raw"} for condition in self._conditions):
+        if all(condition.form in {"", *rivals.RAW_FORMS} for condition in self._conditions):
             return reading.nothing(), reading.raw(rivals.tail_blocks(reading, tail_tokens))
         return rivals.bare_rows(reading, budget - len(question.query), tail_tokens)
 

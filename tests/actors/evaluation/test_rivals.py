@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +16,9 @@ from actors.evaluation.rivals import (
     CHOOSERS,
     FORMS,
     FULL,
+    LATE,
     NONE,
+    RAW_FORMS,
     RECENCY,
     TASK_CHOOSERS,
     TASK_FORMS,
@@ -61,16 +65,26 @@ def test_slots_never_exceed_the_budget(
     ranked = [(block, 0) for block in data.draw(st.permutations(list(sizes)))]
     fits = smallest_budget([reading.history]) <= budget
     for condition in conditions((RECENCY, UNIFORM, BM25), FORMS):
-        if condition.form != "raw" and not fits:
+        if condition.form not in RAW_FORMS and not fits:
             with pytest.raises(BudgetError):
                 contents_of(condition, reading, ranked, budget, tail, max_blocks)
             continue
         rows, picked = contents_of(condition, reading, ranked, budget, tail, max_blocks)
         assert rows.num_rows == len(rows.half_tokens) <= budget, condition
         assert len(picked) <= max_blocks
-        if condition.form == "raw":
+        if condition.form in RAW_FORMS:
             assert rows.num_rows == min(budget, sum(sizes.values())), condition
-            assert np.all(np.diff(rows.half_tokens) > 0), condition
+            in_order = contents_of(replace(condition, form="raw"), reading, ranked, budget, tail, max_blocks)[0]
+            assert np.all(np.diff(in_order.half_tokens) > 0), condition
+            order = np.argsort(rows.half_tokens)
+            assert np.array_equal(rows.half_tokens[order], in_order.half_tokens), "another order of the same rows"
+            assert torch.equal(rows.embeds[torch.from_numpy(order)], in_order.embeds)
+            if condition.form in LATE and picked:
+                ends = np.cumsum(list(sizes.values()))
+                found = np.isin(first + np.searchsorted(ends, rows.half_tokens // 2, "right"), picked)
+                behind = rows.num_rows - 1 - int(np.flatnonzero(found)[-1])
+                assert behind == min(LATE[condition.form], int((~found).sum())), condition
+                assert np.all(np.diff(np.flatnonzero(found)) == 1), "what was chosen stands together"
         if condition.chooser in {RECENCY, UNIFORM}:
             assert picked == []
         before = reading.history.tokens_before
@@ -147,7 +161,8 @@ def test_a_budget_that_holds_the_history_shows_all_of_it(lm: BaseLM) -> None:
     for condition in conditions((RECENCY, UNIFORM, BM25), FORMS):
         for budget in (337, 2000):
             rows, _ = contents_of(condition, reading, [(2, 0), (0, 0)], budget, 64, 8)
-            assert rows.digest() == full.digest(), condition
+            order = np.argsort(rows.half_tokens)
+            assert rows.ordered(order).digest() == full.digest(), condition
 
 
 @given(case=cases())
@@ -172,7 +187,7 @@ def test_conditions_are_every_chooser_in_every_form_once() -> None:
     found = [condition.name for condition in conditions(("none", "full", "recency", "uniform"), ("raw", "overlay"))]
     assert found == ["none", "full", "recency/raw", "recency/overlay", "uniform/overlay"]
     assert conditions(("bm25", "bm25", "none"), ("raw", "raw")) == conditions(("bm25", "none"), ("raw",))
-    assert len(conditions(CHOOSERS, FORMS)) == 4 * len(CHOOSERS) - 1
+    assert len(conditions(CHOOSERS, FORMS)) == len(FORMS) * len(CHOOSERS) - len(RAW_FORMS)
 
 
 def test_a_rival_may_name_its_form_and_its_policy() -> None:
@@ -221,8 +236,16 @@ def test_a_rival_may_name_its_form_and_its_policy() -> None:
         ),
         (["oracel/raw"], ["raw"], "there is no rival 'oracel'"),
         (["needles"], ["raw"], "there is no rival 'needles'"),
-        (["recency"], ["raw", "stric"], "there is no form 'stric'; there are: raw, overlay, strict, constant"),
-        (["recency/stric"], ["raw"], "there is no form 'stric'; there are: raw, overlay, strict, constant"),
+        (
+            ["recency"],
+            ["raw", "stric"],
+            "there is no form 'stric'; there are: raw, late, late64, overlay, strict, constant",
+        ),
+        (
+            ["recency/stric"],
+            ["raw"],
+            "there is no form 'stric'; there are: raw, late, late64, overlay, strict, constant",
+        ),
         (
             ["recency/raw@gaussian"],
             ["raw"],
@@ -251,7 +274,7 @@ def test_tasks_have_rivals_and_forms_of_their_own() -> None:
     ]
     for rival, message in (
         ("rerank", "there is no rival 'rerank'; there are: none, full, needles, .*oracle$"),
-        ("bm25/constant", "there is no form 'constant'; there are: raw, overlay, strict$"),
+        ("bm25/constant", "there is no form 'constant'; there are: raw, late, late64, overlay, strict$"),
         ("needles/raw", "rival 'needles' has neither forms nor policies"),
     ):
         with pytest.raises(ConfigError, match=message):
