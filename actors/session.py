@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from actors.plan import CompactionPlan
 from actors.session_memory import SessionMemory
@@ -35,7 +36,7 @@ from models.decoding.focused_cache import FocusedCache, Reuse
 from models.decoding.sampling import Sampler
 from models.focus.assembly import Assembled, Assembler
 from models.focus.history import History
-from models.focus.layout import lay_out
+from models.focus.layout import found_before_turn, lay_out
 from models.focus.refocus import Focus, RefocusPolicy, refocus
 from models.focus.working_context import WorkingContext, smallest_budget
 from storage.contract import DocumentMeta
@@ -135,6 +136,8 @@ class Session:
             self.focus: Focus | None = None
             self.matches: dict[BlockName, Match] = {}
             """Why the last refocus found what it found."""
+            self._turn_tokens = 0
+            """Of the question at hand and its answer so far."""
             self._pinned: list[BlockName] = []
             self._by_hand: dict[BlockName, float] = {}
             self.warning = ""
@@ -180,8 +183,10 @@ class Session:
         asked = self._tokenizer.encode(question)
         opening = self._format.next_turn(self.memory.last_token)
         is_first = self.memory.last_token is None
+        turn = np.concatenate([opening, asked, self._format.before_answer]).astype(np.uint32)
         with clock.part("write"):
-            self.memory.say(np.concatenate([opening, asked, self._format.before_answer]).astype(np.uint32))
+            self.memory.say(turn)
+        self._turn_tokens = len(turn)
         if is_first and self.config.system_prompt:
             self._pin_opening(len(opening))
         query = asked[-self.config.query_tokens :].astype(np.int64)
@@ -201,7 +206,7 @@ class Session:
                 first_token_s = first_token_s or time.perf_counter() - started
                 answer.append(token)
                 unsaid.append(token)
-                if token in self._format.end_ids:
+                if token in self._format.end_ids and not sampling.ignore_eos:
                     ended = "end"
                     break
                 piece = decode(token)
@@ -218,7 +223,8 @@ class Session:
                 if len(unsaid) >= self.config.refocus_tokens:
                     with clock.part("write"):
                         self.memory.say(np.array(unsaid, np.uint32))
-                        unsaid.clear()
+                    self._turn_tokens += len(unsaid)
+                    unsaid.clear()
                     tail = np.array(answer[-K:], np.int64)
                     self._refocus("interval", np.concatenate([query, tail])[-2 * len(query) - K :], clock, reuse)
                     num_refocuses += 1
@@ -263,6 +269,7 @@ class Session:
                 self.focus,
                 pinned=self._pinned,
                 new_question=reason == "question",
+                rows_behind_found=self._rows_behind_found(),
                 seed=self.config.seed,
             )
         with clock.part("assemble"):
@@ -270,13 +277,32 @@ class Session:
             assembler = Assembler(self._lm.embed, readers, array=GISTS, dtype=self._lm.dtype, device=self._lm.device)
             self._assembled = assembler.assemble(self.focus.wc, self._assembled)
         with clock.part("read"):
-            layout = lay_out(self.config.positional, self._assembled.half_tokens, self.focus.wc.total_tokens)
-            read = self._cache.refocus(self._assembled.embeds, layout.half_tokens, layout.next_half_token)
+            read = self._cache.refocus(*self._rows())
         reuse[0] += read.num_reused
         reuse[1] += read.num_read
         if self.focus.unfit:
             logger.warning("%d pinned blocks no longer fit the budget and are not shown", len(self.focus.unfit))
         self._begin_event(reason, scores, read, {k: v - before.get(k, 0.0) for k, v in clock.seconds.items()})
+
+    def _rows(self) -> tuple[Tensor, np.ndarray, int]:
+        """What the model reads, where it stands, and the place of the token behind it."""
+        assert self._assembled is not None
+        assert self.focus is not None
+        assembled, wc = self._assembled, self.focus.wc
+        embeds, places = assembled.embeds, assembled.half_tokens
+        if self.config.layout == "before_turn" and self.focus.found:
+            found = {(0, block, source) for block, source in self.focus.found}
+            is_found = np.array([tuple(node) in found for node in wc.nodes()])
+            order = found_before_turn(assembled.row_of_entry, is_found, self._turn_tokens)
+            embeds, places = embeds[torch.from_numpy(order).to(embeds.device)], places[order]
+        layout = lay_out(self.config.positional, places, wc.total_tokens)
+        return embeds, layout.half_tokens, layout.next_half_token
+
+    def _rows_behind_found(self) -> int | None:
+        """Rows that are read again when a found block changes; None where that depends on the block."""
+        if self.config.layout == "timeline":
+            return None
+        return 0 if self.focus is None else self._turn_tokens + K * len(self.focus.found)
 
     def _scores(self, query: np.ndarray, histories: Sequence[History]) -> dict[BlockName, float]:
         """What blocks are worth; on trouble nothing, which is recency."""

@@ -180,7 +180,11 @@ class SessionMemory:
     def text(self, block: int, source: int) -> str:
         """Of a block."""
         tokens, counts = self.readers()[source].tokens(block, 1)
-        return self._plan.tokenizer.decode(tokens[0, : counts[0]].astype(np.int64))
+        return self.decode(tokens[0, : counts[0]])
+
+    def decode(self, tokens: np.ndarray) -> str:
+        """Text of tokens."""
+        return self._plan.tokenizer.decode(tokens.astype(np.int64))
 
     # -- writing ---------------------------------------------------------------------------------------------------
 

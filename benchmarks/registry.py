@@ -43,6 +43,8 @@ BENCHMARKS = (
     Benchmark("warm_read_batch", "warm_reads:warm_read_batch", "p50 of a gather out of a memmap", 3.0),
     Benchmark("assembly", "assembly:assembly", "p50 of a plain gather of the same vectors", 1.5),
     Benchmark("long_history", "long_history:long_history", "p50 of the same from a history of 64 k tokens", 1.5),
+    Benchmark("allocators", "allocators:allocators", "the value of greedy's choice (above it: the optimum's)", 1.02),
+    Benchmark("session_cost", "session_cost:session_cost", "wall time a token with a history of 64 k tokens", 1.10),
     Benchmark("sealed_size", "sealed_size:sealed_size", "bytes of tokens, gists and keys", 1.05),
     Benchmark("gistnet_vs_prefill", "gistnet_prefill:gistnet_vs_prefill", "one prefill of the window by the LM", 0.50),
     Benchmark("training_stack", "training_stack:training_stack", "wall time of the same step in a bare loop", 1.10),

@@ -93,6 +93,9 @@ def put_levels(writer: TreeWriter, level: Encoding) -> None:
     for lod in range(2, deepest_lod(num_blocks) + 1):
         stop = complete_nodes(lod, num_blocks)
         for first in range(0, stop, NODES_AT_A_TIME):
-            shape = (min(NODES_AT_A_TIME, stop - first), DIM)
-            nodes = {spec.name: rng.standard_normal(shape, np.float32).astype(np.float16) for spec in level.arrays}
+            count = min(NODES_AT_A_TIME, stop - first)
+            nodes = {
+                spec.name: rng.standard_normal((count, spec.width), np.float32).astype(np.float16)
+                for spec in level.arrays
+            }
             writer.put_nodes(lod, first, nodes)

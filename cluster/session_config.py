@@ -19,6 +19,7 @@ from cluster.config import (
 Allocator = Literal["greedy", "optimal", "stochastic", "recency"]
 SessionMode = Literal["overlay", "strict"]
 SessionPositional = Literal["compact", "anchored", "global"]
+SessionLayout = Literal["before_turn", "timeline"]
 
 PACKAGED_GISTNET = "models/packaged/gistnet-smollm2-135m"
 """Trained for SmolLM2-135M; relative to the project's folder."""
@@ -58,6 +59,9 @@ class SamplingConfig:
     stop_strings: list[str] = field(default_factory=list)
     """An answer ends where one of these appears in it, besides at the model's own end of turn."""
 
+    ignore_eos: bool = False
+    """Decode `max_new_tokens` whatever the model says; for measurements."""
+
     seed: int = 0
     """Seed of the draws. With the same session behind it an answer is the same."""
 
@@ -91,6 +95,10 @@ class SessionConfig:
     positional: SessionPositional = "compact"
     """Where rows stand: `compact` one after the other, `anchored` compressed far from the end, `global` at their true
     places, which only holds as far as the model was trained."""
+
+    layout: SessionLayout = "before_turn"
+    """Where found blocks stand: `before_turn` right before the question at hand, so that what is read again when they
+    change is them and the turn; `timeline` in their place."""
 
     allocator: Allocator = "greedy"
     """Who chooses the blocks that are shown. `greedy`: by score. `optimal`: the exact optimum of scores for each cut.
@@ -143,6 +151,11 @@ class SessionConfig:
 
     def validate(self) -> None:
         block = TOKENS_PER_BLOCK
+        require(
+            self.layout == "timeline" or self.positional == "compact",
+            f"session.layout=before_turn gives rows an order of their own and needs session.positional=compact, not "
+            f"{self.positional}; or set session.layout=timeline",
+        )
         require(self.refocus_tokens >= 1, "session.refocus_tokens must be at least 1")
         require(
             block <= self.compact_tokens <= 1024 and self.compact_tokens % block == 0,

@@ -54,31 +54,35 @@ class Filling:
         node = Node(0, block, source)
         return node in self._tiling or node in self._shown
 
-    def price(self, block: int, source: int = 0) -> int:
-        """What showing a block raw would add to the cost, whether or not its state lets it show."""
-        return self._price(block, source, self._ancestors(block, source))
+    def price(self, block: int, source: int = 0, *, beside: bool = False) -> int:
+        """What showing a block raw, as `show` does it, would add to the cost, whether or not its state lets it show."""
+        return self._price(block, source, self._ancestors(block, source), beside)
 
-    def _price(self, block: int, source: int, path: list[Node]) -> int:
+    def _price(self, block: int, source: int, path: list[Node], beside: bool) -> int:
         m = self.histories[source].vectors_per_node
         if not path:
             return 0 if self.is_shown(block, source) else self._block_tokens(block, source)
         if self.mode == "overlay":
-            replaced = m if path[-1].lod == 1 else 0
+            replaced = m if path[-1].lod == 1 and not beside else 0
             return self._block_tokens(block, source) - replaced
         return (len(path) - 1) * (K - 1) * m + self._block_tokens(block, source) - m
 
-    def show(self, block: int, source: int = 0) -> bool:
-        """Show a block raw if its state lets it show and it can be afforded; False when not."""
+    def show(self, block: int, source: int = 0, *, beside: bool = False) -> bool:
+        """Show a block raw if its state lets it show and it can be afforded; False when not.
+
+        With `beside`, in `overlay`, its own gist stays: where the block stands elsewhere than in the timeline, rows
+        there do not change when it comes and goes.
+        """
         if self.is_shown(block, source):
             return True
         if not self.histories[source].shows_raw(block):
             return False
         path = self._ancestors(block, source)
-        price = self._price(block, source, path)
+        price = self._price(block, source, path, beside)
         if price > self.room:
             return False
         node = Node(0, block, source)
-        if self.mode == "overlay" and path[-1].lod > 1:
+        if self.mode == "overlay" and (path[-1].lod > 1 or beside):
             self._shown.add(node)
         else:
             for ancestor in path:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Bool, Int64
 
 from cluster.errors import FocusError
 
@@ -72,6 +72,27 @@ def lay_out(policy: Policy, half_tokens: Int64[np.ndarray, " rows"], num_tokens:
     ends = origin - 2 * np.where(distance > 0, compressed_distance(distance), distance)
     places = np.round(ends).astype(np.int64) - (newest - half_tokens)
     return Layout(places, origin + 2 * num_tokens - anchor_half)
+
+
+def found_before_turn(
+    row_of_entry: Int64[np.ndarray, " n_plus_1"], is_found: Bool[np.ndarray, " n"], num_turn_rows: int
+) -> Int64[np.ndarray, " rows"]:
+    """An order of rows in which found blocks stand together, in timeline order, before the newest `num_turn_rows`.
+
+    What changes with every question then stands behind what does not: an edit leaves all before it as it was read.
+
+    Args:
+        row_of_entry: of an assembled Working Context.
+        is_found: entries that are moved.
+        num_turn_rows: newest rows that stay last, found ones not counted.
+
+    Returns:
+        For each place the row that stands there.
+    """
+    found = np.repeat(is_found, np.diff(row_of_entry))
+    others = np.flatnonzero(~found)
+    place = max(0, len(others) - num_turn_rows)
+    return np.concatenate([others[:place], np.flatnonzero(found), others[place:]])
 
 
 def _newest_of_run(half_tokens: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ A pure function of its arguments: whatever comes out is a legal Working Context 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -99,6 +99,7 @@ def refocus(
     *,
     pinned: Sequence[BlockName] = (),
     new_question: bool = False,
+    rows_behind_found: int | None = None,
     seed: int = 0,
 ) -> Focus:
     """The next Working Context.
@@ -111,12 +112,16 @@ def refocus(
         previous: the focus before; None for the first, and where histories changed by more than growth.
         pinned: shown in any case, in this order, as far as they fit.
         new_question: what was given up may come back at once.
+        rows_behind_found: where found blocks stand together (`layout.found_before_turn`): rows from the first of them
+            on, which are read again when one of them changes or a new question follows; 0 where there are none yet.
+            Their gists stay in their place. None: found blocks stand in the timeline.
         seed: of `stochastic`; with the refocus' number.
 
     Raises:
         BudgetError: the budget cannot hold the histories; the message names the smallest that can.
     """
     number = 0 if previous is None else previous.number + 1
+    together = rows_behind_found is not None
     filling = Filling(policy.mode, budget, histories)
     unfit = tuple(block for block in pinned if not filling.show(*block))
     tail = _Tail(filling, policy, None if previous is None else previous.tail_from)
@@ -128,7 +133,8 @@ def refocus(
     chosen: tuple[BlockName, ...] = ()
     if policy.strategy != "recency" and policy.max_blocks:
         waiting = set() if new_question else {b for b, at in given_up.items() if number - at <= policy.cooldown}
-        items = _items(filling, policy, scores, found_before, waiting, tail.start, rows)
+        behind = _behind(rows, rows_behind_found)
+        items = _items(filling, policy, scores, found_before, waiting, tail.start, behind, together)
         room = min(policy.max_blocks * K, filling.room)
         held_cost = sum(item.cost for item in items if item.shown)
         forced = 0
@@ -136,6 +142,8 @@ def refocus(
             forced = rows.behind_changed_roots(histories, tail.start)
             if tail.price() + held_cost > filling.room:
                 forced = max(forced, rows.behind(tail.source, tail.start))
+        if new_question and together:
+            forced = max(forced, rows_behind_found)
         selection = select(
             items,
             room,
@@ -146,12 +154,14 @@ def refocus(
             rng=np.random.default_rng([seed, number]),
         )
         for item in sorted(selection.chosen, key=lambda item: -item.score):
-            filling.show(item.block, item.source)
+            filling.show(item.block, item.source, beside=together)
         chosen = tuple((i.block, i.source) for i in selection.chosen if filling.is_shown(i.block, i.source))
 
     added = tuple(block for block in chosen if block not in found_before)
     dropped = tuple(block for block in found_before if block not in chosen)
-    num_aged = tail.fill(edited=previous is None or bool(added or dropped))
+    # More of the tail costs nothing where it is read again anyway.
+    edited_before = not together and bool(added or dropped)
+    num_aged = tail.fill(edited=previous is None or edited_before)
     own = tail.source
     # What the tail reached is no longer there for its score.
     found = tuple(block for block in chosen if not (block[1] == own and block[0] >= tail.start))
@@ -179,7 +189,8 @@ def _items(
     found_before: Sequence[BlockName],
     waiting: set[BlockName],
     tail_from: int,
-    rows: _Rows | None,
+    behind: Callable[[int, int], int],
+    beside: bool,
 ) -> list[Item]:
     """Blocks to choose among: those shown, and those scored that may come."""
     shown = set(found_before)
@@ -194,10 +205,19 @@ def _items(
         if filling.is_shown(block, source) or in_tail or (name in waiting and name not in shown):
             continue
         bonus = policy.keep_bonus if name in shown else 0.0
-        behind = 0 if rows is None else rows.behind(source, block)
-        price = max(1, filling.price(block, source))
-        items.append(Item(block, source, scores.get(name, 0.0) + bonus, price, behind, name in shown))
+        price = max(1, filling.price(block, source, beside=beside))
+        rows_behind = behind(source, block)
+        items.append(Item(block, source, scores.get(name, 0.0) + bonus, price, rows_behind, name in shown))
     return items
+
+
+def _behind(rows: _Rows | None, rows_behind_found: int | None) -> Callable[[int, int], int]:
+    """Rows read again where a block `(source, block)` is shown or given up."""
+    if rows is None:
+        return lambda source, block: 0
+    if rows_behind_found is not None:
+        return lambda source, block: rows_behind_found
+    return rows.behind
 
 
 class _Tail:

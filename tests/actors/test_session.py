@@ -29,7 +29,6 @@ from cluster.errors import (
 from cluster.ray_runtime import RaySession
 from cluster.session_config import SamplingConfig, SessionConfig
 from models.base_lm import BaseLM
-from models.focus.layout import lay_out
 from models.positions import Positions
 from storage.contract import DocumentMeta
 from storage.focus_events import read_focus_events
@@ -96,13 +95,10 @@ def said(session: Session) -> str:
 
 def assert_as_full_pass(session: Session) -> None:
     """The next token's logits are those of the Working Context read in one pass."""
-    assembled, focus = session._assembled, session.focus
-    assert assembled is not None
-    assert focus is not None
-    layout = lay_out(session.config.positional, assembled.half_tokens, focus.wc.total_tokens)
+    embeds, places, _ = session._rows()
     with torch.inference_mode():
-        at = Positions(torch.from_numpy(layout.half_tokens)[None])
-        expected = session._lm.logits(assembled.embeds[None], positions=at, last_only=True)[0, -1]
+        at = Positions(torch.from_numpy(places)[None])
+        expected = session._lm.logits(embeds[None], positions=at, last_only=True)[0, -1]
     assert torch.allclose(session._cache.logits(), expected, atol=1e-3, rtol=0)
 
 
@@ -119,11 +115,13 @@ def test_what_is_asked_and_answered_is_remembered(session: Session) -> None:
 
 
 @pytest.mark.parametrize("mode", ["overlay", "strict"])
-@pytest.mark.parametrize("positional", ["compact", "anchored"])
+@pytest.mark.parametrize(
+    ("layout", "positional"), [("before_turn", "compact"), ("timeline", "compact"), ("timeline", "anchored")]
+)
 def test_over_a_long_session_the_model_reads_what_a_full_pass_would(
-    spec: SessionSpec, lm: BaseLM, mode: Any, positional: Any
+    spec: SessionSpec, lm: BaseLM, mode: Any, layout: Any, positional: Any
 ) -> None:
-    config = replace(CONFIG, mode=mode, positional=positional, budget=420)
+    config = replace(CONFIG, mode=mode, layout=layout, positional=positional, budget=420)
     with closing(Session(replace(spec, config=config), lm)) as session:
         reused = 0
         for number in range(6):
@@ -140,6 +138,28 @@ def test_over_a_long_session_the_model_reads_what_a_full_pass_would(
         assert reused > 0
         folder, name = session.memory.folder, session.memory.name
     assert verify_context(folder, name).problems == []
+
+
+def test_found_blocks_stand_before_the_turn_and_leave_what_is_before_them(spec: SessionSpec, lm: BaseLM) -> None:
+    config = replace(CONFIG, budget=600, compact_tokens=32)
+    read = {}
+    for layout in ("before_turn", "timeline"):
+        store = replace(spec.store, context=layout)
+        laid_out = replace(spec, store=store, config=replace(config, layout=layout))
+        with closing(Session(laid_out, lm)) as session:
+            text = make_text(7, 700)
+            session.read(document("d", text), text)
+            ask(session, text[50:110], max_new_tokens=8)
+            read[layout] = ask(session, text[2000:2060], max_new_tokens=8).rows_read
+            assert session.focus is not None
+            assert len(session.focus.found) == 3
+            embeds, _, _ = session._rows()
+            block, source = session.focus.found[-1]
+            tokens = session.memory.readers()[source].tokens(block, 1)[0][0].astype(np.int64)
+            shown = lm.embed(torch.from_numpy(tokens)[None])[0]
+            stop = len(embeds) - session._turn_tokens
+            assert torch.equal(embeds[stop - K : stop], shown) == (layout == "before_turn")
+    assert read["before_turn"] < 0.7 * read["timeline"]
 
 
 def test_a_session_goes_on_where_it_ended(spec: SessionSpec, lm: BaseLM) -> None:
