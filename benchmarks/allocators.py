@@ -14,7 +14,7 @@ import numpy as np
 
 from benchmarks.harness import BenchmarkError, Result, Setting, percentiles, time_in_turns
 from cluster.config import TOKENS_PER_BLOCK as K
-from models.focus.selection import Item, Strategy, select
+from models.focus.selection import Candidates, Strategy, select
 
 ROOMS = (6 * K, 24 * K, 96 * K)
 """Rows that may be chosen: of budgets of 512, 2,048 and 8,192."""
@@ -55,7 +55,7 @@ def allocators(setting: Setting) -> Result:
     return Result(max(means), (min(means), max(means)), f"{len(means)} sizes and rooms of {cases} cases", detail)
 
 
-def _strategies(items: list[Item]) -> dict[str, Callable[[int], object]]:
+def _strategies(items: Candidates) -> dict[str, Callable[[int], object]]:
     def call(strategy: Strategy) -> Callable[[int], object]:
         return lambda number: select(
             items,
@@ -69,7 +69,7 @@ def _strategies(items: list[Item]) -> dict[str, Callable[[int], object]]:
     return {strategy: call(strategy) for strategy in STRATEGIES}
 
 
-def draw_items(rng: np.random.Generator, size: int, room: int) -> list[Item]:
+def draw_items(rng: np.random.Generator, size: int, room: int) -> Candidates:
     """Blocks of one history, oldest first."""
     scores = rng.pareto(3.0, size) * 0.1
     costs = np.where(rng.random(size) < SHORT_SHARE, rng.integers(1, K, size), K)
@@ -78,7 +78,6 @@ def draw_items(rng: np.random.Generator, size: int, room: int) -> list[Item]:
     order = rng.permutation(size)
     fits = np.cumsum(costs[order]) <= HELD_SHARE * room
     held[order[fits]] = True
-    return [
-        Item(i, 0, float(scores[i] + KEEP_BONUS * held[i]), int(costs[i]), int(behind[i]), bool(held[i]))
-        for i in range(size)
-    ]
+    return Candidates(
+        np.arange(size), np.zeros(size, np.int64), scores + KEEP_BONUS * held, costs, behind.astype(np.int64), held
+    )

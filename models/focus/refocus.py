@@ -20,7 +20,7 @@ from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.errors import FocusError
 from models.focus.filling import Filling
 from models.focus.history import History
-from models.focus.selection import Item, Strategy, select
+from models.focus.selection import Candidates, Strategy, select
 from models.focus.working_context import DEFAULT_MODE, Mode, WorkingContext
 
 BlockName = tuple[int, int]
@@ -136,7 +136,7 @@ def refocus(
         behind = _behind(rows, rows_behind_found)
         items = _items(filling, policy, scores, found_before, waiting, tail.start, behind, together)
         room = min(policy.max_blocks * K, filling.room)
-        held_cost = sum(item.cost for item in items if item.shown)
+        held_cost = int(items.cost[items.shown].sum())
         forced = 0
         if rows is not None:
             forced = rows.behind_changed_roots(histories, tail.start)
@@ -153,9 +153,11 @@ def refocus(
             exploration=policy.exploration,
             rng=np.random.default_rng([seed, number]),
         )
-        for item in sorted(selection.chosen, key=lambda item: -item.score):
-            filling.show(item.block, item.source, beside=together)
-        chosen = tuple((i.block, i.source) for i in selection.chosen if filling.is_shown(i.block, i.source))
+        for position in selection.chosen[np.argsort(-items.score[selection.chosen], kind="stable")]:
+            filling.show(int(items.block[position]), int(items.source[position]), beside=together)
+        picked = items.part(selection.chosen)
+        names = zip(picked.block.tolist(), picked.source.tolist(), strict=True)
+        chosen = tuple(name for name in names if filling.is_shown(*name))
 
     added = tuple(block for block in chosen if block not in found_before)
     dropped = tuple(block for block in found_before if block not in chosen)
@@ -191,10 +193,10 @@ def _items(
     tail_from: int,
     behind: Callable[[int, int], int],
     beside: bool,
-) -> list[Item]:
+) -> Candidates:
     """Blocks to choose among: those shown, and those scored that may come."""
     shown = set(found_before)
-    items = []
+    rows: list[tuple[int, int, float, int, int, bool]] = []
     last = len(filling.histories) - 1
     for block, source in shown | {name for name, score in scores.items() if score > 0}:
         history = filling.histories[source]
@@ -207,8 +209,8 @@ def _items(
         bonus = policy.keep_bonus if name in shown else 0.0
         price = max(1, filling.price(block, source, beside=beside))
         rows_behind = behind(source, block)
-        items.append(Item(block, source, scores.get(name, 0.0) + bonus, price, rows_behind, name in shown))
-    return items
+        rows.append((block, source, scores.get(name, 0.0) + bonus, price, rows_behind, name in shown))
+    return Candidates.of(rows)
 
 
 def _behind(rows: _Rows | None, rows_behind_found: int | None) -> Callable[[int, int], int]:

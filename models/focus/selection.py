@@ -2,50 +2,67 @@
 
 Reading again costs by the row, and how much depends on the earliest edit only: everything behind it is read anyway.
 So for each cut, blocks before it stay as they are and those behind it are chosen freely; the best cut wins. One
-sweep from the newest block back gives the exact optimum of every cut (`optimal`, a knapsack by dynamic programming);
-`greedy` fills each cut by score a row.
+sweep from the newest block back gives the exact optimum of every cut (`optimal`, a knapsack by dynamic programming:
+n blocks in r rows of room take n·r steps), another the choice by score a row (`greedy`, n·log(n) steps).
 """
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, Self
 
 import numpy as np
+from jaxtyping import Bool, Float64, Int64
 
 Strategy = Literal["greedy", "optimal", "stochastic"]
 
 
-@dataclass(frozen=True)
-class Item:
-    """A block that is shown or could be."""
+@dataclass(frozen=True, eq=False)
+class Candidates:
+    """Blocks that are shown or could be, each once, in any order."""
 
-    block: int
-    source: int
-    score: float
+    block: Int64[np.ndarray, " n"]
+    source: Int64[np.ndarray, " n"]
+    score: Float64[np.ndarray, " n"]
     """What showing it is worth; what keeps it, if it is shown, included."""
-    cost: int
+    cost: Int64[np.ndarray, " n"]
     """Rows it takes, at least 1."""
-    rows_behind: int
-    """Rows that must be read again where its being shown changes."""
-    shown: bool = False
+    rows_behind: Int64[np.ndarray, " n"]
+    """Rows that must be read again where its being shown changes; no more for a later block than for an earlier one."""
+    shown: Bool[np.ndarray, " n"]
+
+    @classmethod
+    def of(cls, rows: Sequence[tuple[int, int, float, int, int, bool]]) -> Self:
+        """From `(block, source, score, cost, rows behind, shown)` each."""
+        columns = zip(*rows, strict=True) if rows else ((),) * 6
+        dtypes = (np.int64, np.int64, np.float64, np.int64, np.int64, np.bool_)
+        return cls(*(np.array(column, dtype) for column, dtype in zip(columns, dtypes, strict=True)))
+
+    def __len__(self) -> int:
+        """n."""
+        return len(self.block)
+
+    def part(self, positions: np.ndarray) -> Self:
+        """Those at some positions."""
+        columns = (self.block, self.source, self.score, self.cost, self.rows_behind, self.shown)
+        return type(self)(*(column[positions] for column in columns))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Selection:
     """What a strategy decided."""
 
-    chosen: tuple[Item, ...]
-    """In timeline order."""
+    chosen: Int64[np.ndarray, " chosen"]
+    """Positions among the candidates, in timeline order."""
     value: float
     """Scores of the chosen less the price of the rows read again."""
     rows_read: int
 
 
 def select(
-    items: Sequence[Item],
+    candidates: Candidates,
     room: int,
     *,
     row_price: float,
@@ -57,7 +74,7 @@ def select(
     """The best choice within a room.
 
     Args:
-        items: each block once.
+        candidates: what can be chosen.
         room: rows the chosen may take.
         row_price: of a row read again, in units of score.
         forced_rows: rows that are read again in any case.
@@ -67,99 +84,104 @@ def select(
         rng: where it comes from.
 
     Returns:
-        The selection of the highest value; of equal ones that which reads less again. Items of no positive score are
-        never added, and given up where their place can change for nothing.
+        The selection of the highest value; of equal ones that which reads less again. Candidates of no positive score
+        are never added, and given up where their place can change for nothing.
     """
-    ordered = sorted(items, key=lambda item: (item.source, item.block))
-    scores = np.array([item.score for item in ordered], np.float64)
-    if strategy == "stochastic" and len(ordered):
-        scores = scores + exploration * (rng or np.random.default_rng()).gumbel(size=len(ordered))
-    ordered, scores = _undominated(ordered, scores, room)
-    behind = _OptimumBehind.of if strategy == "optimal" else _GreedyBehind
-    free = behind(ordered, scores, room)
+    order = np.lexsort((candidates.block, candidates.source))
+    if strategy == "stochastic" and len(candidates):
+        noise = exploration * (rng or np.random.default_rng()).gumbel(size=len(candidates))
+        candidates = replace(candidates, score=candidates.score + noise)
+    items = candidates.part(order)
+    # What stays before each cut.
+    kept_cost = np.concatenate([[0], np.cumsum(np.where(items.shown, items.cost, 0))])
+    kept_score = np.concatenate([[0.0], np.cumsum(np.where(items.shown, items.score, 0.0))])
+    free = (_Optimum if strategy == "optimal" else _Greedy)(items, room - kept_cost)
 
-    best: tuple[float, int, list[int]] | None = None
-    kept: list[int] = []
-    kept_cost, kept_score = 0, 0.0
-    for cut in range(len(ordered) + 1):
-        if kept_cost > room:
-            break
-        rows = max(forced_rows, ordered[cut].rows_behind if cut < len(ordered) else 0)
-        chosen = free.chosen(cut, room - kept_cost)
-        value = kept_score + float(scores[chosen].sum()) - row_price * rows
-        # Later cuts read less, so of equal values the last.
-        if best is None or value >= best[0] - 1e-12:
-            best = (value, rows, kept + chosen)
-        if cut < len(ordered) and ordered[cut].shown:
-            kept.append(cut)
-            kept_cost += ordered[cut].cost
-            kept_score += float(scores[cut])
-    assert best is not None  # the first cut keeps nothing, and fits
-    return Selection(tuple(ordered[i] for i in best[2]), best[0], best[1])
+    rows = np.maximum(forced_rows, np.append(items.rows_behind, 0))
+    values = kept_score + free.values - row_price * rows
+    # Later cuts read less, so of equal values the last.
+    cut = len(values) - 1 - int(np.argmax((values >= values.max() - 1e-12)[::-1]))
+    kept = np.flatnonzero(items.shown[:cut]).tolist()
+    chosen = kept + free.chosen(cut)
+    value = float(items.score[chosen].sum()) - row_price * int(rows[cut])
+    return Selection(order[chosen], value, int(rows[cut]))
 
 
-def _undominated(items: list[Item], scores: np.ndarray, room: int) -> tuple[list[Item], np.ndarray]:
-    """Without items that no optimum of any cut holds: what is not shown, and behind which stand as many better ones of
-    no more cost as there is room for. Of n items of one cost about m·ln(n/m) stay for m places."""
-    if not items:
-        return items, scores
-    dearest = max(item.cost for item in items)
-    places = room // max(1, min(item.cost for item in items))
-    better: list[float] = []  # the best scores behind, at most `places`
-    stays = np.zeros(len(items), bool)
-    for i in range(len(items) - 1, -1, -1):
-        beaten = len(better) >= places and (not better or scores[i] <= better[0])
-        stays[i] = items[i].shown or (scores[i] > 0 and not (beaten and items[i].cost == dearest))
-        if scores[i] > 0 and places:
-            (heapq.heappushpop if len(better) >= places else heapq.heappush)(better, float(scores[i]))
-    kept = np.flatnonzero(stays)
-    return [items[i] for i in kept], scores[kept]
+class _Optimum:
+    """For every cut what the best of the items behind it within their room is worth, and which they are: one step an
+    item and row of room, from the newest item back."""
+
+    def __init__(self, items: Candidates, room: Int64[np.ndarray, " n_plus_1"]) -> None:
+        self._cost = items.cost.tolist()
+        self._room = room
+        self.values = np.where(room >= 0, 0.0, -np.inf)
+        whole = max(0, int(room[0]))
+        best = np.zeros(whole + 1)
+        self._taken = np.zeros((len(items), whole + 1), bool)
+        for i in range(len(items) - 1, -1, -1):
+            cost = self._cost[i]
+            if items.score[i] > 0 and cost <= whole:
+                with_it = best[: whole + 1 - cost] + items.score[i]
+                self._taken[i, cost:] = with_it > best[cost:]
+                best[cost:] = np.maximum(best[cost:], with_it)
+            if room[i] >= 0:
+                self.values[i] = best[room[i]]
+
+    def chosen(self, cut: int) -> list[int]:
+        found, room = [], int(self._room[cut])
+        for i in range(cut, len(self._cost)):
+            if self._taken[i, room]:
+                found.append(i)
+                room -= self._cost[i]
+        return found
 
 
-class _GreedyBehind:
-    """By score a row, the newer first."""
+class _Greedy:
+    """The same by score a row: for all cuts in n·log(n) steps, from the newest item back, as if the first that does not
+    fit were the last; those chosen in the end may fill what such a one leaves."""
 
-    def __init__(self, items: Sequence[Item], scores: np.ndarray, room: int) -> None:
-        del room  # what is left of it comes with every cut
-        self._cost = [item.cost for item in items]
-        density = scores / np.maximum(np.array(self._cost, np.float64), 1.0)
+    def __init__(self, items: Candidates, room: Int64[np.ndarray, " n_plus_1"]) -> None:
+        self._cost = items.cost.tolist()
+        self._room = room
+        density = items.score / np.maximum(items.cost, 1)
         order = np.lexsort((-np.arange(len(items)), -density))
-        self._order = [int(i) for i in order if scores[i] > 0]
+        self._order = order[items.score[order] > 0].tolist()
+        self.values = np.where(room >= 0, 0.0, -np.inf)
+        scores, densities = items.score.tolist(), density.tolist()
+        taken: list[tuple[float, int]] = []  # the worst first
+        left: list[tuple[float, int]] = []  # the best first
+        cost, value = 0, 0.0
+        for i, capacity in reversed(list(enumerate(room[:-1].tolist()))):
+            if scores[i] > 0:
+                heapq.heappush(taken, (densities[i], i))
+                cost, value = cost + self._cost[i], value + scores[i]
+            while taken and cost > capacity:
+                worst, j = heapq.heappop(taken)
+                heapq.heappush(left, (-worst, j))
+                cost, value = cost - self._cost[j], value - scores[j]
+            # Room grows where what was kept becomes free: for what was left, before it is for what is worth less.
+            while left:
+                worth, j = -left[0][0], left[0][1]
+                if cost + self._cost[j] > capacity:
+                    if not taken or taken[0][0] >= worth:
+                        break
+                    worst, k = taken[0]
+                    if cost + self._cost[j] - self._cost[k] > capacity:
+                        break
+                    heapq.heapreplace(left, (-worst, k))
+                    heapq.heapreplace(taken, (worth, j))
+                    cost, value = cost + self._cost[j] - self._cost[k], value + scores[j] - scores[k]
+                    continue
+                heapq.heappop(left)
+                heapq.heappush(taken, (worth, j))
+                cost, value = cost + self._cost[j], value + scores[j]
+            if capacity >= 0:
+                self.values[i] = value
 
-    def chosen(self, cut: int, room: int) -> list[int]:
-        found = []
+    def chosen(self, cut: int) -> list[int]:
+        found, room = [], int(self._room[cut])
         for i in self._order:
             if i >= cut and self._cost[i] <= room:
                 found.append(i)
                 room -= self._cost[i]
         return sorted(found)
-
-
-class _OptimumBehind:
-    """Of a table: `taken[i, w]` says whether the best of items `i, i + 1, …` within w rows holds item i."""
-
-    def __init__(self, costs: list[int], taken: np.ndarray) -> None:
-        self._costs = costs
-        self._taken = taken
-
-    @classmethod
-    def of(cls, items: Sequence[Item], scores: np.ndarray, room: int) -> _OptimumBehind:
-        """For every cut and every room up to this one: n·room steps."""
-        best = np.zeros(room + 1)
-        taken = np.zeros((len(items), room + 1), bool)
-        for i in range(len(items) - 1, -1, -1):
-            cost = items[i].cost
-            if scores[i] <= 0 or cost > room:
-                continue
-            with_it = best[: room + 1 - cost] + scores[i]
-            taken[i, cost:] = with_it > best[cost:]
-            best[cost:] = np.maximum(best[cost:], with_it)
-        return cls([item.cost for item in items], taken)
-
-    def chosen(self, cut: int, room: int) -> list[int]:
-        found = []
-        for i in range(cut, len(self._costs)):
-            if self._taken[i, room]:
-                found.append(i)
-                room -= self._costs[i]
-        return found
