@@ -99,9 +99,9 @@ class FocusEvaluationConfig:
     """Who is compared: a chooser, in all of `forms`; or `chooser/form`, `chooser/form@policy`: just that."""
 
     forms: list[str] = field(default_factory=lambda: ["raw", "overlay"])
-    """In which forms a choice is shown: `raw` (no gists), `late` and `late64` (the same, chosen blocks behind the raw
-    tail or before its newest 64 tokens; with policy `compact`), `overlay`, `strict`, `constant`
-    (an overlay whose gists all say the same)."""
+    """In which forms a choice is shown: `raw` (no gists), `late` (the same, chosen blocks behind the raw tail),
+    `late_ranked` (the best last), `late64` (before its newest 64 tokens; all with policy `compact`), `overlay`, `strict`,
+    `constant` (an overlay whose gists all say the same)."""
 
     positional: Positional = "auto"
     """Position policy. `auto`: `global` where history and horizon fit the model's trained range, else `compact`."""

@@ -2,9 +2,10 @@
 
 A condition is `chooser/form`, with `@policy` behind it where its rows stand elsewhere than by the evaluation's position
 policy. Forms: `raw` shows chosen blocks and the raw tail alone; `late` the same with chosen blocks behind the tail,
-`late64` before its newest 64 tokens (with `compact`: under `global` rows would stand before those they are read after);
-`overlay` and `strict` are Working Contexts whose gists stand in for everything else, `constant` is an overlay whose
-gists all say the same. `none`, `full`, `needles` and `recency/raw` have no gists either.
+`late_ranked` with the best of them last, `late64` before its newest 64 tokens (all with `compact`: under `global` rows
+would stand before those they are read after); `overlay` and `strict` are Working Contexts whose gists stand in for
+everything else, `constant` is an overlay whose gists all say the same. `none`, `full`, `needles` and `recency/raw` have
+no gists either.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ ORACLES = (ORACLE_GREEDY, ORACLE)
 MEASURING = (*ORACLES, EXHAUSTIVE)
 """They measure what the horizon gains, and so may know how many blocks are worth showing."""
 CHOOSERS = (RECENCY, UNIFORM, *RETRIEVERS, *MEASURING)
-LATE = {"late": 0, "late64": 64}
+LATE = {"late": 0, "late_ranked": 0, "late64": 64}
 """Forms by how many of the newest tokens stand behind what was chosen."""
 RAW_FORMS = ("raw", *LATE)
 FORMS = (*RAW_FORMS, "overlay", "strict", "constant")
@@ -126,7 +127,8 @@ def contents_of(
     chosen = ranked if condition.chooser not in {RECENCY, UNIFORM} else ()
     if condition.form in RAW_FORMS:
         newest_last = LATE.get(condition.form)
-        return _raw(reading, chosen, budget, tail_tokens, max_blocks, newest_last)
+        ranked_order = condition.form == "late_ranked"
+        return _raw(reading, chosen, budget, tail_tokens, max_blocks, newest_last, ranked_order)
     wc = working_context(condition, reading, chosen, budget, tail_tokens, max_blocks)
     # Found blocks may be raw for being recent, too: only as many as could be chosen were.
     raw = set(wc.raw_blocks().tolist())
@@ -169,6 +171,16 @@ def tail_blocks(reading: Reading, tail_tokens: int) -> list[int]:
     return list(range(history.first_block + int(np.argmax(left <= tail_tokens)), history.stop_block))
 
 
+def _runs(ranked: Sequence[int]) -> list[list[int]]:
+    """Blocks in runs of neighbours, each ascending, the runs in the order of their best."""
+    runs: list[list[int]] = [[]]
+    for block in sorted(ranked):
+        if runs[-1] and block != runs[-1][-1] + 1:
+            runs.append([])
+        runs[-1].append(block)
+    return sorted(runs, key=lambda run: min((ranked.index(block) for block in run), default=0))
+
+
 def _raw(
     reading: Reading,
     ranked: RankedBlocks,
@@ -176,10 +188,12 @@ def _raw(
     tail_tokens: int,
     max_blocks: int,
     newest_last: int | None = None,
+    best_last: bool = False,
 ) -> tuple[Contents, list[int]]:
     """Chosen blocks and the newest tokens, filling the budget exactly where the history is long enough.
 
-    In timeline order, or with the chosen before so many of the newest tokens.
+    In timeline order, or with the chosen before so many of the newest tokens, themselves in timeline order or with the
+    best last; neighbours stay together.
     """
     history = reading.history
     sizes = np.diff(history.tokens_before)
@@ -201,7 +215,7 @@ def _raw(
     # The oldest block of the tail is cut, so that the slots are equal to the last one.
     tail = reading.raw(newest)
     tail = tail.rows(max(0, -left), tail.num_rows)
-    found = reading.raw(picked)
+    found = Contents.joined([reading.raw(run) for run in _runs(picked)[::-1]]) if best_last else reading.raw(picked)
     if newest_last is None:
         rows = Contents.joined([found, tail])
         return rows.ordered(np.argsort(rows.half_tokens)), picked

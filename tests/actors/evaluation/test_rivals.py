@@ -120,6 +120,14 @@ def test_the_raw_form_is_the_picks_and_the_newest_tokens(lm: BaseLM) -> None:
     assert torch.equal(rows.embeds, lm.embed(torch.from_numpy(ids)[None])[0])
 
 
+def test_the_best_run_of_blocks_stands_last(lm: BaseLM) -> None:
+    reading = reading_of(lm, random_tree([20 * K]))
+    ranked = [(9, 0), (3, 0), (8, 0), (14, 0)]
+    rows, picked = contents_of(Condition(BM25, "late_ranked"), reading, ranked, 5 * K, K, 4)
+    assert picked == [9, 3, 8, 14]
+    assert (rows.half_tokens[::K] // 2 // K).tolist() == [19, 14, 3, 8, 9]
+
+
 @pytest.mark.parametrize("form", ["overlay", "strict", "constant"])
 def test_what_was_picked_is_shown_beside_gists_of_the_rest(lm: BaseLM, form: str) -> None:
     reading = reading_of(lm, random_tree([70 * K]))
@@ -239,12 +247,12 @@ def test_a_rival_may_name_its_form_and_its_policy() -> None:
         (
             ["recency"],
             ["raw", "stric"],
-            "there is no form 'stric'; there are: raw, late, late64, overlay, strict, constant",
+            "there is no form 'stric'; there are: raw, late, late_ranked, late64, overlay, strict, constant",
         ),
         (
             ["recency/stric"],
             ["raw"],
-            "there is no form 'stric'; there are: raw, late, late64, overlay, strict, constant",
+            "there is no form 'stric'; there are: raw, late, late_ranked, late64, overlay, strict, constant",
         ),
         (
             ["recency/raw@gaussian"],
@@ -274,7 +282,7 @@ def test_tasks_have_rivals_and_forms_of_their_own() -> None:
     ]
     for rival, message in (
         ("rerank", "there is no rival 'rerank'; there are: none, full, needles, .*oracle$"),
-        ("bm25/constant", "there is no form 'constant'; there are: raw, late, late64, overlay, strict$"),
+        ("bm25/constant", "there is no form 'constant'; there are: raw, late, late_ranked, late64, overlay, strict$"),
         ("needles/raw", "rival 'needles' has neither forms nor policies"),
     ):
         with pytest.raises(ConfigError, match=message):
