@@ -91,7 +91,10 @@ class Commands:
                 }
             )
         shown = Table(levels, f"{wc.total_tokens:,} tokens in {wc.total_cost} of {self._session.config.budget} rows")
-        return f"{self.picture()}\n{_text(shown)}{_text(Table(found_rows(self._session), 'Shown beside the newest'))}"
+        last = len(wc.histories) - 1
+        in_tail = (wc.source == last) & (wc.lod == 0) & (wc.first_block >= focus.tail_from)
+        tail = int(wc.num_tokens[in_tail].sum())
+        return f"{self.picture()}\n{_text(shown)}the newest {tail:,} tokens are raw; /why says what else is, and why"
 
     def _why(self) -> str:
         rows = found_rows(self._session)

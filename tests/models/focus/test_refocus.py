@@ -66,7 +66,15 @@ def test_every_refocus_is_legal_and_within_its_budget(lengths: list[int], mode, 
         pinned = [name for name in data.draw(st.lists(blocks, max_size=2)) if name[0] < histories[name[1]].stop_block]
         before = () if focus is None else focus.found
         focus = refocus(
-            policy, histories, budget, scores, focus, pinned=pinned, new_question=data.draw(st.booleans()), seed=number
+            policy,
+            histories,
+            budget,
+            scores,
+            focus,
+            pinned=pinned,
+            new_question=data.draw(st.booleans()),
+            rows_behind_found=data.draw(st.sampled_from([None, 0, 100])),
+            seed=number,
         )
         # The Working Context checks itself when it is made; nothing is left for us but what it does not know.
         assert isinstance(focus.wc, WorkingContext)
