@@ -66,6 +66,40 @@ def test_bulk_streaming_and_batches_agree(
         assert verify_context(writer.folder, "c").problems == []
 
 
+def test_blocks_may_wait_for_their_gists(tmp_path: Path, tiny_lm_config: BaseLMConfig) -> None:
+    plan = tiny_plan(tiny_lm_config, tmp_path)
+    compactor = make_compactor(plan)
+    document = make_documents([1200])[0]
+    tokens, meta = plan.tokenizer.encode(document.text), document_meta(document)
+
+    writer = open_context(tmp_path / "waiting", plan)
+    stream = DocumentStream(writer, compactor, meta, blocks_at_a_time=5)
+    assert stream.last_token is None
+    waited = 0
+    for start in range(0, len(tokens), 20):
+        stream.push(tokens[start : start + 20])
+        if start == 3000:
+            # What waits is durable, and is taken up again.
+            stream = DocumentStream(writer, compactor, meta, blocks_at_a_time=5)
+        assert stream.last_token == tokens[: start + 20][-1]
+        with writer.reader() as reader:
+            tail = reader.tail()
+            waiting = 0 if tail is None else len(tail.tokens)
+            assert reader.version.num_blocks * 32 + waiting == stream.num_tokens
+        assert waiting < 6 * 32
+        waited = max(waited, waiting)
+    assert waited >= 4 * 32
+    stream.finish()
+    follow(writer, plan)
+
+    bulk = open_context(tmp_path / "bulk", plan)
+    ingest(bulk, plan, compactor, [document])
+    follow(bulk, plan)
+    assert_same_tree(writer.reader(), bulk.reader())
+    for other in (writer, bulk):
+        other.close()
+
+
 def test_a_stream_goes_on_after_a_restart(tmp_path: Path, tiny_lm_config: BaseLMConfig) -> None:
     plan = tiny_plan(tiny_lm_config, tmp_path)
     compactor = make_compactor(plan)

@@ -8,13 +8,20 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 import ray_job
+from actors.plan import plan_models
+from actors.session import Session, SessionSpec
 from cluster.cli import main
+from cluster.config import BaseLMConfig, GistNetConfig, StoreConfig
 from cluster.environment import PROJECT_ROOT
+from cluster.errors import ConfigError, NodeMissingError
+from pipelines.chat import read_file
+from pipelines.chat_commands import Commands
 from storage.store import Store
 from storage.verify import verify_context
 from tests.actors.helpers import make_text
@@ -122,27 +129,30 @@ def test_bad_input_is_refused_before_anything_is_made(
     assert not (tmp_path / "store" / "c").exists()
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("/nope", "there is no /nope"),
-        ("/show", "needs an argument"),
-        ("/show x", "names no block"),
-        ("/show z:1", "there is no context 'z'"),
-        ("/show 999", "999"),
-        ("/read /no/such/file", "cannot be read"),
-    ],
-)
-def test_a_wrong_command_says_what_there_is(
-    words: list[str],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    line: str,
-    message: str,
+def test_a_wrong_command_says_what_there_is(tmp_path: Path, tiny_lm_config: BaseLMConfig) -> None:
+    store = StoreConfig(root=tmp_path, context="c")
+    plan = plan_models(tiny_lm_config, GistNetConfig(lm_layers=2), store)
+    with closing(Session(SessionSpec(plan, store))) as session:
+        commands = Commands(session, lambda name: read_file(session, name))
+        for line, error, message in (
+            ("/nope", ConfigError, "there is no /nope; there are: /focus"),
+            ("/show", ConfigError, "/show needs an argument"),
+            ("/show x", ConfigError, "'x' names no block"),
+            ("/show z:1", ConfigError, "there is no context 'z' here; there are: c"),
+            ("/show 999", NodeMissingError, "999"),
+            ("/read /no/such/file", ConfigError, "cannot be read"),
+        ):
+            with pytest.raises(error, match=message):
+                commands.run(line)
+
+
+def test_a_wrong_line_of_a_pipe_ends_it(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pipe(monkeypatch, line)
-    assert main(ray_job.JOBS, [*words, "--context", "c"]) != 0
-    assert message in capsys.readouterr().err
+    pipe(monkeypatch, "/nope")
+    assert main(ray_job.JOBS, [*words, "--context", "c"]) == REFUSED
+    assert "there is no /nope" in capsys.readouterr().err
+    assert json.loads((tmp_path / "runs" / "chat-c" / "report.json").read_text())["status"] == "failed"
 
 
 @pytest.mark.slow

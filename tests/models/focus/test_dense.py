@@ -170,6 +170,8 @@ def test_an_index_scores_as_the_function_does(match: Match, whiten: bool, monkey
     )
     part = KeyIndex(reader, space, 50, 200, array=KEYS)
     np.testing.assert_allclose(part.scores(query, match), index.scores(query, match)[50:200], atol=2e-6)
+    early = KeyIndex(reader, space, 0, 100, array=KEYS).grown(reader)
+    np.testing.assert_array_equal(early.scores(query, match), index.scores(query, match))
     empty = KeyIndex(reader, space, 7, 7, array=KEYS)
     assert empty.scores(query, match).shape == (0,)
 
