@@ -13,7 +13,7 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -36,7 +36,7 @@ from models.decoding.focused_cache import FocusedCache, Reuse
 from models.decoding.sampling import Sampler
 from models.focus.assembly import Assembled, Assembler
 from models.focus.history import History
-from models.focus.layout import found_before_turn, lay_out
+from models.focus.layout import found_before_turn, lay_out, runs_of_neighbours
 from models.focus.refocus import Focus, RefocusPolicy, refocus
 from models.focus.working_context import WorkingContext, smallest_budget
 from storage.contract import DocumentMeta
@@ -136,6 +136,7 @@ class Session:
             self.focus: Focus | None = None
             self.matches: dict[BlockName, Match] = {}
             """Why the last refocus found what it found."""
+            self._found_order: list[BlockName] = []
             self._turn_tokens = 0
             """Of the question at hand and its answer so far."""
             self._pinned: list[BlockName] = []
@@ -272,6 +273,7 @@ class Session:
                 rows_behind_found=self._rows_behind_found(),
                 seed=self.config.seed,
             )
+        self._order_found(scores, reason)
         with clock.part("assemble"):
             readers = self.memory.readers()
             assembler = Assembler(self._lm.embed, readers, array=GISTS, dtype=self._lm.dtype, device=self._lm.device)
@@ -291,12 +293,21 @@ class Session:
         assembled, wc = self._assembled, self.focus.wc
         embeds, places = assembled.embeds, assembled.half_tokens
         if self.config.layout == "before_turn" and self.focus.found:
-            found = {(0, block, source) for block, source in self.focus.found}
-            is_found = np.array([tuple(node) in found for node in wc.nodes()])
-            order = found_before_turn(assembled.row_of_entry, is_found, self._turn_tokens)
+            entry = {tuple(node): position for position, node in enumerate(wc.nodes())}
+            found = [entry[(0, block, source)] for block, source in self._found_order]
+            order = found_before_turn(assembled.row_of_entry, found, self._turn_tokens)
             embeds, places = embeds[torch.from_numpy(order).to(embeds.device)], places[order]
         layout = lay_out(self.config.positional, places, wc.total_tokens)
         return embeds, layout.half_tokens, layout.next_half_token
+
+    def _order_found(self, scores: Mapping[BlockName, float], reason: str) -> None:
+        """Runs of found blocks by their best score, the best last, where the model reads them best. Within an answer
+        the order stays as long as the blocks do."""
+        assert self.focus is not None
+        found = self.focus.found
+        if reason == "question" or set(found) != set(self._found_order):
+            runs = runs_of_neighbours(sorted(found, key=lambda name: -scores.get(name, 0.0)))
+            self._found_order = [name for run in runs[::-1] for name in run]
 
     def _rows_behind_found(self) -> int | None:
         """Rows that are read again when a found block changes; None where that depends on the block."""

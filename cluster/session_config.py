@@ -96,9 +96,10 @@ class SessionConfig:
     """Where rows stand: `compact` one after the other, `anchored` compressed far from the end, `global` at their true
     places, which only holds as far as the model was trained."""
 
-    layout: SessionLayout = "timeline"
-    """Where found blocks stand: `timeline` in their place, which the model reads best; `before_turn` right before the
-    question at hand, so that what is read again when they change is them and the turn (docs/sessions.md)."""
+    layout: SessionLayout = "before_turn"
+    """Where found blocks stand: `before_turn` right before the question at hand, the best last, where the model finds
+    them best and what is read again when they change is them and the turn; `timeline` in their place
+    (docs/sessions.md)."""
 
     allocator: Allocator = "greedy"
     """Who chooses the blocks that are shown. `greedy`: by score. `optimal`: the exact optimum of scores for each cut.

@@ -19,7 +19,7 @@ from actors.evaluation.contents import Contents, Reading
 from cluster.errors import ConfigError
 from models.focus.allocators import FocusRequest, Ranked, RankedBlocks, Recency, Uniform
 from models.focus.filling import Filling, show_newest
-from models.focus.layout import POLICIES
+from models.focus.layout import POLICIES, runs_of_neighbours
 from models.focus.working_context import Mode, WorkingContext
 
 NONE, FULL, NEEDLES = "none", "full", "needles"
@@ -171,16 +171,6 @@ def tail_blocks(reading: Reading, tail_tokens: int) -> list[int]:
     return list(range(history.first_block + int(np.argmax(left <= tail_tokens)), history.stop_block))
 
 
-def _runs(ranked: Sequence[int]) -> list[list[int]]:
-    """Blocks in runs of neighbours, each ascending, the runs in the order of their best."""
-    runs: list[list[int]] = [[]]
-    for block in sorted(ranked):
-        if runs[-1] and block != runs[-1][-1] + 1:
-            runs.append([])
-        runs[-1].append(block)
-    return sorted(runs, key=lambda run: min((ranked.index(block) for block in run), default=0))
-
-
 def _raw(
     reading: Reading,
     ranked: RankedBlocks,
@@ -215,7 +205,10 @@ def _raw(
     # The oldest block of the tail is cut, so that the slots are equal to the last one.
     tail = reading.raw(newest)
     tail = tail.rows(max(0, -left), tail.num_rows)
-    found = Contents.joined([reading.raw(run) for run in _runs(picked)[::-1]]) if best_last else reading.raw(picked)
+    found = reading.raw(picked)
+    if best_last and picked:
+        runs = runs_of_neighbours([(block, 0) for block in picked])
+        found = Contents.joined([reading.raw([block for block, _ in run]) for run in runs[::-1]])
     if newest_last is None:
         rows = Contents.joined([found, tail])
         return rows.ordered(np.argsort(rows.half_tokens)), picked

@@ -6,11 +6,12 @@ first, and the tokens that follow it continue from `next_half_token`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Bool, Int64
+from jaxtyping import Int64
 
 from cluster.errors import FocusError
 
@@ -74,25 +75,40 @@ def lay_out(policy: Policy, half_tokens: Int64[np.ndarray, " rows"], num_tokens:
     return Layout(places, origin + 2 * num_tokens - anchor_half)
 
 
+def runs_of_neighbours(ranked: Sequence[tuple[int, int]]) -> list[list[tuple[int, int]]]:
+    """Blocks `(block, source)` in runs that stand side by side, each in timeline order, the runs by their best one.
+
+    Args:
+        ranked: each block once, the best first.
+    """
+    rank = {name: number for number, name in enumerate(ranked)}
+    runs: list[list[tuple[int, int]]] = []
+    for block, source in sorted(ranked, key=lambda name: (name[1], name[0])):
+        if not runs or runs[-1][-1] != (block - 1, source):
+            runs.append([])
+        runs[-1].append((block, source))
+    return sorted(runs, key=lambda run: min(rank[name] for name in run))
+
+
 def found_before_turn(
-    row_of_entry: Int64[np.ndarray, " n_plus_1"], is_found: Bool[np.ndarray, " n"], num_turn_rows: int
+    row_of_entry: Int64[np.ndarray, " n_plus_1"], found: Sequence[int], num_turn_rows: int
 ) -> Int64[np.ndarray, " rows"]:
-    """An order of rows in which found blocks stand together, in timeline order, before the newest `num_turn_rows`.
+    """An order of rows in which some entries stand together before the newest `num_turn_rows`.
 
     What changes with every question then stands behind what does not: an edit leaves all before it as it was read.
 
     Args:
         row_of_entry: of an assembled Working Context.
-        is_found: entries that are moved.
-        num_turn_rows: newest rows that stay last, found ones not counted.
+        found: entries that are moved, in the order in which they shall stand.
+        num_turn_rows: newest rows that stay last, those moved not counted.
 
     Returns:
         For each place the row that stands there.
     """
-    found = np.repeat(is_found, np.diff(row_of_entry))
-    others = np.flatnonzero(~found)
+    moved = [np.arange(row_of_entry[entry], row_of_entry[entry + 1]) for entry in found]
+    others = np.setdiff1d(np.arange(row_of_entry[-1]), np.concatenate(moved) if moved else [])
     place = max(0, len(others) - num_turn_rows)
-    return np.concatenate([others[:place], np.flatnonzero(found), others[place:]])
+    return np.concatenate([others[:place], *moved, others[place:]]).astype(np.int64)
 
 
 def _newest_of_run(half_tokens: np.ndarray) -> np.ndarray:
