@@ -295,7 +295,10 @@ class Session:
         if self.config.layout == "before_turn" and self.focus.found:
             entry = {tuple(node): position for position, node in enumerate(wc.nodes())}
             found = [entry[(0, block, source)] for block, source in self._found_order]
-            order = found_before_turn(assembled.row_of_entry, found, self._turn_tokens)
+            # Of a turn that is longer than the tail the older part has become gists: the tail is as far as it reaches.
+            own = (wc.source == len(wc.histories) - 1) & (wc.lod == 0) & (wc.first_block >= self.focus.tail_from)
+            turn_rows = min(self._turn_tokens, int(wc.cost[own].sum()))
+            order = found_before_turn(assembled.row_of_entry, found, turn_rows)
             embeds, places = embeds[torch.from_numpy(order).to(embeds.device)], places[order]
         layout = lay_out(self.config.positional, places, wc.total_tokens)
         return embeds, layout.half_tokens, layout.next_half_token

@@ -74,6 +74,8 @@ class Filling:
         there do not change when it comes and goes.
         """
         if self.is_shown(block, source):
+            if not beside:
+                self._give_up_gist(block, source)
             return True
         if not self.histories[source].shows_raw(block):
             return False
@@ -89,6 +91,14 @@ class Filling:
                 self._split(ancestor)
         self.spent += price
         return True
+
+    def _give_up_gist(self, block: int, source: int) -> None:
+        """Of a block that was shown beside it."""
+        raw, gist = Node(0, block, source), Node(1, block, source)
+        if raw in self._shown and gist in self._tiling:
+            self._shown.discard(raw)
+            self._split(gist)
+            self.spent -= self.histories[source].vectors_per_node
 
     def expand(self, node: Node) -> bool:
         """Replace an entry of the tiling by its children if `may_expand` and that can be afforded; False when not."""

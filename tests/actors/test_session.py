@@ -166,6 +166,25 @@ def test_found_blocks_stand_before_the_turn_and_leave_what_is_before_them(spec: 
     assert read["before_turn"] < 0.7 * read["timeline"]
 
 
+def test_a_question_longer_than_the_tail_is_read_behind_what_was_found(spec: SessionSpec, lm: BaseLM) -> None:
+    with closing(Session(spec, lm)) as session:
+        text = make_text(8, 400)
+        session.read(document("d", text), text)
+        ask(session, make_text(9, 200) + text[600:660], max_new_tokens=4)
+        focus, assembled = session.focus, session._assembled
+        assert focus is not None
+        assert assembled is not None
+        assert focus.found
+        embeds, _, _ = session._rows()
+        num_gists = int(focus.wc.cost[focus.wc.lod > 0].sum())
+        found = {(0, block, source) for block, source in focus.found}
+        first = next(i for i, node in enumerate(focus.wc.nodes()) if tuple(node) not in found and node.lod == 0)
+        tail_row = assembled.embeds[assembled.row_of_entry[first]]
+        # Gists, then what was found, then the tail, in which no gist stands.
+        assert torch.equal(embeds[num_gists + K * len(found)], tail_row)
+        assert_as_full_pass_after_refocus(session)
+
+
 def test_a_session_goes_on_where_it_ended(spec: SessionSpec, lm: BaseLM) -> None:
     with closing(Session(spec, lm)) as session:
         ask(session, "where is the tree?")

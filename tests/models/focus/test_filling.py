@@ -125,3 +125,22 @@ def test_fusion_prefers_what_both_rankings_hold() -> None:
 
 def test_ranks_leave_out_what_has_no_score() -> None:
     assert ranked_by_score(np.array([0.5, -np.inf, 0.5, 2.0]), first_block=10) == [(13, 0), (12, 0), (10, 0)]
+
+
+def test_a_block_shown_beside_its_gist_gives_it_up_when_it_is_shown_in_its_place() -> None:
+    history = History.of(make_tree([40 * K]).reader())
+    filling = Filling("overlay", 200, [history])
+    before = filling.spent
+    assert filling.price(35, beside=True) == K
+    assert filling.show(35, beside=True)
+    assert filling.spent == before + K == filling.finish().total_cost
+    assert {Node(1, 35), Node(0, 35)} <= set(filling.finish().nodes())
+    assert filling.show(35, beside=True)
+    assert filling.spent == before + K
+    assert filling.show(35)
+    assert filling.spent == before + K - 1 == filling.finish().total_cost
+    assert Node(1, 35) not in filling.finish().nodes()
+    # Below a gist of LOD2 there is none of its own.
+    assert filling.show(3, beside=True)
+    assert filling.price(4, beside=True) == filling.price(4) == K
+    assert filling.finish().total_cost == filling.spent
