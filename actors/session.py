@@ -9,13 +9,12 @@ that is opened again goes on where it ended.
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 import uuid
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -23,24 +22,24 @@ import torch
 from torch import Tensor
 
 from actors.plan import CompactionPlan
+from actors.session_events import FocusRecorder
 from actors.session_memory import SessionMemory
 from actors.session_search import BlockName, Match, SessionSearch
 from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.config import StoreConfig
-from cluster.errors import BudgetError, DiskFullError, FocusError, MegaContextError
+from cluster.errors import BudgetError, FocusError, MegaContextError
 from cluster.heap import keep_freed_memory
 from cluster.session_config import SamplingConfig, SessionConfig
 from models.base_lm import BaseLM
 from models.decoding.chat_format import ChatFormat
-from models.decoding.focused_cache import FocusedCache, Reuse
+from models.decoding.focused_cache import FocusedCache
 from models.decoding.sampling import Sampler
 from models.focus.assembly import Assembled, Assembler
 from models.focus.history import History
 from models.focus.layout import found_before_turn, lay_out, runs_of_neighbours
 from models.focus.refocus import Focus, RefocusPolicy, refocus
-from models.focus.working_context import WorkingContext, smallest_budget
+from models.focus.working_context import smallest_budget
 from storage.contract import DocumentMeta
-from storage.focus_events import FocusEvent, FocusEventLog, read_focus_events
 from storage.schema import GISTS
 
 logger = logging.getLogger("megacontext.session")
@@ -128,10 +127,8 @@ class Session:
                 self.memory, self._lm, spec.plan.gistnet, self._tokenizer, spec.config.candidates
             )
             self._policy = _policy(spec.config)
-            self._events = FocusEventLog(self.memory.folder) if spec.config.record_events else None
+            self._recorder = FocusRecorder(self.id, self.memory.folder, self._policy, enabled=spec.config.record_events)
             self._cache = FocusedCache(self._lm)
-            self._event: FocusEvent | None = None
-            self._nll, self._num_decoded = 0.0, 0
             self._assembled: Assembled | None = None
             self.focus: Focus | None = None
             self.matches: dict[BlockName, Match] = {}
@@ -203,7 +200,8 @@ class Session:
             while len(answer) < sampling.max_new_tokens:
                 with clock.part("decode"):
                     token = sampler.draw(answer, self._cache.logits())
-                    self._count_decoded(token)
+                    if self._recorder.enabled:
+                        self._recorder.decoded(self._cache.nll_of_next(token))
                 first_token_s = first_token_s or time.perf_counter() - started
                 answer.append(token)
                 unsaid.append(token)
@@ -240,7 +238,7 @@ class Session:
                 if unsaid:
                     self.memory.say(np.array(unsaid, np.uint32))
                 self.memory.index()
-            self._finish_event()
+            self._recorder.finish()
         yield Turn(
             len(asked), len(answer), text, ended, num_refocuses, reuse[0], reuse[1], dict(clock.seconds), first_token_s
         )
@@ -255,7 +253,7 @@ class Session:
         return self.focus
 
     def _refocus(self, reason: str, query: np.ndarray, clock: _Clock, reuse: list[int]) -> None:
-        self._finish_event()
+        self._recorder.finish()
         histories = self.memory.histories()
         before = dict(clock.seconds)
         with clock.part("search"):
@@ -284,7 +282,8 @@ class Session:
         reuse[1] += read.num_read
         if self.focus.unfit:
             logger.warning("%d pinned blocks no longer fit the budget and are not shown", len(self.focus.unfit))
-        self._begin_event(reason, scores, read, {k: v - before.get(k, 0.0) for k, v in clock.seconds.items()})
+        seconds = {part: total - before.get(part, 0.0) for part, total in clock.seconds.items()}
+        self._recorder.begin(self.focus, reason, scores, read, seconds, self.warning)
 
     def _rows(self) -> tuple[Tensor, np.ndarray, int]:
         """What the model reads, where it stands, and the place of the token behind it."""
@@ -394,62 +393,15 @@ class Session:
         source = len(self.memory.readers()) - 1
         self._pinned += [(block, source) for block in range(document.first_block, stop)]
 
-    # -- events ----------------------------------------------------------------------------------------------------
-
-    def _begin_event(self, reason: str, scores: dict[BlockName, float], read: Reuse, seconds: dict[str, float]) -> None:
-        focus = self.focus
-        assert focus is not None
-        wc = focus.wc
-        self._nll, self._num_decoded = 0.0, 0
-        self._event = FocusEvent(
-            self.id,
-            focus.number,
-            reason,
-            json.dumps(asdict(self._policy), sort_keys=True),
-            [(history.context, history.seq) for history in wc.histories],
-            wc.total_tokens,
-            wc.budget,
-            wc.total_cost,
-            [(node.lod, node.index, node.source) for node in wc.nodes()],
-            scores,
-            list(focus.found),
-            list(focus.pinned),
-            list(focus.added),
-            list(focus.dropped),
-            focus.num_aged,
-            read.num_reused,
-            read.num_read,
-            seconds,
-            warning=self.warning,
-        )
-
-    def _count_decoded(self, token: int) -> None:
-        if self._event is not None and self._events is not None:
-            self._nll += self._cache.nll_of_next(token)
-            self._num_decoded += 1
-
-    def _finish_event(self) -> None:
-        event, self._event = self._event, None
-        if event is None or self._events is None:
-            return
-        event.num_decoded = self._num_decoded
-        event.nll_decoded = self._nll / self._num_decoded if self._num_decoded else None
-        try:
-            self._events.add(event)
-        except DiskFullError as error:
-            logger.warning("%s", error)
-
     def events(self) -> list[dict[str, Any]]:
         """This session's focus events that are durable, oldest first: all of them once it is closed."""
-        return read_focus_events(self.memory.folder, self.id).to_pylist()
+        return self._recorder.events()
 
     def close(self) -> None:
         """Make everything durable and release the contexts."""
-        self._finish_event()
         self._search.close()
         try:
-            if self._events is not None:
-                self._events.flush()
+            self._recorder.flush()
         finally:
             self.memory.close()
 
@@ -503,26 +455,3 @@ def _policy(config: SessionConfig) -> RefocusPolicy:
         config.row_price,
         config.exploration,
     )
-
-
-def picture(wc: WorkingContext, width: int = 72) -> str:
-    """One line: the histories from old to new, each column by the finest level that shows a part of it.
-
-    `█` raw, `▓` LOD1, `▒` LOD2, `░` above; contexts are set apart by a bar.
-    """
-    total = max(1, sum(history.num_blocks + bool(history.tail_tokens) for history in wc.histories))
-    lines = []
-    for source, history in enumerate(wc.histories):
-        blocks = history.num_blocks + bool(history.tail_tokens)
-        if blocks == 0:
-            continue
-        columns = max(1, round(width * blocks / total))
-        mine = np.flatnonzero(wc.source == source)
-        first = (wc.first_block[mine] - history.first_block) * columns // blocks
-        stop = -(-(wc.stop_block[mine] - history.first_block) * columns // blocks)
-        finest = np.full(columns, 99)
-        for lod, start, end in zip(wc.lod[mine].tolist(), first.tolist(), stop.tolist(), strict=True):
-            end = max(end, start + 1)
-            finest[start:end] = np.minimum(finest[start:end], lod)
-        lines.append("".join("█▓▒░"[min(int(lod), 3)] for lod in finest))
-    return "|".join(lines)

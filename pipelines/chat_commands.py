@@ -6,9 +6,10 @@ import io
 from collections.abc import Callable
 from typing import Any
 
-from actors.session import Session, picture
+from actors.session import Session
 from cluster.errors import ConfigError
 from cluster.tables import Table
+from models.focus.picture import picture
 
 SNIPPET_CHARACTERS = 60
 

@@ -14,7 +14,7 @@ import ray
 import torch
 
 from actors.plan import CompactionPlan, plan_models
-from actors.session import Session, SessionActor, SessionSpec, Turn, picture
+from actors.session import Session, SessionActor, SessionSpec, Turn
 from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.config import BaseLMConfig, GistNetConfig, StoreConfig
 from cluster.errors import (
@@ -29,6 +29,7 @@ from cluster.errors import (
 from cluster.ray_runtime import RaySession
 from cluster.session_config import SamplingConfig, SessionConfig
 from models.base_lm import BaseLM
+from models.focus.picture import picture
 from models.positions import Positions
 from storage.contract import DocumentMeta
 from storage.focus_events import read_focus_events
@@ -274,9 +275,7 @@ def test_where_search_fails_the_newest_tokens_are_shown(
     assert "the disk is gone" in session.warning
     assert "newest tokens are shown" in caplog.text
     assert session.events() == []  # they wait
-    session._finish_event()
-    assert session._events is not None
-    session._events.flush()
+    session._recorder.flush()
     assert "the disk is gone" in session.events()[-1]["warning"]
 
 
