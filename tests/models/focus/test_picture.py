@@ -12,8 +12,9 @@ def test_each_column_is_the_finest_level_in_it() -> None:
     filling = Filling("overlay", 500, [long, short])
     assert filling.show(40, 0)
     show_newest(filling, 2 * K)
-    # Block 40 lies in two of 19 columns. 96 blocks are three nodes of LOD2; 9 with the tail are 7 blocks of LOD1, one raw and the tail.
+    # 96 blocks are three nodes of LOD2, 9 with the tail are 7 blocks of LOD1, one raw and the tail.
     assert picture(filling.finish(), 105) == "▒" * 40 + "█" + "▒" * 55 + "|" + "▓" * 7 + "██"
+    # Of 19 columns block 40 lies in two.
     assert picture(filling.finish(), 21) == "▒" * 7 + "██" + "▒" * 10 + "|" + "▓█"
 
 
