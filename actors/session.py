@@ -134,6 +134,8 @@ class Session:
             self.matches: dict[BlockName, Match] = {}
             """Why the last refocus found what it found."""
             self._found_order: list[BlockName] = []
+            self._opening: int | None = None
+            """First block of the document that holds the turns."""
             self._turn_tokens = 0
             """Of the question at hand and its answer so far."""
             self._pinned: list[BlockName] = []
@@ -165,6 +167,7 @@ class Session:
         """
         tokens = self._tokenizer.encode(text)
         added = self.memory.read_document(document, tokens)
+        self._opening = None  # the turns begin anew behind it
         self.memory.index()
         return added
 
@@ -180,13 +183,10 @@ class Session:
         clock, reuse = _Clock(), [0, 0]
         asked = self._tokenizer.encode(question)
         opening = self._format.next_turn(self.memory.last_token)
-        is_first = self.memory.last_token is None
         turn = np.concatenate([opening, asked, self._format.before_answer]).astype(np.uint32)
         with clock.part("write"):
             self.memory.say(turn)
         self._turn_tokens = len(turn)
-        if is_first and self.config.system_prompt:
-            self._pin_opening(len(opening))
         query = asked[-self.config.query_tokens :].astype(np.int64)
         self._refocus("question", query, clock, reuse)
 
@@ -225,14 +225,11 @@ class Session:
                     self._turn_tokens += len(unsaid)
                     unsaid.clear()
                     tail = np.array(answer[-K:], np.int64)
-                    self._refocus("interval", np.concatenate([query, tail])[-2 * len(query) - K :], clock, reuse)
+                    self._refocus("interval", np.concatenate([query, tail]), clock, reuse)
                     num_refocuses += 1
                 else:
                     with clock.part("decode"):
                         self._cache.append(np.array([token], np.int64))
-        except GeneratorExit:
-            ended = "closed"
-            raise
         finally:
             with clock.part("write"):
                 if unsaid:
@@ -266,7 +263,7 @@ class Session:
                 budget,
                 scores,
                 self.focus,
-                pinned=self._pinned,
+                pinned=list(dict.fromkeys([*self._opening_blocks(histories), *self._pinned])),
                 new_question=reason == "question",
                 rows_behind_found=self._rows_behind_found(),
                 seed=self.config.seed,
@@ -385,13 +382,18 @@ class Session:
         self.memory.span(block, source)
         return block, source
 
-    def _pin_opening(self, num_tokens: int) -> None:
-        """The system prompt, which begins the turns' document."""
-        reader = self.memory.readers()[-1]
-        document = reader.documents()[-1]
-        stop = document.first_block + num_tokens // K
-        source = len(self.memory.readers()) - 1
-        self._pinned += [(block, source) for block in range(document.first_block, stop)]
+    def _opening_blocks(self, histories: Sequence[History]) -> list[BlockName]:
+        """Blocks of the system prompt, as far as they are full: it is shown whatever else is."""
+        if not self.config.system_prompt:
+            return []
+        if self._opening is None:
+            document = self.memory.turns_document()
+            if document is None:
+                return []
+            self._opening = document.first_block
+        first, own = self._opening, len(histories) - 1
+        stop = min(first + len(self._format.opening) // K, histories[own].stop_block)
+        return [(block, own) for block in range(first, stop)]
 
     def events(self) -> list[dict[str, Any]]:
         """This session's focus events that are durable, oldest first: all of them once it is closed."""

@@ -193,6 +193,13 @@ class SessionMemory:
         """The newest token of the turns; None where what comes is their beginning."""
         return None if self._stream is None else self._stream.last_token
 
+    def turns_document(self) -> DocumentInfo | None:
+        """What is being said, once it has a block with a gist."""
+        if self._stream is None:
+            return None
+        documents = self.readers()[-1].documents()
+        return documents[-1] if documents and documents[-1].meta.key == self._stream.key else None
+
     def _continue(self) -> None:
         """Go on with the turns that were left open, or end what another job left."""
         left = self._writer.open_document()

@@ -42,6 +42,11 @@ class DocumentStream:
             self._restore(mark.num_blocks)
 
     @property
+    def key(self) -> str:
+        """Of the document."""
+        return self._document.key
+
+    @property
     def num_tokens(self) -> int:
         """Tokens of the document so far, all durable."""
         return self._window_start + len(self._window)

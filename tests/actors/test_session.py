@@ -327,14 +327,33 @@ def test_pinned_and_expanded_blocks_are_shown(session: Session) -> None:
 
 
 def test_a_system_prompt_is_always_shown(spec: SessionSpec, lm: BaseLM) -> None:
-    config = replace(CONFIG, system_prompt="Answer as the keeper of the tree would, in few words. " * 2)
-    with closing(Session(replace(spec, config=config), lm)) as session:
+    """Also after a restart, behind other documents, and of the turns that begin anew."""
+    prompt = "Answer as the keeper of the tree would, in few words. " * 2
+    spec = replace(spec, config=replace(CONFIG, system_prompt=prompt))
+
+    def shown(session: Session) -> str:
+        assert session.focus is not None
+        return "".join(session.memory.text(block, source) for block, source in session.focus.pinned)
+
+    with closing(Session(spec, lm)) as session:
+        text = make_text(3, 300)
+        session.read(document("first", text), text)
         ask(session, "where?")
+        ask(session, "and what?")
+        assert shown(session) == prompt[: len(prompt) // K * K]
+    with closing(Session(spec, lm)) as session:
+        ask(session, "where?")
+        assert shown(session) == prompt[: len(prompt) // K * K]
         text = make_text(4, 900)
         session.read(document("d", text), text)
+        before = session.focus
         ask(session, "where?")
+        ask(session, "and what?")
+        assert before is not None
         assert session.focus is not None
-        assert {0, 1, 2} <= set(session.focus.wc.raw_blocks().tolist())
+        assert session.focus.pinned[0] > before.pinned[0]
+        assert shown(session) == prompt[: len(prompt) // K * K]
+        assert said(session).count(prompt) == 2
 
 
 def test_a_document_is_read_once(session: Session) -> None:
