@@ -12,7 +12,7 @@ import pytest
 from actors.evaluation.focus_evaluator import Measured
 from actors.evaluation.places import Place
 from actors.evaluation.results import FocusResults, SampleFile
-from actors.evaluation.rivals import CHOOSERS, FORMS, MINILM
+from actors.evaluation.rivals import CHOOSERS, FORMS, MINILM, RAW_FORMS
 from cluster.cli import main
 from cluster.config import BaseLMConfig
 from cluster.ray_runtime import RaySession
@@ -114,7 +114,7 @@ def test_every_rival_is_measured_at_every_place(root: Path, undisturbed: str) ->
     expected = {("none", 0), ("full", 0)}
     for budget in BUDGETS:
         expected |= {(f"{chooser}/{form}", budget) for chooser in RIVALS for form in FORMS}
-        expected.remove(("uniform/raw", budget))
+        expected -= {(f"uniform/{form}", budget) for form in RAW_FORMS}
         expected.add(("recency/raw@compact", budget))
     for place, measured in samples:
         # Whole super-blocks of 1,024 slots from the start of the timeline on, as a session would have read it.
@@ -208,8 +208,18 @@ def test_interrupted_and_resumed_equals_undisturbed(
     ("words", "evaluation", "code", "message"),
     [
         ((), {"rivals": ["recency", "oracel"]}, 2, "there is no rival 'oracel'; there are: recency, uniform"),
-        ((), {"forms": ["raw", "stric"]}, 2, "there is no form 'stric'; there are: raw, overlay, strict, constant"),
-        ((), {"rivals": ["bm25/stric"]}, 2, "there is no form 'stric'; there are: raw, overlay, strict, constant"),
+        (
+            (),
+            {"forms": ["raw", "stric"]},
+            2,
+            "there is no form 'stric'; there are: raw, late, late_ranked, late64, overlay, strict, constant",
+        ),
+        (
+            (),
+            {"rivals": ["bm25/stric"]},
+            2,
+            "there is no form 'stric'; there are: raw, late, late_ranked, late64, overlay, strict, constant",
+        ),
         ((), {"rivals": ["bm25/raw@gaussian"]}, 2, "no position policy 'gaussian'; there are: global, compact"),
         ((), {"rivals": ["full/raw"]}, 2, "rival 'full' has neither forms nor policies; write 'full'"),
         (
