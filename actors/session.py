@@ -24,7 +24,7 @@ from torch import Tensor
 from actors.plan import CompactionPlan
 from actors.session_events import FocusRecorder
 from actors.session_memory import SessionMemory
-from actors.session_search import BlockName, Match, SessionSearch
+from actors.session_search import Match, SessionSearch
 from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.config import StoreConfig
 from cluster.errors import BudgetError, FocusError, MegaContextError
@@ -37,7 +37,7 @@ from models.decoding.sampling import Sampler
 from models.focus.assembly import Assembled, Assembler
 from models.focus.history import History
 from models.focus.layout import found_before_turn, lay_out, runs_of_neighbours
-from models.focus.refocus import Focus, RefocusPolicy, refocus
+from models.focus.refocus import BlockName, Focus, RefocusPolicy, refocus
 from models.focus.working_context import smallest_budget
 from storage.contract import DocumentMeta
 from storage.schema import GISTS
@@ -323,8 +323,7 @@ class Session:
         own = histories[-1]
         tail_from = own.stop_block if self.focus is None else min(self.focus.tail_from, own.stop_block)
         try:
-            context = np.empty(0, np.int64)
-            self.matches = self._search.find(query, context, tail_from, self.config.candidates)
+            self.matches = self._search.find(query, tail_from, self.config.candidates)
         except MegaContextError as error:
             self.warning = f"search failed ({error}); the newest tokens are shown instead"
             logger.warning("%s", self.warning)

@@ -111,8 +111,12 @@ class SessionMemory:
                 self._writer.put_nodes,
             )
             self._indexer = self._index(store)
+            left = self._writer.open_document()
+            self._unfinished = left
+            """A document that an interrupted run left open; it goes on when it is read again."""
             self._stream: DocumentStream | None = None
-            self._continue()
+            if left is not None and left.uri.startswith(TURNS_URI):
+                self._stream = self._open(left)
         except BaseException:
             self.close()
             raise
@@ -200,18 +204,12 @@ class SessionMemory:
         documents = self.readers()[-1].documents()
         return documents[-1] if documents and documents[-1].meta.key == self._stream.key else None
 
-    def _continue(self) -> None:
-        """Go on with the turns that were left open, or end what another job left."""
-        left = self._writer.open_document()
-        if left is None:
-            return
-        if left.uri.startswith(TURNS_URI):
-            self._stream = self._open(left)
-        else:
-            logger.warning("document %s was left open by another job; it stays, cut", left.uri)
-            self._writer.close_document(left.key)
-
     def _open(self, document: DocumentMeta) -> DocumentStream:
+        """Begin or continue a document; another one that is left unfinished is ended as it is."""
+        left, self._unfinished = self._unfinished, None
+        if left is not None and left.key != document.key:
+            logger.warning("document %s was left open and does not go on now; it stays, cut", left.uri)
+            self._writer.close_document(left.key)
         return DocumentStream(self._writer, self._compactor, document, blocks_at_a_time=self._blocks_at_a_time)
 
     def say(self, tokens: np.ndarray) -> None:

@@ -14,6 +14,7 @@ from actors.session_memory import SessionMemory
 from models.base_lm import BaseLM
 from models.focus.allocators import ranked_by_score, reciprocal_rank_fusion
 from models.focus.dense import KeyIndex, KeySpace, query_states
+from models.focus.refocus import BlockName
 from models.gistnet import GistNet
 from models.tokenizer import Tokenizer
 from storage.contract import TreeReader
@@ -22,12 +23,6 @@ from storage.schema import KEYS
 
 FUSION_CONSTANT = 10.0
 """k of reciprocal rank fusion, tuned on `dev` (docs/evaluation.md)."""
-
-QUESTION_CONTEXT_TOKENS = 128
-"""Newest tokens the language model reads to know what the question's own mean."""
-
-BlockName = tuple[int, int]
-"""`(block, source)`."""
 
 
 @dataclass(frozen=True)
@@ -62,12 +57,11 @@ class SessionSearch:
         self._measured_blocks: dict[str, int] = {}
         """Blocks the space of an index was measured from."""
 
-    def find(self, question: np.ndarray, context: np.ndarray, stop_block: int, limit: int) -> dict[BlockName, Match]:
+    def find(self, question: np.ndarray, stop_block: int, limit: int) -> dict[BlockName, Match]:
         """Blocks for a question.
 
         Args:
             question: its tokens, at least one.
-            context: the newest tokens before the question, for what its words mean.
             stop_block: of the session's own context, the block at which the raw tail begins, which is shown anyway.
             limit: blocks at most.
 
@@ -77,8 +71,7 @@ class SessionSearch:
         by_words: list[tuple[float, BlockName]] = []
         by_keys: list[tuple[float, BlockName]] = []
         text = self._tokenizer.decode(question)
-        read = np.concatenate([context, question])[-max(QUESTION_CONTEXT_TOKENS, len(question)) :]
-        states = query_states(self._lm, self._gistnet, read, len(question))
+        states = query_states(self._lm, self._gistnet, question)
         readers = self._memory.readers()
         for source, reader in enumerate(readers):
             name, last = reader.version.context, source == len(readers) - 1

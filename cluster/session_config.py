@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 from cluster.config import (
@@ -191,7 +190,7 @@ class ChatJob:
     """Ask this, print the answer and end. Empty: a conversation."""
 
     files: list[str] = field(default_factory=list)
-    """Text files to read into the context before the conversation."""
+    """Files, folders or globs to read into the context before the conversation, as `corpus.paths` of `compact`."""
 
     json: bool = False
     """Print one JSON object a turn instead of text."""
@@ -216,5 +215,3 @@ class ChatJob:
         for name in names:
             StoreConfig(context=name).validate()
         require(len(set(names)) == len(names), f"context and reads name a context twice: {', '.join(names)}")
-        for name in self.files:
-            require(Path(name).expanduser().is_file(), f"files: there is no file {name}")

@@ -11,19 +11,18 @@ import dataclasses
 import json
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
+from actors.packing import document_meta
 from actors.plan import CompactionPlan, check_encoding, plan_models
 from actors.session import Session, SessionSpec, Turn
-from cluster.config import StoreConfig
-from cluster.errors import ConfigError, MegaContextError
+from cluster.config import CorpusConfig, StoreConfig
+from cluster.errors import MegaContextError
 from cluster.log import get_logger
 from cluster.run import JobRun
 from cluster.session_config import ChatJob
 from pipelines.chat_commands import Commands, Quit, found_rows
 from pipelines.session_report import draw_session, session_numbers, session_tables
-from storage.contract import DocumentMeta
-from storage.corpus import Document
+from storage.corpus import QuarantinedItem, open_corpus, read_corpus
 from storage.store import Store
 
 logger = get_logger("chat")
@@ -40,7 +39,8 @@ def run(job: ChatJob) -> None:
         job_run.log_digests(plan.digests())
         session = Session(SessionSpec(plan, store, tuple(job.reads), job.session))
         with contextlib.closing(session):
-            read_files(session, job)
+            if job.files:
+                logger.info("%s", read_files(session, job.files))
             turns = converse(session, job)
         events = session.events()
         tables = session_tables(turns, events)
@@ -55,8 +55,10 @@ def prepare(job: ChatJob, store: StoreConfig) -> CompactionPlan:
     """Everything that can be refused, before a model is loaded.
 
     Raises:
-        ContextNotFoundError, IncompatibleTreeError, ModelError: what was found and what to do.
+        ContextNotFoundError, CorpusError, IncompatibleTreeError, ModelError: what was found and what to do.
     """
+    if job.files:
+        open_corpus(CorpusConfig(paths=job.files))
     plan = plan_models(job.base_lm, job.gistnet, store)
     check_encoding(plan, store)
     if job.reads:
@@ -66,48 +68,27 @@ def prepare(job: ChatJob, store: StoreConfig) -> CompactionPlan:
     return plan
 
 
-def read_files(session: Session, job: ChatJob) -> None:
-    """Read `files` into the context; those it holds already are passed over.
+def read_files(session: Session, paths: list[str]) -> str:
+    """Read files, folders or globs into the session's context, and say what became of them.
 
     Raises:
-        ConfigError: a file that is no text.
+        CorpusError: a path is missing, or holds nothing that can be read.
     """
-    for name in job.files:
-        read_file(session, name)
-
-
-def read_file(session: Session, name: str) -> str:
-    """Read a text file into the session's context, and say what became of it.
-
-    Raises:
-        ConfigError: no such file, or no text.
-    """
-    path = Path(name).expanduser()
-    try:
-        raw = path.read_bytes()
-        text = raw.decode("utf-8")
-    except OSError as error:
-        raise ConfigError(f"{name} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{name} is no UTF-8 text") from error
-    if not text.strip():
-        raise ConfigError(f"{name} holds no text")
-    before = session.memory.num_tokens
-    document = Document.from_raw(path.resolve().as_uri(), text, raw, path.stat().st_mtime)
-    added = session.read(
-        DocumentMeta(
-            document.key, document.uri, document.content_sha256, document.size_bytes, document.modified_at, ()
-        ),
-        text,
-    )
-    if not added:
-        return f"{name} is in the context already"
-    return f"read {name}: {session.memory.num_tokens - before:,} tokens"
+    before, num_known = session.memory.num_tokens, 0
+    refused = []
+    for item in read_corpus(open_corpus(CorpusConfig(paths=paths))):
+        if isinstance(item, QuarantinedItem):
+            refused.append(f"{item.uri} was passed over: {item.detail}")
+        else:
+            num_known += not session.read(document_meta(item), item.text)
+    known = f", {num_known} of it there already" if num_known else ""
+    lines = [f"read {', '.join(paths)}: {session.memory.num_tokens - before:,} new tokens{known}", *refused]
+    return "\n".join(lines)
 
 
 def converse(session: Session, job: ChatJob) -> list[Turn]:
     """Questions and commands until the input ends."""
-    commands = Commands(session, lambda name: read_file(session, name))
+    commands = Commands(session, lambda path: read_files(session, [path]))
     turns: list[Turn] = []
     is_terminal = sys.stdin.isatty() and not job.prompt and not job.json
     if is_terminal:

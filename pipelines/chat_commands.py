@@ -19,7 +19,7 @@ HELP = """\
 /show BLOCK         a block's text
 /expand BLOCK       show a block from the next question on, until others are worth more
 /pin BLOCK          show a block from the next question on, always; /unpin BLOCK ends it
-/read FILE          read a text file into the context
+/read PATH          read a file, a folder or a glob into the context
 /help               this
 /quit               end; what was said stays
 A BLOCK is a number of the session's own context, or CONTEXT:NUMBER, as /focus and /why name it.
@@ -33,9 +33,9 @@ class Quit(Exception):
 class Commands:
     """Runs them; every answer is text to print."""
 
-    def __init__(self, session: Session, read_file: Callable[[str], str]) -> None:
+    def __init__(self, session: Session, read_path: Callable[[str], str]) -> None:
         self._session = session
-        self._read_file = read_file
+        self._read_path = read_path
 
     def run(self, line: str) -> str:
         """The answer to one line.
@@ -53,7 +53,7 @@ class Commands:
             "expand": self._expand,
             "pin": self._pin,
             "unpin": self._unpin,
-            "read": self._read_file,
+            "read": self._read_path,
         }
         if name in {"quit", "exit"}:
             raise Quit

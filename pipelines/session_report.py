@@ -14,9 +14,9 @@ import numpy as np
 
 from actors.session import Turn
 from cluster import metric_names as names
-from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.plots import figure
 from cluster.tables import Table
+from models.focus.history import blocks_per_node
 
 Event = Mapping[str, Any]
 """A row of `storage.focus_events.SCHEMA`."""
@@ -117,11 +117,11 @@ class Strip:
 
 
 def _start(entry: Mapping[str, int]) -> int:
-    return entry["index"] * K ** max(entry["lod"] - 1, 0)
+    return entry["index"] * blocks_per_node(entry["lod"])
 
 
 def _stop(entry: Mapping[str, int]) -> int:
-    return (entry["index"] + 1) * K ** max(entry["lod"] - 1, 0)
+    return (entry["index"] + 1) * blocks_per_node(entry["lod"])
 
 
 def draw_session(events: Sequence[Event], folder: Path) -> None:

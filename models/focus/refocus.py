@@ -19,9 +19,9 @@ import numpy as np
 from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.errors import FocusError
 from models.focus.filling import Filling
-from models.focus.history import History
+from models.focus.history import History, blocks_per_node
 from models.focus.selection import Candidates, Strategy, select
-from models.focus.working_context import DEFAULT_MODE, Mode, WorkingContext
+from models.focus.working_context import Mode, WorkingContext
 
 BlockName = tuple[int, int]
 """`(block, source)`."""
@@ -31,19 +31,22 @@ BlockName = tuple[int, int]
 class RefocusPolicy:
     """How calm, and how much of what. Rows are tokens here: a block costs its tokens."""
 
-    mode: Mode = DEFAULT_MODE
-    strategy: Strategy | Literal["recency"] = "greedy"
-    tail_tokens: int = 128
+    mode: Mode
+    strategy: Strategy | Literal["recency"]
+    tail_tokens: int
     """Newest tokens that stay raw before anything found is shown."""
-    max_blocks: int = 6
+    max_blocks: int
     """Blocks shown by their scores."""
-    age_tokens: int = 96
+    age_tokens: int
     """Tokens by which the tail gives way at a time."""
-    keep_bonus: float = 0.15
-    cooldown: int = 2
+    keep_bonus: float
+    """What a block that is shown already has over others, in units of score."""
+    cooldown: int
     """Refocuses before a block that was given up may come back by itself."""
-    row_price: float = 0.001
-    exploration: float = 0.1
+    row_price: float
+    """Of a row read again, in units of score."""
+    exploration: float
+    """Scale of the noise of `stochastic`."""
 
     def __post_init__(self) -> None:
         """Refuse what has no meaning.
@@ -82,12 +85,6 @@ class Focus:
     """Blocks of the tail that gave way to newer ones."""
     unfit: tuple[BlockName, ...] = ()
     """Pinned blocks that did not fit."""
-
-    @property
-    def swap_rate(self) -> float:
-        """Share of the raw blocks, now and before, whose level this refocus changed by choice."""
-        raw = sum(len(self.wc.raw_blocks(source)) for source in range(len(self.wc.histories)))
-        return (len(self.added) + len(self.dropped)) / max(1, raw + len(self.dropped))
 
 
 def refocus(
@@ -328,11 +325,10 @@ def _place(source: np.ndarray | np.int64, block: np.ndarray | np.int64) -> np.nd
 
 def _first_difference(old: History, new: History) -> int | None:
     """The first block whose root is another one."""
-    sizes = K ** np.arange(16, dtype=np.int64)
     (old_lod, old_index), (new_lod, new_index) = old.roots(), new.roots()
     shared = min(len(old_lod), len(new_lod))
     differs = np.flatnonzero((old_lod[:shared] != new_lod[:shared]) | (old_index[:shared] != new_index[:shared]))
     if len(differs):
         at = int(differs[0])
-        return int(new_index[at] * sizes[max(int(new_lod[at]) - 1, 0)])
+        return int(new_index[at]) * blocks_per_node(int(new_lod[at]))
     return None if len(new_lod) >= len(old_lod) else int(new.stop_block)

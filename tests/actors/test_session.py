@@ -364,6 +364,26 @@ def test_a_document_is_read_once(session: Session) -> None:
         session.read(document("empty", ""), "")
 
 
+def test_a_document_whose_reading_was_interrupted_goes_on(
+    spec: SessionSpec, lm: BaseLM, caplog: pytest.LogCaptureFixture
+) -> None:
+    text = make_text(6, 300)
+    for goes_on in (True, False):
+        name = f"d{goes_on}"
+        with closing(Session(spec, lm)) as session:
+            if session.memory._stream is not None:
+                session.memory._stream.finish()
+            session.memory._open(document(name, text)).push(session._tokenizer.encode(text)[:900])
+        with closing(Session(spec, lm)) as session:
+            if not goes_on:
+                ask(session, "where?")
+            assert session.read(document(name, text), text)
+            found = [d.state for d in session.memory.readers()[-1].documents() if d.meta.key == name]
+            assert found == (["complete"] if goes_on else ["cut", "complete"])
+            assert said(session).count(text) == 1 + (not goes_on)
+    assert caplog.text.count("does not go on now") == 1
+
+
 def test_what_cannot_be_opened_is_refused_and_nothing_is_kept(
     tmp_path: Path, spec: SessionSpec, plan: CompactionPlan, lm: BaseLM, tiny_lm_config: BaseLMConfig
 ) -> None:

@@ -19,7 +19,17 @@ from storage.memory_tree import MemoryTree
 from storage.schema import GISTS
 from tests.models.focus.trees import make_tree, node_values
 
-CALM = RefocusPolicy(tail_tokens=64, max_blocks=3, age_tokens=64, keep_bonus=0.15, cooldown=2, row_price=0.0005)
+CALM = RefocusPolicy(
+    mode="overlay",
+    strategy="greedy",
+    tail_tokens=64,
+    max_blocks=3,
+    age_tokens=64,
+    keep_bonus=0.15,
+    cooldown=2,
+    row_price=0.0005,
+    exploration=0.1,
+)
 
 
 def grow(tree: MemoryTree, num_blocks: int) -> None:
@@ -108,7 +118,7 @@ def test_nothing_changes_where_nothing_is_new(tree: MemoryTree) -> None:
     first = refocus(CALM, [history(tree)], 400, scores)
     again = refocus(CALM, [history(tree)], 400, scores, first)
     assert again.wc.same_entries(first.wc)
-    assert (again.added, again.dropped, again.num_aged, again.swap_rate) == ((), (), 0, 0.0)
+    assert (again.added, again.dropped, again.num_aged) == ((), (), 0)
 
 
 def test_a_little_better_is_not_enough(tree: MemoryTree) -> None:
@@ -142,7 +152,7 @@ def test_the_tail_ages_in_batches(tree: MemoryTree) -> None:
         focus = refocus(CALM, [history(tree)], 400, {}, before)
         aged.append(focus.num_aged)
         assert focus.tail_from == before.tail_from + focus.num_aged
-        assert focus.swap_rate == 0.0
+        assert (focus.added, focus.dropped) == ((), ())
     # Each time it gives way it makes room for the blocks that follow.
     assert [n for n in aged if n] == [n for n in aged if n >= CALM.age_tokens // K]
     assert 3 <= sum(n > 0 for n in aged) <= 6
@@ -184,6 +194,6 @@ def test_a_budget_that_holds_nothing_is_refused(tree: MemoryTree) -> None:
     with pytest.raises(BudgetError, match="smallest that can is"):
         refocus(CALM, [history(tree)], 5, {})
     with pytest.raises(FocusError, match="sizes of 0 or more"):
-        RefocusPolicy(age_tokens=0)
+        replace(CALM, age_tokens=0)
     with pytest.raises(FocusError, match="bonus, price and noise"):
-        RefocusPolicy(row_price=-1.0)
+        replace(CALM, row_price=-1.0)
