@@ -8,7 +8,6 @@ same questions in turns, and decode the same number of tokens.
 from __future__ import annotations
 
 import itertools
-import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from dataclasses import replace
@@ -140,7 +139,6 @@ def _build(setting: Setting, root: Path, name: str, plan: CompactionPlan, num_to
     put_levels(writer, plan.encoding)
     writer.flush()
     writer.close()
-    logging.getLogger("megacontext").setLevel(logging.ERROR)
     indexer = LexicalIndexer(LexicalIndexerSpec(StoreConfig(root=root, context=name), plan.base_lm), plan.tokenizer)
     indexer.advance()
     indexer.close()
