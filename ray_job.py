@@ -14,6 +14,8 @@ from cluster.evaluation_config import EvaluateFocusJob
 from cluster.gist_evaluation_config import EvaluateGistJob
 from cluster.headroom_config import EvaluateHeadroomJob
 from cluster.key_training_config import TrainKeysJob
+from cluster.label_config import LabelJob
+from cluster.lens_training_config import TrainLensNetJob
 from cluster.session_config import ChatJob
 from cluster.task_evaluation_config import EvaluateTasksJob
 from cluster.training_config import TrainGistNetJob
@@ -29,8 +31,10 @@ JOBS = (
     Job("evaluate headroom", EvaluateHeadroomJob, "pipelines.evaluate_headroom:run"),
     Job("evaluate retrieval", EvaluateRetrievalJob, "pipelines.evaluate_retrieval:run"),
     Job("evaluate tasks", EvaluateTasksJob, "pipelines.evaluate_tasks:run"),
+    Job("label", LabelJob, "pipelines.label:run"),
     Job("train gistnet", TrainGistNetJob, "pipelines.train_gistnet:run"),
     Job("train keys", TrainKeysJob, "pipelines.train_keys:run"),
+    Job("train lensnet", TrainLensNetJob, "pipelines.train_lensnet:run"),
     Job("train ablations", TrainAblationsJob, "pipelines.train_ablations:run"),
     Job("tree verify", TreeVerifyJob, "pipelines.tree:verify"),
     Job("tree rebuild-gists", TreeRebuildGistsJob, "pipelines.tree:rebuild_gists"),

@@ -119,6 +119,9 @@ class FocusEvaluationConfig:
     retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
     """How the rivals that search are asked."""
 
+    lensnet: str = ""
+    """Folder of the LensNet that rival `lensnet` asks."""
+
     shortlist_blocks: int = 32
     """Blocks that `rerank` and the oracles measure: the rivals' picks and what they rank next."""
 
@@ -175,6 +178,10 @@ class FocusEvaluationConfig:
         require(
             self.oracle_blocks >= self.max_blocks,
             f"evaluation.oracle_blocks={self.oracle_blocks} must be at least max_blocks={self.max_blocks}",
+        )
+        require(
+            "lensnet" not in choosers or bool(self.lensnet),
+            "rival 'lensnet' needs a net: give evaluation.lensnet the folder that `train lensnet` exported",
         )
         self.retrieval.validate()
         require(self.num_workers >= 0, "evaluation.num_workers must be 0 (one a CPU) or more")

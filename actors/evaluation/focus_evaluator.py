@@ -13,6 +13,7 @@ import torch
 from actors.evaluation import rivals
 from actors.evaluation.contents import Contents, Reading
 from actors.evaluation.focus_search import Choices, FocusSearch, Room, SingleGains
+from actors.evaluation.lens_rival import LensRival
 from actors.evaluation.names import SharedNames
 from actors.evaluation.oracle import choosing_half, scoring_half
 from actors.evaluation.places import Place
@@ -28,6 +29,7 @@ from models.focus.dense import KeySpace
 from models.focus.history import History
 from models.focus.layout import Policy, policy_for
 from models.gistnet import GistNet
+from models.lensnet import LensNet
 from models.sentence_encoder import SentenceEncoder
 from models.tokenizer import Tokenizer
 from storage.contract import TreeReader
@@ -119,6 +121,16 @@ class FocusEvaluator:
         self._embeddings: BlockEmbeddings | None = None
         if rivals.MINILM in self._choosers or rivals.MINILM in spec.evaluation.retrieval.fusion:
             self._embeddings = BlockEmbeddings(SentenceEncoder.load(), self._tokenizer.decode_batch, reader)
+        self._lens: LensRival | None = None
+        if rivals.LENSNET in self._choosers:
+            self._lens = LensRival(
+                LensNet.load(spec.evaluation.lensnet),
+                gistnet,
+                self._tokenizer,
+                lexical,
+                self._key_space,
+                spec.evaluation.retrieval.dense_query_tokens,
+            )
         line_break = torch.tensor([[int(self._tokenizer.encode("\n")[-1])]], device=lm.device)
         self._constant = lm.embed(line_break)[0, 0]
         self._known: dict[tuple[str, bytes], tuple[np.ndarray, float]] = {}
@@ -164,7 +176,7 @@ class FocusEvaluator:
             contents, _ = rivals.contents_of(shown, reading, ranked, budget, self._config.tail_tokens, len(blocks))
             return self._nll(contents, reading, ids, self._policy(reading.history))[0]
 
-        return FocusSearch(retrieval, self._config, self._policy(reading.history), self._choosers, read)
+        return FocusSearch(retrieval, self._config, self._policy(reading.history), self._choosers, read, self._lens)
 
     def _nll(self, contents: Contents, reading: Reading, ids: np.ndarray, policy: Policy) -> tuple[np.ndarray, float]:
         """NLL of the horizon, and the CPU seconds it took."""

@@ -10,6 +10,7 @@ import numpy as np
 
 from actors.evaluation import rivals
 from actors.evaluation.contents import Reading
+from actors.evaluation.lens_rival import LensRival
 from actors.evaluation.oracle import Step, choose, choosing_half, climb, scoring_half
 from actors.evaluation.retrieval import RANDOM_SEED_STRIDE, Found, Retrieval, shortlist
 from actors.evaluation.scorer import BlockCaches, CandidateScorer
@@ -72,14 +73,17 @@ class FocusSearch:
         policy: Policy,
         wanted: Collection[str],
         read: ExactReading,
+        lens: LensRival | None = None,
     ) -> None:
-        """Args: `read` measures a choice of blocks in raw tokens; `wanted` are the choosers that are compared."""
+        """Args: `read` measures a choice of blocks in raw tokens; `wanted` are the choosers that are compared; `lens`
+        is LensNet where it is one of them."""
         self._retrieval = retrieval
         self._reading = retrieval.reading
         self._config = config
         self._policy: Policy = policy
         self._wanted = set(wanted)
         self._read_exactly = read
+        self._lens = lens
 
     def run(self, rooms: Sequence[Room], oracle_rooms: Sequence[Room], ids: np.ndarray, number: int) -> list[Choices]:
         """Choices for every budget.
@@ -97,6 +101,11 @@ class FocusSearch:
             Choices({name: _before(room.shown_from, pairs) for name, pairs in found.ranked.items()}, {**found.seconds})
             for room in rooms
         ]
+        if self._lens is not None:
+            for room, choice in zip(rooms, choices, strict=True):
+                started = time.process_time()
+                choice.ranked[rivals.LENSNET] = self._lens.rank(self._reading, room.shown_from)
+                choice.seconds[rivals.LENSNET] = time.process_time() - started
         if self._wanted & {rivals.RERANK, *rivals.ORACLES}:
             self._measure_shortlists(oracle_rooms, choices, found, ids)
             for room, choice in zip(rooms, choices, strict=True):

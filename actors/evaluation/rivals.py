@@ -25,11 +25,12 @@ from models.focus.working_context import Mode, WorkingContext
 NONE, FULL, NEEDLES = "none", "full", "needles"
 RECENCY, UNIFORM, RANDOM = "recency", "uniform", "random"
 BM25, DENSE, MINILM, FUSION, RERANK = "bm25", "dense", "minilm", "fusion", "rerank"
+LENSNET = "lensnet"
 ORACLE_GREEDY, ORACLE, EXHAUSTIVE = "oracle_greedy", "oracle", "exhaustive"
 
 SEARCHERS = (BM25, DENSE, MINILM)
 """Choosers that search the history; what `fusion` can be made of."""
-RETRIEVERS = (RANDOM, *SEARCHERS, FUSION, RERANK)
+RETRIEVERS = (RANDOM, *SEARCHERS, FUSION, RERANK, LENSNET)
 """Choosers that look at the history and the tail, but not at the horizon."""
 ORACLES = (ORACLE_GREEDY, ORACLE)
 """They measure a shortlist."""

@@ -12,7 +12,7 @@ import pytest
 from actors.evaluation.focus_evaluator import Measured
 from actors.evaluation.places import Place
 from actors.evaluation.results import FocusResults, SampleFile
-from actors.evaluation.rivals import CHOOSERS, FORMS, MINILM, RAW_FORMS
+from actors.evaluation.rivals import CHOOSERS, FORMS, LENSNET, MINILM, RAW_FORMS
 from cluster.cli import main
 from cluster.config import BaseLMConfig
 from cluster.ray_runtime import RaySession
@@ -23,8 +23,8 @@ from tests.actors.helpers import make_text
 Door = Callable[..., int]
 
 BUDGETS = [128, 192]
-RIVALS = [chooser for chooser in CHOOSERS if chooser != MINILM]
-"""All that need no packaged model."""
+RIVALS = [chooser for chooser in CHOOSERS if chooser not in {MINILM, LENSNET}]
+"""All that need no packaged or trained model."""
 ALL_RIVALS = ["none", "full", *RIVALS, "recency/raw@compact"]
 
 

@@ -16,7 +16,7 @@ from actors.evaluation.focus_evaluator import FocusEvaluator, FocusEvaluatorSpec
 from actors.evaluation.focus_search import Room
 from actors.evaluation.names import SharedNames
 from actors.evaluation.places import Place
-from actors.evaluation.rivals import CHOOSERS, FORMS, MEASURING, MINILM, RAW_FORMS, RETRIEVERS, bare_rows
+from actors.evaluation.rivals import CHOOSERS, FORMS, LENSNET, MEASURING, MINILM, RAW_FORMS, RETRIEVERS, bare_rows
 from actors.packing import windows_of
 from actors.plan import plan_models
 from cluster.config import TOKENS_PER_BLOCK as K
@@ -31,8 +31,8 @@ from storage.lexical import LexicalSearcher
 from tests.actors.evaluation.support import NEEDLE, StoredText, plain_nll, stored, text_with_needle
 from tests.actors.helpers import make_compactor, make_text, open_context
 
-RIVALS = [chooser for chooser in CHOOSERS if chooser != MINILM]
-"""All that need no packaged model."""
+RIVALS = [chooser for chooser in CHOOSERS if chooser not in {MINILM, LENSNET}]
+"""All that need no packaged or trained model."""
 CONFIG = FocusEvaluationConfig(
     history_tokens=30 * K,
     horizon_tokens=31,
@@ -302,7 +302,7 @@ def test_short_blocks_at_the_end_belong_to_the_tail(
     ]
     with stored(tiny_lm_config, tmp_path_factory.mktemp("short"), texts) as tree:
         place = Place(0, "doc4.txt", 0, 24)
-        config = replace(CONFIG, history_tokens=24 * K, rivals=[r for r in (*RETRIEVERS, "oracle") if r != MINILM])
+        config = replace(CONFIG, history_tokens=24 * K, rivals=[r for r in (*RETRIEVERS, "oracle") if r in RIVALS])
         for m in evaluator(lm, tree, config).evaluate(place):
             # The tail's 64 tokens are a block of 32, blocks of 8, 8 and 6 tokens, and none of block 19.
             assert all(block < 20 for block in m.picked), m

@@ -1,0 +1,1 @@
+"""Labels for LensNet: what edits of real Working Contexts were worth, seen from behind."""
