@@ -83,6 +83,10 @@ class ResourceTimeoutError(ResourceError):
     """Ray did not give what was asked for in time; says what was requested and what there was."""
 
 
+class BusyError(ResourceError):
+    """A service has as many requests as it may hold; the same one may be made again a little later."""
+
+
 class TrackingError(MegaContextError):
     """MLflow could not be reached or refused the run."""
 

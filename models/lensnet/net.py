@@ -151,9 +151,9 @@ class LensNet(nn.Module):
         device = self.feature_mean.device
         return (
             self(
-                torch.from_numpy(candidates.features)[None].to(device),
-                torch.from_numpy(candidates.keys)[None].to(device),
-                torch.from_numpy(candidates.query)[None].to(device),
+                torch.tensor(candidates.features, device=device)[None],
+                torch.tensor(candidates.keys, device=device)[None],
+                torch.tensor(candidates.query, device=device)[None],
                 torch.ones(1, len(candidates), dtype=torch.bool, device=device),
             )[0]
             .cpu()
@@ -218,9 +218,10 @@ def padded(sets: Sequence[CandidateSet]) -> tuple[Tensor, Tensor, Tensor, Tensor
     for row, candidates in enumerate(sets):
         n = len(candidates)
         there[row, :n] = True
-        features[row, :n] = torch.from_numpy(candidates.features)
-        keys[row, :n] = torch.from_numpy(candidates.keys)
-    return features, keys, torch.stack([torch.from_numpy(c.query) for c in sets]), there
+        # Copied: what came from another process may not be written to, and torch would complain.
+        features[row, :n] = torch.tensor(candidates.features)
+        keys[row, :n] = torch.tensor(candidates.keys)
+    return features, keys, torch.stack([torch.tensor(candidates.query) for candidates in sets]), there
 
 
 def _read_spec(path: Path) -> LensNetSpec:
