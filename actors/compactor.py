@@ -19,7 +19,7 @@ from cluster.errors import ModelError
 from cluster.heap import keep_freed_memory
 from models.base_lm import BaseLM
 from models.gistnet import GistNet
-from models.window_encoder import WindowEncoder
+from models.window_encoder import OpenWindow, WindowEncoder
 from storage.codec import encode_arrays
 from storage.contract import SpanWrite
 from storage.geometry import NO_TOKEN
@@ -74,6 +74,20 @@ class Compactor:
             span_of(window, result.num_tokens, {GISTS: result.gists, KEYS: result.keys}, self._specs)
             for window, result in zip(windows, encoded, strict=True)
         ]
+
+    def encode_grown(self, window: Window, first_block: int, kept: OpenWindow) -> SpanWrite:
+        """The span of a growing window's blocks from number `first_block` on, with the bits of `encode`.
+
+        Args:
+            window: with all its tokens so far.
+            first_block: counted from the window's beginning.
+            kept: the window's own; what it holds is not read again.
+        """
+        result = self._encoder.encode_grown(window.tokens, first_block, kept)
+        new = dataclasses.replace(
+            window, first_block=window.first_block + first_block, tokens=window.tokens[first_block * K :]
+        )
+        return span_of(new, result.num_tokens, {GISTS: result.gists, KEYS: result.keys}, self._specs)
 
 
 def span_of(

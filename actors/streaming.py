@@ -11,6 +11,7 @@ from actors.compactor import Compactor
 from actors.packing import Window
 from cluster.config import SLOTS_PER_SUPER_BLOCK as WINDOW_TOKENS
 from cluster.config import TOKENS_PER_BLOCK as K
+from models.window_encoder import OpenWindow
 from storage.contract import Ack, DocumentMeta, TreeWriter
 
 
@@ -26,14 +27,15 @@ class DocumentStream:
             writer: of the context.
             compactor: makes the gists.
             document: whose tokens come.
-            blocks_at_a_time: full blocks that wait for their gists, raw and durable as the tail, until there are so
-                many: a window is encoded as a whole, whatever is new in it.
+            blocks_at_a_time: full blocks wait for their gists, raw and durable as the tail, until the window holds a
+                multiple of so many: it is read in chunks, and one that is not full is read again when it has grown.
         """
         self._writer = writer
         self._compactor = compactor
         self._document = document
-        # Tokens of the current window, which is encoded as a whole: its last blocks see its first.
+        # Tokens of the current window, all of which its last blocks see, and what is kept of encoding them.
         self._window = np.empty(0, np.uint32)
+        self._kept = OpenWindow()
         self._window_start = 0
         self._stored_blocks = 0
         self._blocks_at_a_time = blocks_at_a_time
@@ -104,17 +106,18 @@ class DocumentStream:
 
     def _store_full_blocks(self) -> Ack | None:
         """Compact the blocks that became full; start a new window when this one is."""
-        full, stored = len(self._window) // K, self._blocks_in_window()
-        enough = full - stored >= self._blocks_at_a_time or (full > stored and len(self._window) == WINDOW_TOKENS)
-        ack = self._store(full * K, last=False) if enough else None
+        full = len(self._window) // K
+        if len(self._window) < WINDOW_TOKENS:
+            full -= full % self._blocks_at_a_time
+        ack = self._store(full * K, last=False) if full > self._blocks_in_window() else None
         if len(self._window) == WINDOW_TOKENS:
             self._window, self._window_start = self._window[:0], self._window_start + WINDOW_TOKENS
+            self._kept = OpenWindow()
         return ack
 
     def _store(self, num_tokens: int, *, last: bool) -> Ack:
         window = Window(self._document, self._window_start // K, self._window[:num_tokens], last)
-        span = self._compactor.encode([window])[0]
-        new = span.part(self._blocks_in_window(), span.num_blocks)
+        new = self._compactor.encode_grown(window, self._blocks_in_window(), self._kept)
         ack = self._writer.append([new])
         self._stored_blocks += new.num_blocks
         return ack

@@ -108,8 +108,8 @@ class SessionConfig:
     """Tokens decoded between two refocuses; there is one on every new prompt besides."""
 
     compact_tokens: int = 128
-    """Full blocks wait for gists until there are so many tokens of them: a gist's window of 1,024 tokens is encoded as
-    a whole, whatever is new in it. Until then they stay raw. Less spends more time, more takes from the budget."""
+    """Full blocks wait for gists until there are so many tokens of them: the model's lower layers read chunks of 256
+    tokens, whatever is new in them. Until then they stay raw. Less spends more time, more takes from the budget."""
 
     tail_tokens: int = 128
     """Newest tokens that are raw whatever else is."""

@@ -279,10 +279,14 @@ class BaseLM:
         *,
         positions: AnyPositions | None = None,
         attention_mask: AnyMask | None = None,
+        cache: KVCache | None = None,
     ) -> dict[int, Float[Tensor, "B T D"]]:
         """States after n layers for each n in `layers` (0: the embeddings), before any final norm.
 
         The forward pass ends after the highest one asked for.
+
+        Args:
+            cache: as in `logits`, extended in the layers that run: for calls that ask for the same highest one.
 
         Raises:
             ModelError: a layer that is not loaded, or as `logits`.
@@ -293,7 +297,7 @@ class BaseLM:
             states[0] = embeds.to(self.dtype)
         if max(layers) > 0:
             with self._kept_states(layers, states, stop_after=max(layers)), contextlib.suppress(_EnoughLayers):
-                self._run(embeds, positions, attention_mask, None)
+                self._run(embeds, positions, attention_mask, cache)
         return states
 
     def final_states(

@@ -100,6 +100,30 @@ def test_blocks_may_wait_for_their_gists(tmp_path: Path, tiny_lm_config: BaseLMC
         other.close()
 
 
+def test_streams_that_take_turns_with_one_compactor_do_not_meet(tmp_path: Path, tiny_lm_config: BaseLMConfig) -> None:
+    plan = tiny_plan(tiny_lm_config, tmp_path)
+    compactor = make_compactor(plan)
+    documents = make_documents([600, 700])
+    texts = [plan.tokenizer.encode(document.text) for document in documents]
+    writers = [open_context(tmp_path / f"live{i}", plan) for i in range(2)]
+    streams = [
+        DocumentStream(writer, compactor, document_meta(document), blocks_at_a_time=4)
+        for writer, document in zip(writers, documents, strict=True)
+    ]
+    for start in range(0, max(map(len, texts)), 100):
+        for stream, tokens in zip(streams, texts, strict=True):
+            stream.push(tokens[start : start + 100])
+            # Chunks of the encoder are not cut: what has gists ends with a multiple of blocks_at_a_time.
+            assert stream._stored_blocks == stream.num_tokens // 128 * 4
+    for stream, writer, document in zip(streams, writers, documents, strict=True):
+        stream.finish()
+        bulk = open_context(tmp_path / document.uri, plan)
+        ingest(bulk, plan, compactor, [document])
+        assert_same_tree(writer.reader(), bulk.reader())
+        for other in (writer, bulk):
+            other.close()
+
+
 def test_a_stream_goes_on_after_a_restart(tmp_path: Path, tiny_lm_config: BaseLMConfig) -> None:
     plan = tiny_plan(tiny_lm_config, tmp_path)
     compactor = make_compactor(plan)
