@@ -235,7 +235,7 @@ class Session:
                 if unsaid:
                     self.memory.say(np.array(unsaid, np.uint32))
                 self.memory.index()
-            self._recorder.finish()
+                self._recorder.end_answer()
         yield Turn(
             len(asked), len(answer), text, ended, num_refocuses, reuse[0], reuse[1], dict(clock.seconds), first_token_s
         )

@@ -85,6 +85,13 @@ class FocusRecorder:
         except StorageError as error:
             logger.warning("%s", error)
 
+    def end_answer(self) -> None:
+        """The last refocus of an answer is finished, and all of them are durable if the disk lets them."""
+        try:
+            self.flush()
+        except StorageError as error:
+            logger.warning("%s", error)
+
     def flush(self) -> None:
         """Make every finished event durable.
 

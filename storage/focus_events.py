@@ -1,13 +1,15 @@
 """Focus events: what a session showed, scored and edited, and what it was worth. They train LensNet and curation.
 
 An append-only log of Parquet files in the context's folder, each written once: to a temporary name, synced, renamed.
-Events wait in memory until there are enough of them, or somebody flushes; a crash loses those that wait and leaves no
-half file.
+Events wait in memory until there are enough of them, or somebody flushes (a session does at the end of every answer); a
+crash loses those that wait and leaves no half file. Small files are merged when there are enough events in them: the
+merged one is there before they go, and readers count an event once.
 """
 
 from __future__ import annotations
 
 import errno
+import logging
 import time
 import uuid
 from dataclasses import dataclass, field, fields
@@ -18,6 +20,8 @@ import pyarrow.parquet as pq
 
 from cluster.errors import CorruptTreeError, DiskFullError, StorageError
 from storage.durable import fsync_folder, write_file_durably
+
+logger = logging.getLogger("megacontext.storage")
 
 EVENTS_FOLDER = "focus"
 FLUSH_EVENTS = 64
@@ -108,6 +112,8 @@ class FocusEventLog:
     def __init__(self, context_folder: Path) -> None:
         self._folder = context_folder / EVENTS_FOLDER
         self._waiting: list[FocusEvent] = []
+        self._small: list[tuple[Path, int]] = []
+        """Files of this log that may be merged, and how many events each holds."""
 
     def add(self, event: FocusEvent) -> None:
         """Keep a finished event; written when enough wait.
@@ -123,10 +129,33 @@ class FocusEventLog:
         """Make every event durable. Errors as of `add`."""
         if not self._waiting:
             return
-        sink = pa.BufferOutputStream()
-        pq.write_table(pa.Table.from_pylist([_row(event) for event in self._waiting], SCHEMA), sink)
         # Names in the order of time, so that a listing is the order of events.
-        name = f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}.parquet"
+        table = pa.Table.from_pylist([_row(event) for event in self._waiting], SCHEMA)
+        path = self._write(f"{time.time_ns():020d}", table)
+        self._small.append((path, len(self._waiting)))
+        self._waiting.clear()
+        if sum(count for _, count in self._small) >= FLUSH_EVENTS:
+            self._merge()
+
+    def _merge(self) -> None:
+        """One file instead of many small ones."""
+        small, self._small = [path for path, _ in self._small], []
+        if len(small) < 2:
+            return
+        try:
+            tables = [pq.read_table(path, schema=SCHEMA) for path in small]
+            self._write(small[0].name.partition("-")[0], pa.concat_tables(tables))
+            for path in small:
+                path.unlink()
+            fsync_folder(self._folder)
+        except (StorageError, OSError, pa.ArrowException) as error:
+            # Many small files hold the same events.
+            logger.warning("focus events under %s stay in %d small files: %s", self._folder, len(small), error)
+
+    def _write(self, prefix: str, table: pa.Table) -> Path:
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink)
+        name = f"{prefix}-{uuid.uuid4().hex[:8]}.parquet"
         temporary = self._folder / f".{name}.tmp"
         try:
             self._folder.mkdir(exist_ok=True)
@@ -139,7 +168,7 @@ class FocusEventLog:
             raise kind(
                 f"cannot write focus events under {self._folder}: {error}; they are kept and tried again"
             ) from error
-        self._waiting.clear()
+        return self._folder / name
 
 
 def read_focus_events(context_folder: Path, session: str | None = None) -> pa.Table:
@@ -155,4 +184,10 @@ def read_focus_events(context_folder: Path, session: str | None = None) -> pa.Ta
             tables.append(pq.read_table(path, schema=SCHEMA, filters=chosen))
         except (pa.ArrowException, OSError) as error:
             raise CorruptTreeError(f"{path} holds no focus events: {error}; move it away to read the others") from error
-    return pa.concat_tables(tables) if tables else SCHEMA.empty_table()
+    if not tables:
+        return SCHEMA.empty_table()
+    table = pa.concat_tables(tables)
+    # A crash between merging files and removing them leaves events twice.
+    names = zip(table["session"].to_pylist(), table["number"].to_pylist(), strict=True)
+    first = {name: row for row, name in reversed(list(enumerate(names)))}
+    return table if len(first) == table.num_rows else table.take(sorted(first.values()))

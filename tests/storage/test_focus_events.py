@@ -97,3 +97,43 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(CorruptTreeError, match=path.name):
         read_focus_events(tmp_path)
+
+
+def test_small_files_are_merged_and_events_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = FocusEventLog(tmp_path)
+    folder = tmp_path / EVENTS_FOLDER
+    for number in range(10):
+        log.add(event(number))
+        log.flush()
+    assert len(list(folder.iterdir())) == 10
+    left = {path: path.read_bytes() for path in folder.iterdir()}
+    for number in range(10, focus_events.FLUSH_EVENTS + 3):
+        log.add(event(number))
+        log.flush()
+    assert len(list(folder.iterdir())) == 1 + 3, "one of as many as are enough, and those since"
+    numbers = list(range(focus_events.FLUSH_EVENTS + 3))
+    assert read_focus_events(tmp_path).column("number").to_pylist() == numbers
+    for path, content in left.items():
+        path.write_bytes(content)  # as if it had died before they were removed
+    assert sorted(read_focus_events(tmp_path).column("number").to_pylist()) == numbers
+
+
+def test_files_that_cannot_be_merged_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = FocusEventLog(tmp_path)
+    for number in range(focus_events.FLUSH_EVENTS - 1):
+        log.add(event(number))
+        log.flush()
+    real, calls = focus_events.write_file_durably, []
+
+    def full(path: Path, content: bytes) -> None:
+        calls.append(path)
+        if len(calls) > 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(path, content)
+
+    monkeypatch.setattr(focus_events, "write_file_durably", full)
+    log.add(event(focus_events.FLUSH_EVENTS - 1))
+    log.flush()
+    assert len(calls) == 2
+    found = read_focus_events(tmp_path).column("number").to_pylist()
+    assert found == list(range(focus_events.FLUSH_EVENTS))
