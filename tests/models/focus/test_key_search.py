@@ -37,6 +37,19 @@ def exact(reader: TreeReader, space: KeySpace, query: np.ndarray, match: Match, 
     return [block for block, _ in ranked_by_score(scores, 0, limit=limit)]
 
 
+def count_reads(reader: TreeReader, patch: pytest.MonkeyPatch) -> list[int]:
+    """How many keys each read from now on asks for."""
+    sizes: list[int] = []
+    read = reader.read
+
+    def counted(name: str, lod: int, indices: np.ndarray) -> torch.Tensor:
+        sizes.append(len(indices))
+        return read(name, lod, indices)
+
+    patch.setattr(reader, "read", counted)
+    return sizes
+
+
 def grouped_keys(num_keys: int, seed: int) -> np.ndarray:
     """Keys that stand together in groups, as those of texts about the same things do; some are denser than others."""
     rng = np.random.default_rng(seed)
@@ -78,21 +91,22 @@ def test_of_equal_keys_the_newer_is_first() -> None:
 
 @pytest.mark.parametrize("whiten", [False, True])
 @pytest.mark.parametrize("match", ["pooled", "max_sim"])
-def test_of_a_long_history_most_is_found(match: Match, whiten: bool) -> None:
+def test_of_a_long_history_most_is_found(match: Match, whiten: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     keys = grouped_keys(6000, 0)
-    reader = CountingReader(tree_of(keys))
+    reader = tree_of(keys)
     space = KeySpace.of_tree(reader, array=KEYS) if whiten else KeySpace.plain(DIM)
     search = KeySearch(reader, space, array=KEYS)
+    num_read = count_reads(reader, monkeypatch)
     rng = np.random.default_rng(1)
     found, num_queries = {8: 0, 32: 0}, 20
     for place in rng.integers(6000, size=num_queries):
         query = keys[place] + 0.5 * rng.standard_normal((2, DIM)).astype(np.float32) / DIM**0.5
         stop = int(rng.integers(3000, 6001))
         wanted = exact(reader, space, query, match, 32, stop)
-        reader.num_read = 0
+        num_read.clear()
         blocks, scores = search.best(query, match, 32, stop)
         # An eighth of the cells, one more that is opened last, and the batch that is in none.
-        assert 32 <= reader.num_read <= 0.25 * 6000
+        assert 32 <= sum(num_read) <= 0.25 * 6000
         assert (np.diff(scores) <= 0).all()
         assert len(blocks) == 32
         assert blocks.max() < stop
@@ -121,30 +135,17 @@ def test_how_a_history_grew_changes_nothing(cuts: list[int], seed: int) -> None:
                 np.testing.assert_array_equal(found, wanted)
 
 
-class CountingReader:
-    """Counts the keys that are read."""
-
-    def __init__(self, reader: TreeReader) -> None:
-        self._reader, self.version, self.num_read = reader, reader.version, 0
-
-    def read(self, name: str, lod: int, indices: np.ndarray) -> torch.Tensor:
-        self.num_read += len(indices)
-        return self._reader.read(name, lod, indices)
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._reader, name)
-
-
-def test_a_turn_reads_its_own_keys_and_a_full_batch_once() -> None:
+def test_a_turn_reads_its_own_keys_and_a_full_batch_once(monkeypatch: pytest.MonkeyPatch) -> None:
     keys = grouped_keys(1200, 0)
     search = KeySearch(tree_of(keys[:1030]), KeySpace.plain(DIM), array=KEYS)
     resident = search.resident_bytes
     assert resident <= 10 * 1030 + 64 * (4 * DIM + 8) + 8
     num_read = []
     for size in (1033, 1040, 1050):
-        reader = CountingReader(tree_of(keys[:size]))
+        reader = tree_of(keys[:size])
+        sizes = count_reads(reader, monkeypatch)
         search.follow(reader)
-        num_read.append(reader.num_read)
+        num_read.append(sum(sizes))
     # The second fills the batch that begins at 1,024.
     assert num_read == [3, 16, 10]
     assert search.resident_bytes <= 2 * resident
