@@ -12,8 +12,9 @@ import numpy as np
 
 from actors.session_memory import SessionMemory
 from models.base_lm import BaseLM
-from models.focus.allocators import ranked_by_score, reciprocal_rank_fusion
-from models.focus.dense import KeyIndex, KeySpace, query_states
+from models.focus.allocators import reciprocal_rank_fusion
+from models.focus.dense import KeySpace, query_states
+from models.focus.key_search import KeySearch
 from models.focus.refocus import BlockName
 from models.gistnet import GistNet
 from models.tokenizer import Tokenizer
@@ -53,9 +54,9 @@ class SessionSearch:
         self._tokenizer = tokenizer
         self._limit = limit
         self._lexical: dict[str, LexicalSearcher] = {}
-        self._keys: dict[str, KeyIndex] = {}
+        self._keys: dict[str, KeySearch] = {}
         self._measured_blocks: dict[str, int] = {}
-        """Blocks the space of an index was measured from."""
+        """Blocks the space of a key search was measured from."""
 
     def find(self, question: np.ndarray, stop_block: int, limit: int) -> dict[BlockName, Match]:
         """Blocks for a question.
@@ -82,24 +83,21 @@ class SessionSearch:
                 folder = self._memory.folder_of(source)
                 self._lexical[name] = LexicalSearcher(folder, self._tokenizer.decode_batch)
             blocks, scores = self._lexical[name].search(reader, text, self._limit, 0, stop)
-            by_words += [(float(s), (int(b), source)) for b, s in zip(blocks, scores, strict=True)]
-            keys = self._index(name, reader).scores(states, "pooled")[:stop]
-            by_keys += [
-                (float(keys[block]), (block, source)) for block, _ in ranked_by_score(keys, 0, limit=self._limit)
-            ]
+            by_words += _scored(blocks, scores, source)
+            by_keys += _scored(*self._key_search(name, reader).best(states, "pooled", self._limit, stop), source)
         return fused([_names(by_words), _names(by_keys)], limit)
 
-    def _index(self, name: str, reader: TreeReader) -> KeyIndex:
+    def _key_search(self, name: str, reader: TreeReader) -> KeySearch:
         num_blocks = reader.version.num_blocks
         # Where the keys themselves say how they are compared, they do so anew when there are twice as many.
         fixed = self._gistnet.spec.key_metric == "cosine"
         if name in self._keys and (fixed or num_blocks < 2 * self._measured_blocks[name]):
-            index = self._keys[name].grown(reader)
+            self._keys[name].follow(reader)
         else:
-            index = KeyIndex(reader, KeySpace.of_net(self._gistnet, reader, array=KEYS), array=KEYS)
+            space = KeySpace.of_net(self._gistnet, reader, array=KEYS)
+            self._keys[name] = KeySearch(reader, space, array=KEYS)
             self._measured_blocks[name] = num_blocks
-        self._keys[name] = index
-        return index
+        return self._keys[name]
 
     def close(self) -> None:
         """Release the indexes."""
@@ -118,6 +116,10 @@ def fused(rankings: Sequence[Sequence[BlockName]], limit: int) -> dict[BlockName
         score = sum(1.0 / (FUSION_CONSTANT + rank) for rank in ranks if rank is not None) / best
         found[name] = Match(score, *ranks)
     return found
+
+
+def _scored(blocks: np.ndarray, scores: np.ndarray, source: int) -> list[tuple[float, BlockName]]:
+    return [(float(score), (int(block), source)) for block, score in zip(blocks, scores, strict=True)]
 
 
 def _names(scored: list[tuple[float, BlockName]]) -> list[BlockName]:

@@ -46,6 +46,7 @@ BENCHMARKS = (
     Benchmark("allocators", "allocators:allocators", "the value of greedy's choice (above it: the optimum's)", 1.02),
     Benchmark("session_cost", "session_cost:session_cost", "wall time a token with a history of 64 k tokens", 1.10),
     Benchmark("lens_service", "lens_service:lens_service", "p99 of the same service without batches", 1.00),
+    Benchmark("candidate_search", "candidate_search:candidate_search", "wall time of decoding 32 tokens", 0.02),
     Benchmark("sealed_size", "sealed_size:sealed_size", "bytes of tokens, gists and keys", 1.05),
     Benchmark("gistnet_vs_prefill", "gistnet_prefill:gistnet_vs_prefill", "one prefill of the window by the LM", 0.50),
     Benchmark("training_stack", "training_stack:training_stack", "wall time of the same step in a bare loop", 1.10),

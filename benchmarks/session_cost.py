@@ -7,37 +7,23 @@ same questions in turns, and decode the same number of tokens.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
 from contextlib import ExitStack, closing
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from actors.compactor import span_of
-from actors.lexical_indexer import LexicalIndexer, LexicalIndexerSpec
-from actors.packing import Packer, Window
-from actors.plan import CompactionPlan, plan_models
+from actors.plan import plan_models
 from actors.session import Session, SessionSpec, Turn
 from benchmarks.assembly import one_thread
-from benchmarks.corpus import corpus_files, open_files
 from benchmarks.harness import BenchmarkError, Result, Setting, median_ratio, say
-from benchmarks.synthetic import put_levels
+from benchmarks.text_contexts import build_text_context
 from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.config import GistNetConfig, StoreConfig
 from cluster.session_config import PACKAGED_GISTNET, SamplingConfig, SessionConfig
 from models.base_lm import BaseLM
-from storage.bulk_writer import BulkWriter
-from storage.contract import SpanWrite
-from storage.corpus import read_corpus
-from storage.schema import GISTS, KEYS
-from storage.store import Store
 
 QUESTION_TOKENS = 24
 DECODED_TOKENS = 64
-SPANS_AT_A_TIME = 8
 
 
 def session_cost(setting: Setting) -> Result:
@@ -49,7 +35,7 @@ def session_cost(setting: Setting) -> Result:
         plan = plan_models(setting.base_lm, net, StoreConfig(root=root, context="long"))
         for name, size in sizes.items():
             say(f"  {name}: a context of {size:,} tokens")
-            _build(setting, root, name, plan, size)
+            build_text_context(setting, root, name, plan, size)
         lm = BaseLM.load(plan.base_lm)
         sessions = {}
         for name in sizes:
@@ -114,46 +100,3 @@ def _questions(session: Session, count: int) -> list[str]:
         tokens = reader.tokens(block, 1)[0][0]
         texts.append(session.memory.decode(tokens[: min(QUESTION_TOKENS, K)]))
     return [text.strip() or "what is this?" for text in texts]
-
-
-def _build(setting: Setting, root: Path, name: str, plan: CompactionPlan, num_tokens: int) -> None:
-    writer = Store(root, create=True).open_writer(name, plan.identity, plan.encoding, create=True)
-    bulk = BulkWriter(writer)
-    rng = np.random.default_rng(0)
-    waiting: list[SpanWrite] = []
-    for window in _windows(setting, plan, writer.marks, num_tokens):
-        num_blocks = -(-len(window.tokens) // K)
-        counts = np.full(num_blocks, K, np.uint8)
-        counts[-1] = len(window.tokens) - (num_blocks - 1) * K
-        arrays = {
-            spec.name: rng.standard_normal((num_blocks * spec.rows_per_node, spec.width), np.float32)
-            for spec in plan.encoding.arrays
-        }
-        waiting.append(span_of(window, counts, {GISTS: arrays[GISTS], KEYS: arrays[KEYS]}, plan.encoding.arrays))
-        if len(waiting) == SPANS_AT_A_TIME:
-            bulk.append(waiting)
-            waiting = []
-    if waiting:
-        bulk.append(waiting)
-    bulk.flush()
-    put_levels(writer, plan.encoding)
-    writer.flush()
-    writer.close()
-    indexer = LexicalIndexer(LexicalIndexerSpec(StoreConfig(root=root, context=name), plan.base_lm), plan.tokenizer)
-    indexer.advance()
-    indexer.close()
-
-
-def _windows(setting: Setting, plan: CompactionPlan, marks: Any, num_tokens: int) -> Iterator[Window]:
-    """Of documents, until there are so many tokens; the last document is cut."""
-    left = num_tokens
-    for first in itertools.count():
-        source = open_files(corpus_files(setting, first, 1))
-        for item in Packer(plan.tokenizer, marks).pack(read_corpus(source)):
-            if not isinstance(item, Window):
-                continue
-            if len(item.tokens) >= left:
-                yield replace(item, tokens=item.tokens[:left], last=True)
-                return
-            left -= len(item.tokens)
-            yield item

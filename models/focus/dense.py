@@ -118,6 +118,10 @@ class KeySpace:
         centred = vectors - self.centre
         return centred if self.whitening is None else centred @ self.whitening
 
+    def directions(self, placed: Float32[Tensor, "r D"]) -> Float32[Tensor, "D r"]:
+        """What centred keys are multiplied with instead of being placed: the products are those with `placed` rows."""
+        return placed.T if self.whitening is None else self.whitening @ placed.T
+
 
 def query_states(
     lm: BaseLM, gistnet: GistNet, tokens: np.ndarray, num_query_tokens: int | None = None
@@ -177,10 +181,10 @@ def dense_scores(
     values = torch.as_tensor(keys)
     origin = torch.zeros(values.shape[1]) if centre is None else _floats(centre)
     space = KeySpace(origin, None if whitening is None else _floats(whitening))
-    directions = _directions(_floats(query), match, space)
-    _check_width(values.shape[1], space)
+    directions = space.directions(placed_query(query, match, space))
+    check_width(values.shape[1], space)
     chunks = (values[first : first + CHUNK_KEYS] for first in range(0, len(values), CHUNK_KEYS))
-    parts = [_scores(chunk, directions, space, _lengths(chunk, space)) for chunk in chunks]
+    parts = [cosines(chunk, directions, space, key_lengths(chunk, space)) for chunk in chunks]
     return np.concatenate(parts) if parts else np.empty(0, np.float32)
 
 
@@ -212,15 +216,15 @@ class KeyIndex:
         self._array = array
         self._key_lengths = np.empty(max(0, self._stop - first_block), np.float32)
         for offset, keys in self._chunks():
-            self._key_lengths[offset : offset + len(keys)] = _lengths(keys, space)
+            self._key_lengths[offset : offset + len(keys)] = key_lengths(keys, space)
 
     def scores(self, query: Vectors, match: Match) -> Float32[np.ndarray, " n"]:
         """`dense_scores` of the blocks, in timeline order."""
-        directions = _directions(_floats(query), match, self._space)
+        directions = self._space.directions(placed_query(query, match, self._space))
         out = np.empty(len(self._key_lengths), np.float32)
         for offset, keys in self._chunks():
             part = slice(offset, offset + len(keys))
-            out[part] = _scores(keys, directions, self._space, self._key_lengths[part])
+            out[part] = cosines(keys, directions, self._space, self._key_lengths[part])
         return out
 
     def grown(self, reader: TreeReader) -> KeyIndex:
@@ -232,7 +236,7 @@ class KeyIndex:
         other._key_lengths = np.empty(max(known, other._stop - self._first), np.float32)
         other._key_lengths[:known] = self._key_lengths
         for offset, keys in other._chunks(known):
-            other._key_lengths[offset : offset + len(keys)] = _lengths(keys, self._space)
+            other._key_lengths[offset : offset + len(keys)] = key_lengths(keys, self._space)
         return other
 
     def over(self, reader: TreeReader, changed_blocks: np.ndarray) -> KeyIndex:
@@ -244,7 +248,7 @@ class KeyIndex:
         blocks = blocks[(blocks >= self._first) & (blocks < self._stop)]
         if len(blocks):
             keys = reader.read(self._array, 1, blocks).flatten(1)
-            other._key_lengths[blocks - self._first] = _lengths(keys, self._space)
+            other._key_lengths[blocks - self._first] = key_lengths(keys, self._space)
         return other
 
     def _chunks(self, skipped: int = 0) -> Iterator[tuple[int, Tensor]]:
@@ -252,7 +256,7 @@ class KeyIndex:
         for first in range(self._first + skipped, self._stop, CHUNK_KEYS):
             blocks = np.arange(first, min(first + CHUNK_KEYS, self._stop))
             keys = self._reader.read(self._array, 1, blocks).flatten(1)
-            _check_width(keys.shape[1], self._space)
+            check_width(keys.shape[1], self._space)
             yield first - self._first, keys
 
 
@@ -260,7 +264,7 @@ def _floats(values: Tensor | np.ndarray) -> Tensor:
     return torch.as_tensor(values).detach().to("cpu", torch.float32)
 
 
-def _check_width(width: int, space: KeySpace) -> None:
+def check_width(width: int, space: KeySpace) -> None:
     if width != len(space.centre):
         raise ModelError(
             f"vectors of {width} dimensions cannot be compared with others of {len(space.centre)}; take keys, query "
@@ -268,23 +272,39 @@ def _check_width(width: int, space: KeySpace) -> None:
         )
 
 
-def _directions(query: Float32[Tensor, "q D"], match: Match, space: KeySpace) -> Float32[Tensor, "D r"]:
-    """What centred keys are multiplied with, so that the products over the keys' lengths are cosines."""
+def placed_query(query: Vectors, match: Match, space: KeySpace) -> Float32[Tensor, "r D"]:
+    """A query's rows where keys are compared with them, of length 1: one with `pooled`, with `max_sim` one a token.
+
+    Raises:
+        ModelError: query and space of different widths, an empty query, or an unknown match.
+    """
+    rows = _floats(query)
     if match not in {"pooled", "max_sim"}:
         raise ModelError(f"there is no match {match!r}; use pooled or max_sim")
-    if len(query) == 0:
+    if len(rows) == 0:
         raise ModelError("a query needs at least one token")
-    _check_width(query.shape[1], space)
-    rows = query.mean(dim=0, keepdim=True) if match == "pooled" else query
-    placed = F.normalize(space.place(F.normalize(rows, dim=-1)), dim=-1)
-    return placed.T if space.whitening is None else space.whitening @ placed.T
+    check_width(rows.shape[1], space)
+    if match == "pooled":
+        rows = rows.mean(dim=0, keepdim=True)
+    return F.normalize(space.place(F.normalize(rows, dim=-1)), dim=-1)
 
 
-def _lengths(keys: Tensor, space: KeySpace) -> np.ndarray:
+def key_lengths(keys: Tensor, space: KeySpace) -> Float32[np.ndarray, " n"]:
+    """How long keys `(n, D)` are, seen from the centre of a space."""
     return space.place(_floats(keys)).norm(dim=-1).numpy()
 
 
-def _scores(keys: Tensor, directions: Tensor, space: KeySpace, lengths: np.ndarray) -> np.ndarray:
+def cosines(
+    keys: Tensor, directions: Float32[Tensor, "D r"], space: KeySpace, lengths: Float32[np.ndarray, " n"]
+) -> Float32[np.ndarray, " n"]:
+    """The best cosine of every key `(n, D)` with a query's rows.
+
+    Args:
+        keys: of any float dtype.
+        directions: `space.directions` of the query's rows.
+        space: where they are compared.
+        lengths: `key_lengths` of the keys.
+    """
     products = ((_floats(keys) - space.centre) @ directions).amax(dim=1).numpy()
     # Where a key is the centre up to rounding, its direction is noise.
     return np.where(lengths > 1e-6, products / np.maximum(lengths, EPSILON), 0.0).astype(np.float32)
