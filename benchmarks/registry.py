@@ -47,6 +47,7 @@ BENCHMARKS = (
     Benchmark("session_cost", "session_cost:session_cost", "wall time a token with a history of 64 k tokens", 1.10),
     Benchmark("lens_service", "lens_service:lens_service", "p99 of the same service without batches", 1.00),
     Benchmark("candidate_search", "candidate_search:candidate_search", "wall time of decoding 32 tokens", 0.02),
+    Benchmark("lensnet_pass", "lensnet_pass:lensnet_pass", "one prefill of as many tokens by the LM", 0.05),
     Benchmark("sealed_size", "sealed_size:sealed_size", "bytes of tokens, gists and keys", 1.05),
     Benchmark("gistnet_vs_prefill", "gistnet_prefill:gistnet_vs_prefill", "one prefill of the window by the LM", 0.50),
     Benchmark("training_stack", "training_stack:training_stack", "wall time of the same step in a bare loop", 1.10),
