@@ -21,7 +21,7 @@ from cluster.config import TOKENS_PER_BLOCK as K
 from models.base_lm import BaseLM
 from models.focus.allocators import ranked_by_score
 from models.focus.dense import KeyIndex, KeySpace, dense_scores, query_states
-from models.focus.history import History
+from models.focus.history import History, blocks_per_node
 from models.gistnet import GistNet
 from models.lensnet.features import FEATURES, CandidateSet
 from models.tokenizer import Tokenizer
@@ -152,7 +152,6 @@ def signals(
     *,
     own: bool,
     shown: Mapping[int, int] | None = None,
-    lods: Mapping[int, int] | None = None,
 ) -> CandidateSet:
     """What is known of some blocks of one history.
 
@@ -166,19 +165,17 @@ def signals(
         blocks: of `find_candidates`.
         shown_from: first block of the raw tail, in the history that has it; elsewhere the history's end.
         own: whether the raw tail is of this history; others are as far away as they are old.
-        shown: raw blocks to how many refocuses showed them.
-        lods: level at which a block that is not raw stands; 1 where it is not said.
+        shown: raw blocks to how many refocuses showed them; others stand at the level of the gist over them.
     """
-    shown, lods = shown or {}, lods or {}
+    shown = shown or {}
     n = len(blocks)
-    keys = F.normalize(space.place(reader.read(KEYS, 1, blocks).flatten(1).float()), dim=-1) if n else None
     asked = [_direction(question.states[-count:], space) for count in QUESTION_TOKENS]
     asking = asked[QUESTION_TOKENS.index(ASKING_TOKENS)]
-    if keys is None:
-        width = len(asking)
-        return CandidateSet(
-            blocks, np.zeros((0, len(FEATURES)), np.float32), np.zeros((0, width), np.float32), asking.numpy()
-        )
+    if n == 0:
+        nothing = np.zeros((0, len(FEATURES)), np.float32), np.zeros((0, len(asking)), np.float32)
+        return CandidateSet(blocks, *nothing, asking.numpy())
+    stored_keys = reader.read(KEYS, 1, blocks).flatten(1)
+    keys = F.normalize(space.place(stored_keys.float()), dim=-1)
     before = history.tokens_before
     offset = blocks - history.first_block
     sizes = before[offset + 1] - before[offset]
@@ -190,12 +187,13 @@ def signals(
     best = max(hits.lexical.values(), default=1.0)
     tail = np.arange(max(history.first_block, history.stop_block - TAIL_BLOCKS), history.stop_block)
     tail_keys = reader.read(KEYS, 1, tail).flatten(1).float()
-    same = dense_scores(reader.read(KEYS, 1, blocks).flatten(1), tail_keys, "max_sim", space.centre, space.whitening)
-    mean = dense_scores(reader.read(KEYS, 1, blocks).flatten(1), tail_keys, "pooled", space.centre, space.whitening)
+    same = dense_scores(stored_keys, tail_keys, "max_sim", space.centre, space.whitening)
+    mean = dense_scores(stored_keys, tail_keys, "pooled", space.centre, space.whitening)
     gists = reader.read(GISTS, 1, blocks).float().reshape(n, -1)[:, : gistnet.dim]
     overlap = _Overlap.of(reader, blocks, question.tokens)
+    is_shown = np.array([b in shown for b in blocks.tolist()])
     columns = {
-        "lod": np.array([0 if b in shown else lods.get(b, 1) for b in blocks.tolist()]) / 8,
+        "lod": np.where(is_shown, 0, _root_lods(history, blocks)) / 8,
         "log_tokens": np.log2(np.maximum(sizes, 1)) / 16,
         "log_distance": np.log2(1 + np.maximum(distance, 0)) / 24,
         "same_document": np.array([document.first_block == current for document in documents]),
@@ -213,11 +211,18 @@ def signals(
         "suffix_match": np.log2(1 + overlap.suffix) / 4,
         "pair_overlap": overlap.pairs,
         "rare_overlap": overlap.rare,
-        "is_shown": np.array([b in shown for b in blocks.tolist()]),
+        "is_shown": is_shown,
         "shown_before": np.log2(1 + np.array([shown.get(b, 0) for b in blocks.tolist()])) / 8,
     }
     features = np.stack([columns[name] for name in FEATURES], axis=1).astype(np.float32)
     return CandidateSet(blocks, features, keys.numpy(), asking.numpy())
+
+
+def _root_lods(history: History, blocks: Int64[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
+    """Levels of the coarsest gists over blocks: at which those stand that nothing shows in detail."""
+    lods, indices = history.roots()
+    begins = indices * np.array([blocks_per_node(int(lod)) for lod in lods], np.int64)
+    return lods[np.searchsorted(begins, blocks, side="right") - 1].astype(np.int64)
 
 
 def _direction(states: Float32[Tensor, "q D_key"], space: KeySpace) -> Float32[Tensor, " D_key"]:

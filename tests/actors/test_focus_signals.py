@@ -83,7 +83,7 @@ def test_the_needle_is_a_candidate_and_looks_like_one(lm: BaseLM, tree: StoredTe
 
 
 def test_where_and_what_a_block_is(lm: BaseLM, tree: StoredText) -> None:
-    found = told(lm, tree, [0, 2, 3, 12, 30], shown={12: 3}, lods={30: 2})
+    found = told(lm, tree, [0, 2, 3, 12, 30], shown={12: 3})
     assert found.column("same_document").tolist() == [0, 0, 1, 1, 1]
     assert found.column("log_document_offset")[[0, 2]].tolist() == pytest.approx([0.0, np.log2(2) / 16], abs=1)
     assert found.column("log_document_offset")[2] == 0.0
@@ -94,7 +94,7 @@ def test_where_and_what_a_block_is(lm: BaseLM, tree: StoredText) -> None:
     assert distance[3] == pytest.approx(np.log2(1 + (30 - 12) * K) / 24)
     assert found.column("is_shown").tolist() == [0, 0, 0, 1, 0]
     assert found.column("shown_before").tolist() == pytest.approx([0, 0, 0, 2 / 8, 0])
-    assert (found.column("lod") * 8).tolist() == [1, 1, 1, 0, 2]
+    assert (found.column("lod") * 8).tolist() == [2, 2, 2, 0, 2]
 
 
 def test_nothing_behind_the_history_is_looked_at(lm: BaseLM, tree: StoredText, tiny_lm_config: BaseLMConfig) -> None:
