@@ -155,7 +155,7 @@ def _picture(events: Sequence[Event], strip: Strip, path: Path) -> None:
         ticks = np.linspace(0, strip.columns - 1, 7)
         axes.set_xticks(ticks, [f"{tick / strip.columns * strip.starts[-1]:,.0f}" for tick in ticks])
         axes.set(xlabel=f"block ({', '.join(strip.contexts)})", ylabel="refocus")
-        axes.yaxis.get_major_locator().set_params(integer=True)
+        axes.yaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         axes.grid(False)
         labels = ("raw", "LOD1", "LOD2", "above")
         handles: list[Any] = [Patch(color=c, label=label) for c, label in zip(LEVEL_COLOURS, labels, strict=True)]
