@@ -164,5 +164,8 @@ def test_recipes_are_valid_and_hold_only_what_differs(
     validate_sections(job)
     defaults = build_parser(job_type, file).get_defaults()
     for section, keys in yaml.safe_load((CONFIGS / file).read_text()).items():
-        for key, value in keys.items():
-            assert value != defaults[f"{section}.{key}"], f"{file}: {section}.{key} is the default"
+        named = (
+            {f"{section}.{key}": value for key, value in keys.items()} if isinstance(keys, dict) else {section: keys}
+        )
+        for name, value in named.items():
+            assert value != defaults[name], f"{file}: {name} is the default"
