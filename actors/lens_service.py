@@ -241,7 +241,8 @@ class LensServiceActor:
 
 
 def start_lens_service(path: Path | str, config: LensServiceConfig | None = None, *, num_cpus: float = 1.0) -> Any:
-    """A service in an actor of its own; restarted where it dies.
+    """A service in an actor of its own; restarted where it dies, with the net it was started with: swap again what was
+    swapped in.
 
     Raises:
         ResourceError: the cluster cannot hold it.
