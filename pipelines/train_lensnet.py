@@ -27,10 +27,13 @@ from models.lensnet.features import FEATURES
 from models.lensnet.net import LensNet, LensNetSpec
 from pipelines.label import LABELS
 from pipelines.lensnet_report import lens_card, lens_numbers, lens_tables, plot_lens
-from storage.focus_labels import read_labels
+from storage.focus_labels import label_settings, read_labels
 
 LENSNET = "lensnet"
 """Folder of the exported net."""
+
+MODELS = ("base_lm", "tokenizer", "gistnet")
+"""Digests of a label file's settings that must agree."""
 
 HELD_BACK = 0.2
 """Share of documents that validate where no other labels do."""
@@ -44,6 +47,7 @@ def run(job: TrainLensNetJob) -> None:
     if unknown := [name for name in config.leave_out if name not in FEATURES]:
         raise ConfigError(f"lensnet.leave_out holds {unknown[0]!r}; the features are: {', '.join(FEATURES)}")
     files = {name: _file(name) for name in (*config.labels, *config.validation)}
+    _require_same_models(list(files.values()))
     sets = _sets([files[name] for name in config.labels])
     if config.validation:
         held_back = _sets([files[name] for name in config.validation])
@@ -91,6 +95,18 @@ def _file(name: str) -> Path:
 def _sets(paths: Sequence[Path]) -> list[MeasuredSet]:
     contexts = [context for path in paths for context in read_labels(path, list(FEATURES))]
     return [found for found in measured_sets(contexts) if found.measured.any() or found.edits]
+
+
+def _require_same_models(paths: Sequence[Path]) -> None:
+    """Keys of two nets do not compare, nor what two models gain."""
+    settings = {path: label_settings(path) for path in paths}
+    first = next(iter(settings))
+    for path, own in settings.items():
+        for what in MODELS:
+            if own.get(what) != settings[first].get(what):
+                raise ConfigError(
+                    f"{path} was labelled with another {what} than {first}; label both with the same models"
+                )
 
 
 def _require_other_documents(sets: Sequence[MeasuredSet], held_back: Sequence[MeasuredSet]) -> None:

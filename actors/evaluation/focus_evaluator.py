@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from actors.evaluation import rivals
+from actors.evaluation.candidate_finder import CandidateFinder
 from actors.evaluation.contents import Contents, Reading
 from actors.evaluation.focus_search import Choices, FocusSearch, Room, SingleGains
 from actors.evaluation.lens_rival import LensRival
@@ -125,11 +126,13 @@ class FocusEvaluator:
         if rivals.LENSNET in self._choosers:
             self._lens = LensRival(
                 LensNet.load(spec.evaluation.lensnet),
-                gistnet,
-                self._tokenizer,
-                lexical,
-                self._key_space,
-                spec.evaluation.retrieval.dense_query_tokens,
+                CandidateFinder(
+                    gistnet,
+                    self._tokenizer,
+                    lexical,
+                    self._key_space,
+                    spec.evaluation.retrieval.dense_query_tokens,
+                ),
             )
         line_break = torch.tensor([[int(self._tokenizer.encode("\n")[-1])]], device=lm.device)
         self._constant = lm.embed(line_break)[0, 0]

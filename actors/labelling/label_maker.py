@@ -14,12 +14,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from actors.evaluation import rivals
+from actors.evaluation.candidate_finder import CandidateFinder
 from actors.evaluation.contents import Reading
 from actors.evaluation.oracle import choosing_half, scoring_half
 from actors.evaluation.places import Place
 from actors.evaluation.rivals import Condition
 from actors.evaluation.scorer import Scorer
-from actors.focus_signals import QUERY_CONTEXT_TOKENS, Question, find_candidates, search_history, signals
 from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.config import BaseLMConfig, StoreConfig
 from cluster.label_config import LabelConfig
@@ -108,10 +108,14 @@ class LabelMaker:
         self._lm = lm
         self._gistnet = gistnet
         self._reader = reader
-        self._lexical = lexical
-        self._tokenizer = Tokenizer.load(spec.base_lm)
         self._scorer = Scorer(lm)
-        self._key_space = KeySpace.of_net(gistnet, reader, array=KEYS)
+        self._finder = CandidateFinder(
+            gistnet,
+            Tokenizer.load(spec.base_lm),
+            lexical,
+            KeySpace.of_net(gistnet, reader, array=KEYS),
+            spec.labels.query_key_tokens,
+        )
 
     def evaluate(self, place: Place) -> list[PlaceLabels]:
         """Candidates of one place, and what edits are worth there."""
@@ -124,22 +128,12 @@ class LabelMaker:
         ids = reading.ids(place.stop_block, num_blocks)[: config.horizon_tokens]
         shown_from = tail_start(reading, config)
         rng = np.random.default_rng((config.seed, place.number))
-        candidates = self._candidates(reading, shown_from, rng)
+        num_random = config.num_random
+        candidates = self._finder.find(
+            reading, shown_from, lambda before: rng.choice(before, min(num_random, len(before)), replace=False)
+        )
         measured = _Measured(reading, ids, config, self._scorer)
         return [PlaceLabels.of(shown_from, candidates, list(self._edits(candidates, measured, rng)))]
-
-    def _candidates(self, reading: Reading, shown_from: int, rng: np.random.Generator) -> CandidateSet:
-        history, reader = reading.history, self._reader
-        num_newest = min(-(-QUERY_CONTEXT_TOKENS // K) + 1, history.num_blocks)
-        newest = reading.ids(history.stop_block - num_newest, num_newest)
-        question = Question.of(self._lm, self._gistnet, self._tokenizer, newest)
-        hits = search_history(
-            reader, history, self._lexical, self._key_space, question, shown_from, self._config.query_key_tokens
-        )
-        before_tail = np.arange(history.first_block, shown_from)
-        chance = rng.choice(before_tail, min(self._config.num_random, len(before_tail)), replace=False)
-        blocks = find_candidates(reader, history, hits, shown_from, opening=True, also=chance.tolist())
-        return signals(reader, history, self._gistnet, self._key_space, question, hits, blocks, shown_from, own=True)
 
     def _edits(self, candidates: CandidateSet, measured: _Measured, rng: np.random.Generator) -> Iterable[EditRecord]:
         config = self._config

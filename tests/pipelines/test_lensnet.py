@@ -16,7 +16,7 @@ from cluster.ray_runtime import RaySession
 from models.lensnet import FEATURES, LensNet
 from pipelines.label import LABELS
 from ray_job import JOBS
-from storage.focus_labels import EDIT_KINDS, read_labels
+from storage.focus_labels import EDIT_KINDS, label_settings, read_labels, write_labels
 from tests.actors.helpers import make_text
 
 Door = Callable[..., int]
@@ -192,3 +192,12 @@ def test_the_same_documents_cannot_train_and_validate(
     words = ["train", "lensnet", "--lensnet.labels", f"[{labels}]", "--lensnet.validation", f"[{labels}]"]
     assert main(JOBS, [*words, "--run.dir", str(root / "runs"), "--run.name", "leak"]) == 2
     assert "are in lensnet.labels and lensnet.validation" in capsys.readouterr().err
+
+
+def test_labels_of_another_net_are_refused(root: Path, labels: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = root / "other" / LABELS
+    settings = {**label_settings(labels), "gistnet": "sha256:another"}
+    write_labels(other, read_labels(labels, list(FEATURES)), list(FEATURES), settings)
+    words = ["train", "lensnet", "--lensnet.labels", f"[{labels}, {other}]", "--run.dir", str(root / "runs")]
+    assert main(JOBS, [*words, "--run.name", "mixed"]) == 2
+    assert "was labelled with another gistnet" in capsys.readouterr().err
