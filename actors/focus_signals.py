@@ -39,7 +39,7 @@ LEXICAL_TOKENS = 64
 """Newest tokens whose words are looked up."""
 
 RANKED_BLOCKS = 64
-"""Blocks that a search ranks."""
+"""Blocks that a search ranks; far more than any budget here shows."""
 
 NUM_FOUND = 12
 """Blocks that words, and keys, bring into the candidates."""

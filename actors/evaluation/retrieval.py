@@ -16,6 +16,7 @@ from torch import Tensor
 from actors.evaluation import rivals
 from actors.evaluation.contents import Reading
 from actors.evaluation.scorer import BlockCaches, CandidateScorer
+from actors.focus_signals import QUERY_CONTEXT_TOKENS, RANKED_BLOCKS
 from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.evaluation_config import RetrievalConfig
 from models.focus.allocators import RankedBlocks, ranked_by_score, reciprocal_rank_fusion
@@ -26,12 +27,6 @@ from models.tokenizer import Tokenizer
 from storage.contract import TreeReader
 from storage.lexical import LexicalParameters, LexicalSearcher, ReplacedText
 from storage.schema import KEYS
-
-RANKED_BLOCKS = 64
-"""Blocks a retriever returns; far more than any budget here shows."""
-
-QUERY_CONTEXT_TOKENS = 512
-"""Newest tokens the language model reads to know what the query's own mean."""
 
 RANDOM_SEED_STRIDE = 1_000_003
 """Between the random choices of two evaluations; no evaluation has so many places."""
