@@ -100,7 +100,7 @@ def attend_to_shared_past(
 
     read.append(lambda weights: weights @ value)
 
-    weights = torch.cat(parts, dim=-1).mul_(scaling).float().softmax(dim=-1).to(query.dtype)
+    weights = torch.cat(parts, dim=-1).mul_(scaling).softmax(dim=-1)  # sums in float32 whatever it is given
     split = weights.split([part.shape[-1] for part in parts], dim=-1)
     output = torch.stack([call(part) for call, part in zip(read, split, strict=True)]).sum(dim=0)
     return output.reshape(num_rows, num_heads, num_entries, width).transpose(1, 2), None
