@@ -61,15 +61,27 @@ class Question:
     tokens: Int64[np.ndarray, " n"]
     """Newest last, at most `QUERY_CONTEXT_TOKENS`."""
     text: str
-    """Of the newest `LEXICAL_TOKENS`."""
+    """Whose words are looked up."""
     states: Float32[Tensor, "q D_key"]
     """What the newest tokens would add to a routing key, for as many as the widest question has."""
     embedding: Float32[Tensor, " D"]
     """Mean of the newest tokens' embeddings."""
 
     @classmethod
-    def of(cls, lm: BaseLM, gistnet: GistNet, tokenizer: Tokenizer, tokens: Int64[np.ndarray, " n"]) -> Question:
+    def of(
+        cls,
+        lm: BaseLM,
+        gistnet: GistNet,
+        tokenizer: Tokenizer,
+        tokens: Int64[np.ndarray, " n"],
+        lexical_tokens: int = LEXICAL_TOKENS,
+    ) -> Question:
         """Read the newest tokens with the layers that keys are made of.
+
+        Args:
+            lm, gistnet, tokenizer: of the tree.
+            tokens: newest last, at least one; those before the newest `QUERY_CONTEXT_TOKENS` are not looked at.
+            lexical_tokens: newest tokens whose words are looked up.
 
         Raises:
             ModelError: no tokens.
@@ -79,7 +91,7 @@ class Question:
         asking = torch.from_numpy(newest[-ASKING_TOKENS:])[None].to(lm.device)
         with torch.inference_mode():
             embedding = lm.embed(asking)[0].float().mean(dim=0).cpu()
-        return cls(newest, tokenizer.decode(newest[-LEXICAL_TOKENS:]), states, embedding)
+        return cls(newest, tokenizer.decode(newest[-lexical_tokens:]), states, embedding)
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,8 +100,8 @@ class Hits:
 
     lexical: Mapping[int, float]
     """Block to BM25 score."""
-    dense: Sequence[int]
-    """Blocks by their keys."""
+    dense: Mapping[int, float]
+    """Block to the cosine of its key."""
 
 
 def search_history(
@@ -107,7 +119,13 @@ def search_history(
     index = KeyIndex(reader, space, first, stop_block, array=KEYS)
     by_keys = ranked_by_score(index.scores(question.states[-key_tokens:], "pooled"), first, limit=RANKED_BLOCKS)
     found = {int(block): float(score) for block, score in zip(blocks, scores, strict=True)}
-    return Hits(found, [block for block, _ in by_keys])
+    return Hits(found, {block: float(score) for block, score in by_keys})
+
+
+def newest_keys(reader: TreeReader, history: History) -> Float32[Tensor, "t D_key"]:
+    """Stored keys of a history's newest blocks; a candidate's own is compared with them."""
+    tail = np.arange(max(history.first_block, history.stop_block - TAIL_BLOCKS), history.stop_block)
+    return reader.read(KEYS, 1, tail).flatten(1).float()
 
 
 def find_candidates(
@@ -150,6 +168,7 @@ def signals(
     blocks: Int64[np.ndarray, " n"],
     shown_from: int,
     *,
+    tail_keys: Float32[Tensor, "t D_key"],
     own: bool,
     shown: Mapping[int, int] | None = None,
 ) -> CandidateSet:
@@ -164,6 +183,7 @@ def signals(
         hits: what was found.
         blocks: of `find_candidates`.
         shown_from: first block of the raw tail, in the history that has it; elsewhere the history's end.
+        tail_keys: of `newest_keys`, of the history that has the raw tail; none where that has no blocks yet.
         own: whether the raw tail is of this history; others are as far away as they are old.
         shown: raw blocks to how many refocuses showed them; others stand at the level of the gist over them.
     """
@@ -185,10 +205,10 @@ def signals(
     lexical_rank = {block: rank for rank, block in enumerate(hits.lexical, start=1)}
     key_rank = {block: rank for rank, block in enumerate(hits.dense, start=1)}
     best = max(hits.lexical.values(), default=1.0)
-    tail = np.arange(max(history.first_block, history.stop_block - TAIL_BLOCKS), history.stop_block)
-    tail_keys = reader.read(KEYS, 1, tail).flatten(1).float()
-    same = dense_scores(stored_keys, tail_keys, "max_sim", space.centre, space.whitening)
-    mean = dense_scores(stored_keys, tail_keys, "pooled", space.centre, space.whitening)
+    same = mean = np.zeros(n, np.float32)
+    if len(tail_keys):
+        same = dense_scores(stored_keys, tail_keys, "max_sim", space.centre, space.whitening)
+        mean = dense_scores(stored_keys, tail_keys, "pooled", space.centre, space.whitening)
     gists = reader.read(GISTS, 1, blocks).float().reshape(n, -1)[:, : gistnet.dim]
     overlap = _Overlap.of(reader, blocks, question.tokens)
     is_shown = np.array([b in shown for b in blocks.tolist()])

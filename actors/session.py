@@ -23,11 +23,12 @@ from torch import Tensor
 
 from actors.plan import CompactionPlan
 from actors.session_events import FocusRecorder
+from actors.session_lens import Lens, SessionLens
 from actors.session_memory import SessionMemory
-from actors.session_search import Match, SessionSearch
+from actors.session_search import Match, SessionSearch, fused_hits
 from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.config import StoreConfig
-from cluster.errors import BudgetError, FocusError, MegaContextError
+from cluster.errors import BudgetError, FocusError, MegaContextError, ModelError
 from cluster.heap import keep_freed_memory
 from cluster.session_config import SamplingConfig, SessionConfig
 from models.base_lm import BaseLM
@@ -39,6 +40,7 @@ from models.focus.history import History
 from models.focus.layout import found_before_turn, lay_out, runs_of_neighbours
 from models.focus.refocus import BlockName, Focus, RefocusPolicy, refocus
 from models.focus.working_context import smallest_budget
+from models.lensnet import LensNet
 from storage.contract import DocumentMeta
 from storage.schema import GISTS
 
@@ -96,12 +98,13 @@ class _Clock:
 class Session:
     """Plain class; one call at a time. `SessionActor` hosts it."""
 
-    def __init__(self, spec: SessionSpec, base_lm: BaseLM | None = None) -> None:
+    def __init__(self, spec: SessionSpec, base_lm: BaseLM | None = None, lens: Lens | None = None) -> None:
         """Load the models and open the contexts.
 
         Args:
             spec: which, and how it is focused.
             base_lm: the model of `spec.plan`, where it is loaded already; sessions of one process may share it.
+            lens: who scores candidates, if not the net that the configuration names: a service's `RemoteLens`.
 
         Raises:
             ModelError, StorageError: what cannot be loaded or opened, and what to do.
@@ -112,6 +115,7 @@ class Session:
         self._plan = spec.plan
         self._lm = base_lm or BaseLM.load(spec.plan.base_lm)
         self._tokenizer = spec.plan.tokenizer
+        self._lens = _session_lens(spec, lens)
         self._format = ChatFormat.of(spec.plan.files.folder, self._tokenizer, spec.config.system_prompt)
         self.id = uuid.uuid4().hex[:12]
         self.memory = SessionMemory(
@@ -323,7 +327,20 @@ class Session:
         own = histories[-1]
         tail_from = own.stop_block if self.focus is None else min(self.focus.tail_from, own.stop_block)
         try:
-            self.matches = self._search.find(query, tail_from, self.config.candidates)
+            question = self._search.read(query)
+            hits = self._search.hits(question, tail_from)
+            self.matches = fused_hits(hits, self.config.candidates)
+            if self._lens is not None:
+                self.matches = self._lens.matches(
+                    question,
+                    self.memory.readers(),
+                    histories,
+                    self._search.spaces(),
+                    hits,
+                    self.matches,
+                    tail_from,
+                    self.focus,
+                )
         except MegaContextError as error:
             self.warning = f"search failed ({error}); the newest tokens are shown instead"
             logger.warning("%s", self.warning)
@@ -442,6 +459,23 @@ class SessionActor:
         session, self._session = self._session, None
         if session is not None:
             session.close()
+
+
+def _session_lens(spec: SessionSpec, lens: Lens | None) -> SessionLens | None:
+    """Who scores candidates, if anybody does.
+
+    Raises:
+        ModelError: no net there, or one that reads other keys.
+    """
+    gistnet, folder = spec.plan.gistnet, spec.config.lensnet
+    if lens is None and folder:
+        lens = net = LensNet.load(folder)
+        if net.spec.key_dim not in {0, gistnet.key_dim}:
+            raise ModelError(
+                f"the LensNet in {folder} reads keys of {net.spec.key_dim} dimensions, the contexts have "
+                f"{gistnet.key_dim}; train one on labels of this GistNet, or leave session.lensnet empty"
+            )
+    return None if lens is None else SessionLens(lens, gistnet, spec.config.lens_unit)
 
 
 def _policy(config: SessionConfig) -> RefocusPolicy:

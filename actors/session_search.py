@@ -1,19 +1,21 @@
 """What a session finds for a question: blocks of its contexts by words and by routing keys, fused by rank.
 
 Rankings of the contexts are merged by score before they are fused: BM25 and cosines of one net compare across trees.
+A LensNet (`session_lens`) scores what was found instead.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from actors.focus_signals import Hits, Question
 from actors.session_memory import SessionMemory
 from models.base_lm import BaseLM
 from models.focus.allocators import reciprocal_rank_fusion
-from models.focus.dense import KeySpace, query_states
+from models.focus.dense import KeySpace
 from models.focus.key_search import KeySearch
 from models.focus.refocus import BlockName
 from models.gistnet import GistNet
@@ -35,12 +37,17 @@ class Match:
     lexical_rank: int | None = None
     """From 1; None where the words do not find it."""
     key_rank: int | None = None
+    nats: float | None = None
+    """What LensNet expects of showing it, nats a token; None where it was not asked."""
 
     @property
     def why(self) -> str:
         """In a few words."""
         found = [("words", self.lexical_rank), ("key", self.key_rank)]
-        return ", ".join(f"{name} #{rank}" for name, rank in found if rank is not None)
+        parts = [f"{name} #{rank}" for name, rank in found if rank is not None]
+        if self.nats is not None:
+            parts.append(f"LensNet {self.nats:+.3f} nats")
+        return ", ".join(parts)
 
 
 class SessionSearch:
@@ -58,34 +65,44 @@ class SessionSearch:
         self._measured_blocks: dict[str, int] = {}
         """Blocks the space of a key search was measured from."""
 
-    def find(self, question: np.ndarray, stop_block: int, limit: int) -> dict[BlockName, Match]:
-        """Blocks for a question.
+    def read(self, tokens: np.ndarray) -> Question:
+        """Read a question's tokens, at least one, as keys and words are asked.
+
+        Raises:
+            ModelError: no tokens.
+        """
+        return Question.of(self._lm, self._gistnet, self._tokenizer, tokens, lexical_tokens=len(tokens))
+
+    def hits(self, question: Question, stop_block: int) -> list[Hits]:
+        """What words and keys find, context by context.
 
         Args:
-            question: its tokens, at least one.
+            question: of `read`.
             stop_block: of the session's own context, the block at which the raw tail begins, which is shown anyway.
-            limit: blocks at most.
 
         Raises:
             StorageError, ModelError: what searching meets.
         """
-        by_words: list[tuple[float, BlockName]] = []
-        by_keys: list[tuple[float, BlockName]] = []
-        text = self._tokenizer.decode(question)
-        states = query_states(self._lm, self._gistnet, question)
+        found: list[Hits] = []
         readers = self._memory.readers()
         for source, reader in enumerate(readers):
             name, last = reader.version.context, source == len(readers) - 1
             stop = min(stop_block, reader.version.num_blocks) if last else reader.version.num_blocks
             if stop == 0:
+                found.append(Hits({}, {}))
                 continue
             if name not in self._lexical:
                 folder = self._memory.folder_of(source)
                 self._lexical[name] = LexicalSearcher(folder, self._tokenizer.decode_batch)
-            blocks, scores = self._lexical[name].search(reader, text, self._limit, 0, stop)
-            by_words += _scored(blocks, scores, source)
-            by_keys += _scored(*self._key_search(name, reader).best(states, "pooled", self._limit, stop), source)
-        return fused([_names(by_words), _names(by_keys)], limit)
+            by_words = self._lexical[name].search(reader, question.text, self._limit, 0, stop)
+            by_keys = self._key_search(name, reader).best(question.states, "pooled", self._limit, stop)
+            found.append(Hits(_scores(*by_words), _scores(*by_keys)))
+        return found
+
+    def spaces(self) -> list[KeySpace | None]:
+        """Where the keys of each context are compared; None where nothing was searched yet."""
+        names = [reader.version.context for reader in self._memory.readers()]
+        return [self._keys[name].space if name in self._keys else None for name in names]
 
     def _key_search(self, name: str, reader: TreeReader) -> KeySearch:
         num_blocks = reader.version.num_blocks
@@ -118,8 +135,19 @@ def fused(rankings: Sequence[Sequence[BlockName]], limit: int) -> dict[BlockName
     return found
 
 
-def _scored(blocks: np.ndarray, scores: np.ndarray, source: int) -> list[tuple[float, BlockName]]:
-    return [(float(score), (int(block), source)) for block, score in zip(blocks, scores, strict=True)]
+def fused_hits(hits: Sequence[Hits], limit: int) -> dict[BlockName, Match]:
+    """What was found in all contexts, words and keys fused, the best first."""
+    by_words = [scored for source, of in enumerate(hits) for scored in _named(source, of.lexical)]
+    by_keys = [scored for source, of in enumerate(hits) for scored in _named(source, of.dense)]
+    return fused([_names(by_words), _names(by_keys)], limit)
+
+
+def _scores(blocks: np.ndarray, scores: np.ndarray) -> dict[int, float]:
+    return dict(zip(blocks.tolist(), scores.tolist(), strict=True))
+
+
+def _named(source: int, found: Mapping[int, float]) -> list[tuple[float, BlockName]]:
+    return [(score, (block, source)) for block, score in found.items()]
 
 
 def _names(scored: list[tuple[float, BlockName]]) -> list[BlockName]:

@@ -1,6 +1,6 @@
 """Finding candidate blocks in 10 M tokens, against decoding the 32 tokens between two refocuses.
 
-The whole of `SessionSearch.find`: the question's states, words, keys, and their fusion, with the real model and its
+The whole search of a session: the question's states, words, keys, and their fusion, with the real model and its
 net. Both sides run in turns on one thread, and the search by codes is compared with the exact scan of all keys.
 
 Keys of the 10 M tokens cannot be encoded here (hours). Those of 65,536 tokens are, and every key of a context is one
@@ -13,17 +13,16 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from actors.focus_signals import Question
 from actors.plan import CompactionPlan, plan_models
 from actors.session_memory import SessionMemory
-from actors.session_search import SessionSearch
+from actors.session_search import SessionSearch, fused_hits
 from benchmarks.assembly import one_thread
 from benchmarks.harness import BenchmarkError, Result, Setting, median_ratio, percentiles, say, time_in_turns
 from benchmarks.text_contexts import build_text_context, corpus_windows
@@ -33,7 +32,7 @@ from cluster.session_config import PACKAGED_GISTNET, SessionConfig
 from models.base_lm import BaseLM
 from models.decoding.focused_cache import FocusedCache
 from models.focus.allocators import ranked_by_score
-from models.focus.dense import KeyIndex, KeySpace, query_states
+from models.focus.dense import KeyIndex, KeySpace
 from models.focus.key_search import KeySearch
 from models.window_encoder import WindowEncoder
 from storage.contract import TreeReader
@@ -74,7 +73,7 @@ def candidate_search(setting: Setting) -> Result:
             detail[name] = {
                 **percentiles(seconds[name], 1e3, "ms"),
                 "of_decoding": round(float(np.median(seconds[name]) / np.median(seconds["decoding"])), 4),
-                **_parts(side, plan, lm, questions),
+                **_parts(side, plan, questions),
             }
     return median_ratio(seconds["10M"], seconds["decoding"], "questions", detail)
 
@@ -102,7 +101,7 @@ class _Side:
 
 def _search(side: _Side, questions: list[np.ndarray]) -> Callable[[int], object]:
     def search(number: int) -> object:
-        found = side.search.find(questions[number], 0, side.limit)
+        found = fused_hits(side.search.hits(side.search.read(questions[number]), 0), side.limit)
         if not found:
             raise BenchmarkError("a search found nothing: nothing to compare")
         return found
@@ -154,22 +153,16 @@ def _key_source(setting: Setting, plan: CompactionPlan, lm: BaseLM) -> Callable[
     return draw
 
 
-@dataclass(frozen=True)
-class _Case:
-    text: str
-    states: Tensor
-
-
-def _parts(side: _Side, plan: CompactionPlan, lm: BaseLM, questions: list[np.ndarray]) -> dict[str, Any]:
+def _parts(side: _Side, plan: CompactionPlan, questions: list[np.ndarray]) -> dict[str, Any]:
     """Median times of what a search is made of, in ms, and what the search by codes finds of the exact scan's."""
     reader, net = side.reader, plan.gistnet
-    cases = [_Case(plan.tokenizer.decode(question), query_states(lm, net, question)) for question in questions]
+    cases = [side.search.read(question) for question in questions]
     space = KeySpace.of_net(net, reader, array=KEYS)
     keys, index = KeySearch(reader, space, array=KEYS), KeyIndex(reader, space, array=KEYS)
     with closing(LexicalSearcher(side.memory.folder_of(0), plan.tokenizer.decode_batch)) as lexical:
         seconds = time_in_turns(
             {
-                "states": lambda number: query_states(lm, net, questions[number]),
+                "states": lambda number: side.search.read(questions[number]),
                 "words": lambda number: lexical.search(reader, cases[number].text, side.limit),
                 "keys": lambda number: keys.best(cases[number].states, "pooled", side.limit),
                 "exact_keys": lambda number: index.scores(cases[number].states, "pooled"),
@@ -182,7 +175,7 @@ def _parts(side: _Side, plan: CompactionPlan, lm: BaseLM, questions: list[np.nda
     return {**parts, **recalls, "resident_bytes": keys.resident_bytes}
 
 
-def _recall(keys: KeySearch, index: KeyIndex, cases: list[_Case], first: int) -> float:
+def _recall(keys: KeySearch, index: KeyIndex, cases: list[Question], first: int) -> float:
     """Share of the exact scan's first blocks that the search by codes has among its own."""
     found = 0
     for case in cases:

@@ -104,6 +104,13 @@ class SessionConfig:
     """Who chooses the blocks that are shown. `greedy`: by score. `optimal`: the exact optimum of scores for each cut.
     `stochastic`: by scores with noise, to explore. `recency`: none, all that is over goes to the newest tokens."""
 
+    lensnet: str = ""
+    """Folder of a LensNet of `train lensnet` that scores what words and keys found, and the newest blocks. Empty: their
+    ranks are the scores."""
+
+    lens_unit: float = 0.05
+    """Nats a token that LensNet must expect of a block for a score of 1, the unit of bonus and price."""
+
     refocus_tokens: int = 32
     """Tokens decoded between two refocuses; there is one on every new prompt besides."""
 
@@ -170,6 +177,7 @@ class SessionConfig:
             f"session.budget={self.budget} must be at least {need}: compact_tokens + tail_tokens + refocus_tokens + "
             f"{block}",
         )
+        require(self.lens_unit > 0, f"session.lens_unit={self.lens_unit} must be more than 0 nats")
         require(self.cooldown >= 0, "session.cooldown must be 0 or more")
         require(min(self.keep_bonus, self.row_price, self.exploration) >= 0, "session's scores must not be negative")
         require(1 <= self.query_tokens <= 512, "session.query_tokens must be from 1 to 512")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from actors.evaluation.contents import Reading
-from actors.focus_signals import QUERY_CONTEXT_TOKENS, Question, find_candidates, search_history, signals
+from actors.focus_signals import QUERY_CONTEXT_TOKENS, Question, find_candidates, newest_keys, search_history, signals
 from cluster.config import TOKENS_PER_BLOCK as K
 from models.focus.dense import KeySpace
 from models.gistnet import GistNet
@@ -45,4 +45,15 @@ class CandidateFinder:
         hits = search_history(reader, history, self.lexical, self.key_space, question, shown_from, self.key_tokens)
         more = [] if also is None else also(np.arange(history.first_block, shown_from)).tolist()
         blocks = find_candidates(reader, history, hits, shown_from, opening=True, also=more)
-        return signals(reader, history, self.gistnet, self.key_space, question, hits, blocks, shown_from, own=True)
+        return signals(
+            reader,
+            history,
+            self.gistnet,
+            self.key_space,
+            question,
+            hits,
+            blocks,
+            shown_from,
+            tail_keys=newest_keys(reader, history),
+            own=True,
+        )

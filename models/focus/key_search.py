@@ -87,6 +87,11 @@ class KeySearch:
         self.follow(reader)
 
     @property
+    def space(self) -> KeySpace:
+        """Where keys and questions are compared."""
+        return self._space
+
+    @property
     def num_blocks(self) -> int:
         """Blocks that are searched: those of the version followed last."""
         return min(self._num_blocks, self._reader.version.num_blocks)

@@ -13,6 +13,7 @@ from actors.focus_signals import (
     Hits,
     Question,
     find_candidates,
+    newest_keys,
     search_history,
     signals,
 )
@@ -54,8 +55,9 @@ def told(
 ) -> CandidateSet:
     history, question, hits, space = asked(lm, tree, space)
     wanted = np.array(blocks, np.int64)
+    tail = newest_keys(tree.reader, history)
     return signals(
-        tree.reader, history, tree.gistnet, space, question, hits, wanted, SHOWN_FROM, own=True, **more
+        tree.reader, history, tree.gistnet, space, question, hits, wanted, SHOWN_FROM, tail_keys=tail, own=True, **more
     )  # fmt: skip
 
 
@@ -105,6 +107,24 @@ def test_nothing_behind_the_history_is_looked_at(lm: BaseLM, tree: StoredText, t
     root = tree.folder.parent / "cut"
     with stored(tiny_lm_config, root, ["y" * 80, text]) as cut:
         np.testing.assert_allclose(told(lm, cut, [3, 12, 20], space).features, before.features, atol=1e-5)
+
+
+def test_a_history_without_the_raw_tail_is_compared_with_where_it_is(lm: BaseLM, tree: StoredText) -> None:
+    """A context that a session only reads: its newest blocks are not what is at hand."""
+    history, question, hits, space = asked(lm, tree)
+    blocks = np.array([3, 12, 34])
+
+    def of(tail: np.ndarray) -> CandidateSet:
+        keys = tree.reader.read(KEYS, 1, tail).flatten(1).float()
+        return signals(
+            tree.reader, history, tree.gistnet, space, question, hits, blocks, STOP, tail_keys=keys, own=False
+        )  # fmt: skip
+
+    like_12, like_nothing = of(np.array([12])), of(np.empty(0, np.int64))
+    assert like_12.column("tail_match_max").argmax() == 1
+    assert like_12.column("tail_match_max")[1] == pytest.approx(1.0, abs=1e-4)
+    assert not like_nothing.column("tail_match_max").any()
+    assert not like_12.column("same_document").any()
 
 
 def test_no_candidates_are_an_empty_set(lm: BaseLM, tree: StoredText) -> None:
