@@ -12,8 +12,7 @@ from __future__ import annotations
 import logging
 import time
 import uuid
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +25,7 @@ from actors.session_events import FocusRecorder
 from actors.session_lens import Lens, SessionLens
 from actors.session_memory import SessionMemory
 from actors.session_search import Match, SessionSearch, fused_hits
+from actors.session_turn import Clock, Tally, Turn
 from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.config import StoreConfig
 from cluster.errors import BudgetError, FocusError, MegaContextError, ModelError
@@ -59,40 +59,6 @@ class SessionSpec:
     """Its `context` is the session's own."""
     reads: tuple[str, ...] = ()
     config: SessionConfig = field(default_factory=SessionConfig)
-
-
-@dataclass(frozen=True)
-class Turn:
-    """What an answer took."""
-
-    num_question_tokens: int
-    num_answer_tokens: int
-    text: str
-    ended: str
-    """`end`: by the model; `length`: `max_new_tokens`; `stop`: a stop string; `closed`: nobody read on."""
-    num_refocuses: int
-    rows_reused: int
-    rows_read: int
-    """Rows read by refocuses; decoded tokens are not among them."""
-    seconds: dict[str, float]
-    """Wall time by part: `write` (tree, gists and levels), `search`, `focus`, `assemble`, `read`, `decode`."""
-    first_token_s: float
-    """From the question to the first token."""
-
-
-@dataclass
-class _Clock:
-    """Wall seconds by part."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
 
 class Session:
@@ -184,7 +150,7 @@ class Session:
             ModelError, StorageError: what reading and writing meet.
         """
         started = time.perf_counter()
-        clock, reuse = _Clock(), [0, 0]
+        clock, tally = Clock(), Tally()
         asked = self._tokenizer.encode(question)
         opening = self._format.next_turn(self.memory.last_token)
         turn = np.concatenate([opening, asked, self._format.before_answer]).astype(np.uint32)
@@ -192,14 +158,14 @@ class Session:
             self.memory.say(turn)
         self._turn_tokens = len(turn)
         query = asked[-self.config.query_tokens :].astype(np.int64)
-        self._refocus("question", query, clock, reuse)
+        self._refocus("question", query, clock, tally)
 
         sampler = Sampler(sampling, self._lm.device)
         decode = self._tokenizer.decode_stream()
         stops = (*self._format.stop_strings, *sampling.stop_strings)
         answer: list[int] = []
         unsaid: list[int] = []
-        text, ended, first_token_s, num_refocuses = "", "length", 0.0, 1
+        text, ended, first_token_s = "", "length", 0.0
         try:
             while len(answer) < sampling.max_new_tokens:
                 with clock.part("decode"):
@@ -229,8 +195,7 @@ class Session:
                     self._turn_tokens += len(unsaid)
                     unsaid.clear()
                     tail = np.array(answer[-K:], np.int64)
-                    self._refocus("interval", np.concatenate([query, tail]), clock, reuse)
-                    num_refocuses += 1
+                    self._refocus("interval", np.concatenate([query, tail]), clock, tally)
                 else:
                     with clock.part("decode"):
                         self._cache.append(np.array([token], np.int64))
@@ -241,7 +206,17 @@ class Session:
                 self.memory.index()
                 self._recorder.end_answer()
         yield Turn(
-            len(asked), len(answer), text, ended, num_refocuses, reuse[0], reuse[1], dict(clock.seconds), first_token_s
+            len(asked),
+            len(answer),
+            text,
+            ended,
+            tally.num_refocuses,
+            tally.rows_reused,
+            tally.rows_read,
+            dict(clock.seconds),
+            first_token_s,
+            tally.swapped / tally.num_refocuses,
+            float(np.mean(tally.stayed)) if tally.stayed else None,
         )
 
     # -- focus -----------------------------------------------------------------------------------------------------
@@ -249,24 +224,25 @@ class Session:
     def refocus(self, question: str) -> Focus:
         """Refocus on a question without asking it."""
         query = self._tokenizer.encode(question)[-self.config.query_tokens :].astype(np.int64)
-        self._refocus("question", query, _Clock(), [0, 0])
+        self._refocus("question", query, Clock(), Tally())
         assert self.focus is not None
         return self.focus
 
-    def _refocus(self, reason: str, query: np.ndarray, clock: _Clock, reuse: list[int]) -> None:
+    def _refocus(self, reason: str, query: np.ndarray, clock: Clock, tally: Tally) -> None:
         self._recorder.finish()
         histories = self.memory.histories()
         before = dict(clock.seconds)
         with clock.part("search"):
             scores = self._scores(query, histories)
         budget = self.config.budget - self.config.refocus_tokens
+        previous = self.focus
         with clock.part("focus"):
             self.focus = refocus(
                 self._policy,
                 histories,
                 budget,
                 scores,
-                self.focus,
+                previous,
                 pinned=list(dict.fromkeys([*self._opening_blocks(histories), *self._pinned])),
                 new_question=reason == "question",
                 rows_behind_found=self._rows_behind_found(),
@@ -279,8 +255,7 @@ class Session:
             self._assembled = assembler.assemble(self.focus.wc, self._assembled)
         with clock.part("read"):
             read = self._cache.refocus(*self._rows())
-        reuse[0] += read.num_reused
-        reuse[1] += read.num_read
+        tally.count(self.focus, previous, read)
         if self.focus.unfit:
             logger.warning("%d pinned blocks no longer fit the budget and are not shown", len(self.focus.unfit))
         seconds = {part: total - before.get(part, 0.0) for part, total in clock.seconds.items()}
@@ -422,43 +397,6 @@ class Session:
             self._recorder.flush()
         finally:
             self.memory.close()
-
-
-class SessionActor:
-    """Hosts a session in a process of its own: one call at a time, answers streamed.
-
-    Call `ask` with `num_returns="streaming"`. The first call loads the models, so that a refusal reaches the caller
-    as itself.
-    """
-
-    def __init__(self, spec: SessionSpec, num_threads: int = 1) -> None:
-        self._spec = spec
-        self._num_threads = num_threads
-        self._session: Session | None = None
-
-    def _opened(self) -> Session:
-        if self._session is None:
-            torch.set_num_threads(self._num_threads)
-            self._session = Session(self._spec)
-        return self._session
-
-    def ready(self) -> int:
-        """Tokens the session remembers, once it is open."""
-        return self._opened().memory.num_tokens
-
-    def ask(self, question: str, sampling: SamplingConfig) -> Iterator[str | Turn]:
-        """As `Session.ask`."""
-        yield from self._opened().ask(question, sampling)
-
-    def read(self, document: DocumentMeta, text: str) -> bool:
-        """As `Session.read`."""
-        return self._opened().read(document, text)
-
-    def close(self) -> None:
-        """As `Session.close`."""
-        session, self._session = self._session, None
-        if session is not None:
-            session.close()
 
 
 def _session_lens(spec: SessionSpec, lens: Lens | None) -> SessionLens | None:

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from actors.plan import plan_models
-from actors.session import Session, SessionSpec, Turn
+from actors.session import Session, SessionSpec
+from actors.session_turn import Turn
 from benchmarks.assembly import one_thread
 from benchmarks.harness import BenchmarkError, Result, Setting, median_ratio, say
 from benchmarks.text_contexts import build_text_context

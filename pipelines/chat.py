@@ -14,7 +14,8 @@ from collections.abc import Iterator
 
 from actors.packing import document_meta
 from actors.plan import CompactionPlan, check_encoding, plan_models
-from actors.session import Session, SessionSpec, Turn
+from actors.session import Session, SessionSpec
+from actors.session_turn import Turn
 from cluster.config import CorpusConfig, StoreConfig
 from cluster.errors import MegaContextError
 from cluster.log import get_logger

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from actors.plan import CompactionPlan
 from actors.read_back import CONDITIONS, FULL, NONE, OWN, RECENT, SHUFFLED, ReadBackResult, read_back
-from actors.session import Session, SessionSpec, Turn
+from actors.session import Session, SessionSpec
+from actors.session_turn import Turn
 from cluster import metric_names as names
 from cluster.config import DemoJob, ReadBackConfig
 from cluster.plots import figure

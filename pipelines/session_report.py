@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from actors.session import Turn
+from actors.session_turn import Turn
 from cluster import metric_names as names
 from cluster.plots import figure
 from cluster.tables import Table
@@ -71,8 +71,8 @@ def session_numbers(turns: Sequence[Turn], events: Sequence[Event]) -> dict[str,
         names.RESIDENCY: float(np.mean(stayed)) if stayed else None,
         "nll_decoded": nll / decoded if decoded else None,
         "seconds_by_part": seconds,
-        "first_token_seconds": [turn.first_token_s for turn in turns],
-        "context_tokens": events[-1]["num_tokens"] if events else 0,
+        names.FIRST_TOKEN_SECONDS: [turn.first_token_s for turn in turns],
+        names.CONTEXT_TOKENS: events[-1]["num_tokens"] if events else 0,
     }
 
 
@@ -81,7 +81,7 @@ def session_tables(turns: Sequence[Turn], events: Sequence[Event]) -> list[Table
     numbers = session_numbers(turns, events)
     rows: list[dict[str, Any]] = [
         {"what": "turns / tokens answered", "value": f"{numbers['turns']} / {numbers['answer_tokens']:,}"},
-        {"what": "tokens remembered", "value": f"{numbers['context_tokens']:,}"},
+        {"what": "tokens remembered", "value": f"{numbers[names.CONTEXT_TOKENS]:,}"},
         {"what": "refocuses", "value": numbers["refocuses"]},
         {"what": "rows of the KV cache reused by refocuses", "value": f"{numbers[names.ROWS_REUSED_SHARE]:.0%}"},
         {"what": "swap rate, mean of refocuses", "value": numbers[names.SWAP_RATE]},

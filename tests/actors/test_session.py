@@ -13,9 +13,12 @@ import pytest
 import ray
 import torch
 
+from actors.lens_service import start_lens_service
 from actors.plan import CompactionPlan, plan_models
-from actors.session import Session, SessionActor, SessionSpec, Turn
+from actors.session import Session, SessionSpec
+from actors.session_actor import SessionActor, turn_metrics
 from actors.session_lens import SessionLens
+from actors.session_turn import Turn
 from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.config import BaseLMConfig, GistNetConfig, StoreConfig
 from cluster.errors import (
@@ -36,11 +39,13 @@ from models.focus.picture import picture
 from models.lensnet import FEATURES, CandidateSet, LensNetSpec
 from models.lensnet.net import untrained_lensnet
 from models.positions import Positions
+from pipelines.session_report import session_numbers, swap_rate
 from storage.contract import DocumentMeta
 from storage.focus_events import read_focus_events
 from storage.store import Store
 from storage.verify import verify_context
 from tests.actors.helpers import follow, ingest, make_compactor, make_documents, make_text, open_context
+from tests.prometheus import scrape
 
 CONFIG = SessionConfig(
     budget=320, compact_tokens=64, tail_tokens=64, refocus_tokens=16, age_tokens=64, max_blocks=3, row_price=0.0
@@ -398,6 +403,26 @@ def test_every_refocus_leaves_an_event(spec: SessionSpec, lm: BaseLM) -> None:
     assert read_focus_events(folder).num_rows == len(events)
 
 
+def test_an_answer_says_how_much_it_swapped(spec: SessionSpec, lm: BaseLM) -> None:
+    """The same that the events tell, which the report of `chat` is made of."""
+    with closing(Session(spec, lm)) as session:
+        texts = [make_text(seed, 500) for seed in (2, 3)]
+        for number, text in enumerate(texts):
+            session.read(document(str(number), text), text)
+        turns = [ask(session, text[at : at + 60]) for at in (30, 300) for text in texts]
+    events = session.events()
+    assert any(turn.swap_rate > 0 for turn in turns)
+    assert any(turn.residency is not None for turn in turns)
+    first = 0
+    for turn in turns:
+        own = events[first : first + turn.num_refocuses]
+        first += turn.num_refocuses
+        assert turn.swap_rate == pytest.approx(np.mean([swap_rate(e) if e["number"] else 0.0 for e in own]))
+    numbers = session_numbers(turns, events)
+    stayed = [turn.residency for turn in turns if turn.residency is not None]
+    assert min(stayed) <= numbers["residency"] <= max(stayed)
+
+
 def test_events_can_be_left_out(spec: SessionSpec, lm: BaseLM) -> None:
     with closing(Session(replace(spec, config=replace(CONFIG, record_events=False)), lm)) as session:
         ask(session, "where?")
@@ -518,3 +543,27 @@ def test_the_actor_streams_its_answers(spec: SessionSpec, ray_cluster: RaySessio
     assert ray.get(actor.read.remote(document("d", "text"), "some text"))
     ray.get(actor.close.remote())
     ray.kill(actor)
+
+
+@pytest.mark.slow
+def test_the_actor_asks_a_service_and_publishes_its_numbers(
+    spec: SessionSpec, tmp_path: Path, ray_cluster: RaySession
+) -> None:
+    del ray_cluster
+    untrained_lensnet(LensNetSpec(key_dim=spec.plan.gistnet.key_dim)).save(tmp_path / "net")
+    service = start_lens_service(tmp_path / "net", num_cpus=0.1)
+    actor: Any = ray.remote(SessionActor).options(num_cpus=0.1).remote(spec, lens_service=service)
+    text = make_text(1, 500)
+    ray.get(actor.read.remote(document("d", text), text))
+    *_, turn = [ray.get(piece) for piece in actor.ask.options(num_returns="streaming").remote(text[:60], SAMPLING)]
+    assert ray.get(service.stats.remote())["num_requests"] >= turn.num_refocuses
+    present, added = turn_metrics(turn, 0)
+    wanted = {f"ray_{name}" for name in {**present, **added}}
+    assert {"ray_swap_rate", "ray_first_token_seconds", "ray_turn_seconds_decode"} <= wanted
+    found = scrape(wanted, timeout_s=40)
+    assert found.keys() == wanted
+    assert float(found["ray_answer_tokens_total"].rpartition(" ")[2]) == turn.num_answer_tokens == 40
+    assert all('job="session"' in line and 'run="own"' in line for line in found.values())
+    ray.get(actor.close.remote())
+    ray.kill(actor)
+    ray.kill(service)

@@ -1,14 +1,12 @@
 from __future__ import annotations
 
-import time
-import urllib.request
-
 import pytest
 import ray
 
 from cluster import metric_names as names
 from cluster.metrics import MetricPublisher
 from cluster.ray_runtime import RaySession
+from tests.prometheus import scrape
 
 
 def test_without_ray_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -19,20 +17,6 @@ def test_without_ray_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
     assert publisher._metrics == {}
 
 
-def scrape(wanted: set[str], timeout_s: float) -> set[str]:
-    """Lines of the node's Prometheus endpoint, until all the wanted ones are there."""
-    (node,) = ray.nodes()
-    url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
-    deadline = time.monotonic() + timeout_s
-    while True:
-        with urllib.request.urlopen(url, timeout=10) as response:
-            lines = set(response.read().decode().splitlines())
-        found = {line for line in lines if line.startswith(("ray_tokens", "ray_documents"))}
-        if len(found) >= len(wanted) or time.monotonic() > deadline:
-            return found
-        time.sleep(0.5)
-
-
 @pytest.mark.slow
 def test_numbers_appear_at_the_prometheus_endpoint_by_their_names(ray_cluster: RaySession) -> None:
     publisher = MetricPublisher("compact", "small")
@@ -41,6 +25,6 @@ def test_numbers_appear_at_the_prometheus_endpoint_by_their_names(ray_cluster: R
     for _ in range(3):
         publisher.add({names.TOKENS_TOTAL: 32, names.DOCUMENTS_TOTAL: 0})
     found = scrape({"ray_tokens_per_s", "ray_tokens_total"}, timeout_s=40)
-    values = {line.partition("{")[0]: float(line.rpartition(" ")[2]) for line in found}
+    values = {name: float(line.rpartition(" ")[2]) for name, line in found.items()}
     assert values == {"ray_tokens_per_s": 10.5, "ray_tokens_total": 96.0}, found
-    assert all('job="compact"' in line and 'run="small"' in line for line in found)
+    assert all('job="compact"' in line and 'run="small"' in line for line in found.values())
