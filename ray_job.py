@@ -9,7 +9,8 @@ import sys
 
 from cluster.ablations_config import TrainAblationsJob
 from cluster.cli import Job, main
-from cluster.config import CompactJob, DemoJob, InspectJob, TreeRebuildGistsJob, TreeVerifyJob
+from cluster.config import CompactJob, InspectJob, TreeRebuildGistsJob, TreeVerifyJob
+from cluster.demo_config import DemoJob
 from cluster.evaluation_config import EvaluateFocusJob
 from cluster.gist_evaluation_config import EvaluateGistJob
 from cluster.headroom_config import EvaluateHeadroomJob

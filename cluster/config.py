@@ -377,18 +377,6 @@ class CompactJob:
 
 
 @dataclass(frozen=True)
-class DemoJob(CompactJob):
-    """Compact a real corpus, show the tree, let the real model read it back, and ask it something about it."""
-
-    read_back: ReadBackConfig = field(default_factory=ReadBackConfig)
-    """The reading back."""
-
-    question: str = ""
-    """Asked at the end of a session that remembers the corpus; its answer, and what was shown for it and why, are
-    printed. What is said goes to the context `<store.context>-talk`. Empty: none."""
-
-
-@dataclass(frozen=True)
 class InspectJob:
     """Show what a store or a context holds. Starts no cluster."""
 

@@ -10,12 +10,16 @@ import dataclasses
 import sys
 from pathlib import Path
 
+from actors.evaluation.focus_evaluator import FocusEvaluator, FocusEvaluatorSpec
+from actors.evaluation.results import FocusResults
 from actors.plan import CompactionPlan
 from actors.read_back import CONDITIONS, FULL, NONE, OWN, RECENT, SHUFFLED, ReadBackResult, read_back
 from actors.session import Session, SessionSpec
 from actors.session_turn import Turn
 from cluster import metric_names as names
-from cluster.config import DemoJob, ReadBackConfig
+from cluster.config import ReadBackConfig
+from cluster.demo_config import DemoJob
+from cluster.errors import ConfigError
 from cluster.plots import figure
 from cluster.run import JobRun
 from cluster.session_config import SamplingConfig
@@ -23,9 +27,13 @@ from cluster.tables import Table
 from models.base_lm import BaseLM
 from pipelines.chat_commands import Commands, found_rows
 from pipelines.compact import compact, compaction_tables, prepare, result_report
+from pipelines.evaluate_focus import choose_focus_places
+from pipelines.evaluation import index_text
+from pipelines.focus_report import focus_tables, plot_gains
 from pipelines.session_report import draw_session
 from pipelines.tree_report import encoding_rows, measure_tree, plot_growth
 from storage.corpus import open_corpus
+from storage.lexical import LexicalSearcher
 from storage.store import Store
 
 DESCRIPTIONS = {
@@ -67,12 +75,41 @@ def run(job: DemoJob) -> None:
         plot_reading(reading, job_run.folder / "read_back.png")
 
         numbers = {**result_report(result, tree), **reading_numbers(reading), "gistnet_trained": trained}
+        if compared := compare_focus(job, plan, lm, job_run):
+            numbers["focus"] = compared.as_report()
+            tables.append(focus_tables(compared)[0])
+            tables[-1].show()
+            plot_gains(compared, job.focus.budget, job_run.folder / "focus-gains.png")
         if job.question:
             answer, found = ask(job, plan, lm, job_run.folder)
             numbers |= {"question": job.question, "answer": answer}
             tables.append(Table(found, f"What was shown for: {job.question}"))
         job_run.finish(numbers, tables)
         where_to_look(job, job_run)
+
+
+def compare_focus(job: DemoJob, plan: CompactionPlan, lm: BaseLM, job_run: JobRun) -> FocusResults | None:
+    """What rivals of focus show at a few places, read by the model; None where there is too little text or none is to
+    be compared."""
+    if not job.focus.num_places:
+        return None
+    index_text(job.store, plan, job_run)
+    store, config = Store(job.store.root), job.focus.evaluation()
+    with store.open_reader(job.store.context) as reader:
+        try:
+            places = choose_focus_places(reader, config)
+        except ConfigError as error:
+            job_run.log.info("rivals of focus are not compared: %s", error)
+            return None
+        spec = FocusEvaluatorSpec(plan.base_lm, job.store, reader.version.seq, config)
+        lexical = LexicalSearcher(store.folder(job.store.context), plan.tokenizer.decode_batch)
+        with contextlib.closing(lexical), job_run.progress(len(places), "places", "comparing") as progress:
+            evaluator = FocusEvaluator(spec, lm, plan.gistnet, reader, lexical)
+            samples = []
+            for place in places:
+                samples.append((place, evaluator.evaluate(place)))
+                progress.advance()
+    return FocusResults.of(samples)
 
 
 def ask(job: DemoJob, plan: CompactionPlan, lm: BaseLM, folder: Path) -> tuple[str, list[dict[str, object]]]:

@@ -37,24 +37,7 @@ def run(job: EvaluateFocusJob) -> None:
     rivals.conditions(config.rivals, config.forms)
     store = Store(job.store.root)
     with store.open_reader(job.store.context) as reader, JobRun.start("evaluate focus", job) as job_run:
-        found = choose_places(
-            reader,
-            config.num_places,
-            config.history_tokens,
-            config.horizon_tokens,
-            within_document=config.within_document,
-            max_per_document=config.max_per_document,
-            places_per_history=config.places_per_history,
-            align_blocks=1 if config.within_document else BLOCKS_PER_SUPER_BLOCK,
-            begin_blocks=1 if config.within_document else blocks_of_highest_node(config.history_tokens),
-            seed=config.seed,
-        )
-        places = found[config.first_place :]
-        if len(places) < 2:
-            raise ConfigError(
-                f"context {job.store.context!r} has {len(found)} such places, and evaluation.first_place="
-                f"{config.first_place} leaves fewer than two of them"
-            )
+        places = choose_focus_places(reader, config)
         _check_budgets(config, plan, reader, places)
         if left_out:
             job_run.log.warning(left_out)
@@ -74,6 +57,33 @@ def run(job: EvaluateFocusJob) -> None:
             results = FocusResults.of(samples.of(places))
         report(results, job_run)
         print(f"samples   {samples.path}")
+
+
+def choose_focus_places(reader: TreeReader, config: FocusEvaluationConfig) -> list[Place]:
+    """Where rivals are compared.
+
+    Raises:
+        ConfigError: the context has fewer than two such places.
+    """
+    found = choose_places(
+        reader,
+        config.num_places,
+        config.history_tokens,
+        config.horizon_tokens,
+        within_document=config.within_document,
+        max_per_document=config.max_per_document,
+        places_per_history=config.places_per_history,
+        align_blocks=1 if config.within_document else BLOCKS_PER_SUPER_BLOCK,
+        begin_blocks=1 if config.within_document else blocks_of_highest_node(config.history_tokens),
+        seed=config.seed,
+    )
+    places = found[config.first_place :]
+    if len(places) < 2:
+        raise ConfigError(
+            f"context {reader.version.context!r} has {len(found)} such places, and evaluation.first_place="
+            f"{config.first_place} leaves fewer than two of them"
+        )
+    return places
 
 
 def _what_fits(config: FocusEvaluationConfig, plan: CompactionPlan) -> tuple[FocusEvaluationConfig, str]:

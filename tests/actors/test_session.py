@@ -556,7 +556,9 @@ def test_the_actor_asks_a_service_and_publishes_its_numbers(
     text = make_text(1, 500)
     ray.get(actor.read.remote(document("d", text), text))
     *_, turn = [ray.get(piece) for piece in actor.ask.options(num_returns="streaming").remote(text[:60], SAMPLING)]
-    assert ray.get(service.stats.remote())["num_requests"] >= turn.num_refocuses
+    assert isinstance(turn, Turn)
+    stats: Any = ray.get(service.stats.remote())
+    assert stats["num_requests"] >= turn.num_refocuses
     present, added = turn_metrics(turn, 0)
     wanted = {f"ray_{name}" for name in {**present, **added}}
     assert {"ray_swap_rate", "ray_first_token_seconds", "ray_turn_seconds_decode"} <= wanted

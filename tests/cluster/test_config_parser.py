@@ -10,7 +10,6 @@ import yaml
 from cluster.config import (
     CompactJob,
     CorpusConfig,
-    DemoJob,
     InspectJob,
     StoreConfig,
     TreeRebuildGistsJob,
@@ -18,6 +17,7 @@ from cluster.config import (
     validate_sections,
 )
 from cluster.config_parser import build_parser, parse_job, to_yaml
+from cluster.demo_config import DemoJob
 from cluster.errors import ConfigError
 
 CORPUS_KEYS = ", ".join(field.name for field in fields(CorpusConfig))

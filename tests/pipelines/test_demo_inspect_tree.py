@@ -12,7 +12,8 @@ import pipelines.compact as compact_job
 import pipelines.demo as demo_job
 import pipelines.inspect as inspect_job
 import pipelines.tree as tree_job
-from cluster.config import DemoJob, InspectJob, ReadBackConfig, TreeRebuildGistsJob, TreeVerifyJob
+from cluster.config import InspectJob, ReadBackConfig, TreeRebuildGistsJob, TreeVerifyJob
+from cluster.demo_config import DemoFocusConfig, DemoJob
 from cluster.errors import ConfigError, ContextNotFoundError, CorruptTreeError, IncompatibleTreeError
 from storage.store import Store
 from tests.actors.helpers import assert_same_tree
@@ -26,6 +27,7 @@ def test_demo_reads_back_and_resumes(make_job: JobFactory, capsys: pytest.Captur
     job = DemoJob(
         **{field.name: getattr(compact, field.name) for field in fields(compact)},
         read_back=ReadBackConfig(num_samples=4, history_tokens=256, horizon_tokens=32),
+        focus=DemoFocusConfig(num_places=4, history_tokens=1024, budget=128),
         question="Which words stand in the corpus?",
     )
     demo_job.run(job)
@@ -35,6 +37,8 @@ def test_demo_reads_back_and_resumes(make_job: JobFactory, capsys: pytest.Captur
     assert report["gistnet_trained"] is False
     assert {"tree.png", "read_back.png", "focus.png", "focus.html"} <= {path.name for path in folder.iterdir()}
     assert report["question"] == job.question
+    compared = {entry["condition"] for entry in report["focus"]}
+    assert set(job.focus.rivals) == compared
     printed = capsys.readouterr().out
     assert f"> {job.question}\n{report['answer'][:20]}" in printed
     assert f"--reads '[{job.store.context}]'" in printed
