@@ -23,6 +23,8 @@ from models.focus.history import History
 from models.focus.working_context import smallest_budget
 from pipelines.evaluation import depends_on, index_text, measure_missing
 from pipelines.focus_report import focus_tables, plot_ages, plot_gains
+from pipelines.focus_strips import draw_strips, drawn_condition
+from pipelines.session_report import PAGE
 from storage.contract import TreeReader
 from storage.store import Store
 
@@ -56,6 +58,10 @@ def run(job: EvaluateFocusJob) -> None:
             measure_missing(job_run, samples, places, _by_history, spec, [plan.gistnet], job.ray, config)
             results = FocusResults.of(samples.of(places))
         report(results, job_run)
+        if (drawn := drawn_condition(rivals.conditions(config.rivals, config.forms))) is not None:
+            budget, vectors = max(results.budgets), plan.gistnet.num_vectors
+            draw_strips(results, job_run.folder, drawn, budget, config, reader, vectors)
+            print(f"shown     {job_run.folder / PAGE} ({drawn.name}, {budget} slots)")
         print(f"samples   {samples.path}")
 
 

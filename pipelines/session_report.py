@@ -96,24 +96,38 @@ def session_tables(turns: Sequence[Turn], events: Sequence[Event]) -> list[Table
 
 
 class Strip:
-    """Refocuses by timeline: the finest level that shows each column."""
+    """Refocuses by timeline: the finest level that shows each column.
 
-    def __init__(self, events: Sequence[Event], columns: int = COLUMNS) -> None:
+    Rows whose timelines are not one (places of an evaluation) are moved by `shift` blocks each.
+    """
+
+    def __init__(self, events: Sequence[Event], columns: int = COLUMNS, shifts: Sequence[int] | None = None) -> None:
         self.contexts = [context["context"] for context in events[-1]["contexts"]]
         self.columns = columns
-        sizes = [max((_stop(e) for event in events for e in event["entries"] if e["source"] == source), default=1)
-                 for source in range(len(self.contexts))]  # fmt: skip
+        self._shifts = [0] * len(events) if shifts is None else list(shifts)
+        sizes = [
+            max(
+                (
+                    _stop(entry) + shift
+                    for event, shift in zip(events, self._shifts, strict=True)
+                    for entry in event["entries"]
+                    if entry["source"] == source
+                ),
+                default=1,
+            )
+            for source in range(len(self.contexts))
+        ]
         self.starts = np.concatenate([[0], np.cumsum(sizes)])
         self.levels = np.full((len(events), columns), -1, np.int8)
         for row, event in enumerate(events):
             for entry in sorted(event["entries"], key=lambda e: -e["lod"]):
-                first = self.column(entry["source"], _start(entry))
-                stop = max(first + 1, self.column(entry["source"], _stop(entry)))
-                self.levels[row, first:stop] = min(entry["lod"], len(LEVEL_COLOURS) - 1)
+                first = self.column(row, entry["source"], _start(entry))
+                stop = max(first + 1, self.column(row, entry["source"], _stop(entry)))
+                self.levels[row, max(first, 0) : stop] = min(entry["lod"], len(LEVEL_COLOURS) - 1)
 
-    def column(self, source: int, block: int) -> int:
+    def column(self, row: int, source: int, block: int) -> int:
         """Of a block."""
-        return int((self.starts[source] + block) * self.columns // self.starts[-1])
+        return int((self.starts[source] + block + self._shifts[row]) * self.columns // self.starts[-1])
 
 
 def _start(entry: Mapping[str, int]) -> int:
@@ -127,11 +141,18 @@ def _stop(entry: Mapping[str, int]) -> int:
 def draw_session(events: Sequence[Event], folder: Path) -> None:
     """`focus.png` and `focus.html`, which needs no network."""
     strip = Strip(events)
-    _picture(events, strip, folder / PICTURE)
+    _picture(events, strip, folder / PICTURE, f"block ({', '.join(strip.contexts)})", "refocus")
     _page(events, strip, folder / PAGE)
 
 
-def _picture(events: Sequence[Event], strip: Strip, path: Path) -> None:
+def draw_places(events: Sequence[Event], shifts: Sequence[int], folder: Path) -> None:
+    """The same of places of an evaluation, a row each, moved by so many blocks that all of them end at the right."""
+    strip = Strip(events, shifts=shifts)
+    _picture(events, strip, folder / PICTURE, "blocks of the history, the newest at the right", "place")
+    _page(events, strip, folder / PAGE)
+
+
+def _picture(events: Sequence[Event], strip: Strip, path: Path, across: str, down: str) -> None:
     from matplotlib.colors import ListedColormap
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
@@ -144,7 +165,7 @@ def _picture(events: Sequence[Event], strip: Strip, path: Path) -> None:
         )
         for name, marker, colour in (("added", "v", "#2f855a"), ("dropped", "x", "#c05621")):
             places = [
-                (strip.column(block["source"], block["block"]), row)
+                (strip.column(row, block["source"], block["block"]), row)
                 for row, event in enumerate(events)
                 for block in event[name]
             ]
@@ -154,7 +175,7 @@ def _picture(events: Sequence[Event], strip: Strip, path: Path) -> None:
             axes.axvline(start * strip.columns / strip.starts[-1], color="#c05621", linewidth=0.8)
         ticks = np.linspace(0, strip.columns - 1, 7)
         axes.set_xticks(ticks, [f"{tick / strip.columns * strip.starts[-1]:,.0f}" for tick in ticks])
-        axes.set(xlabel=f"block ({', '.join(strip.contexts)})", ylabel="refocus")
+        axes.set(xlabel=across, ylabel=down)
         axes.yaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         axes.grid(False)
         labels = ("raw", "LOD1", "LOD2", "above")
@@ -172,7 +193,7 @@ def _page(events: Sequence[Event], strip: Strip, path: Path) -> None:
         scores = {(s["source"], s["block"]): s["score"] for s in event["scores"]}
         marks = [
             {
-                "x": strip.column(block["source"], block["block"]),
+                "x": strip.column(row, block["source"], block["block"]),
                 "kind": kind,
                 "what": f"{strip.contexts[block['source']]}:{block['block']}",
                 "score": round(float(scores.get((block["source"], block["block"]), 0.0)), 3),

@@ -19,6 +19,7 @@ from actors.evaluation.contents import Contents, Reading
 from cluster.errors import ConfigError
 from models.focus.allocators import FocusRequest, Ranked, RankedBlocks, Recency, Uniform
 from models.focus.filling import Filling, show_newest
+from models.focus.history import History
 from models.focus.layout import POLICIES, runs_of_neighbours
 from models.focus.working_context import Mode, WorkingContext
 
@@ -130,7 +131,7 @@ def contents_of(
         newest_last = LATE.get(condition.form)
         ranked_order = condition.form == "late_ranked"
         return _raw(reading, chosen, budget, tail_tokens, max_blocks, newest_last, ranked_order)
-    wc = working_context(condition, reading, chosen, budget, tail_tokens, max_blocks)
+    wc = working_context(condition, history, chosen, budget, tail_tokens, max_blocks)
     # Found blocks may be raw for being recent, too: only as many as could be chosen were.
     raw = set(wc.raw_blocks().tolist())
     shown = reading.context(wc, same_gists=condition.form == "constant")
@@ -138,10 +139,10 @@ def contents_of(
 
 
 def working_context(
-    condition: Condition, reading: Reading, ranked: RankedBlocks, budget: int, tail_tokens: int, max_blocks: int
+    condition: Condition, history: History, ranked: RankedBlocks, budget: int, tail_tokens: int, max_blocks: int
 ) -> WorkingContext:
     """The Working Context of a condition that has one."""
-    request = FocusRequest([reading.history], budget, condition.mode, ranked)
+    request = FocusRequest([history], budget, condition.mode, ranked)
     if condition.chooser == RECENCY:
         return Recency().allocate(request)
     if condition.chooser == UNIFORM:

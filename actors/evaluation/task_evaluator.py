@@ -266,7 +266,7 @@ class TaskEvaluator:
                 condition, reading, ranked, room, config.tail_tokens, config.max_blocks
             )
             return _Shown(contents, shown_whole(reading.history, contents), picked)
-        wc = rivals.working_context(condition, reading, ranked, room, config.tail_tokens, config.max_blocks)
+        wc = rivals.working_context(condition, reading.history, ranked, room, config.tail_tokens, config.max_blocks)
         blocks = wc.raw_blocks()
         raw = set(blocks.tolist())
         return _Shown(reading.context(wc), blocks, [block for block, _ in ranked if block in raw][: config.max_blocks])

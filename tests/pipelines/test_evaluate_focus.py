@@ -148,6 +148,11 @@ def test_the_run_leaves_a_report(root: Path, undisturbed: str) -> None:
     for budget in BUDGETS:
         assert (folder / f"gains-{budget}.png").exists()
         assert (folder / f"ages-{budget}.png").exists()
+    # What the oracle showed, place by place.
+    assert (folder / "focus.png").exists()
+    page = (folder / "focus.html").read_text()
+    assert page.count('"title"') == 6
+    assert "file:///" in page or "pkg:" in page or ".txt" in page
     text = (folder / "report.md").read_text()
     assert "share of the oracle's gain" in text
     with SampleFile(next(folder.glob("samples-*.jsonl"))) as file:

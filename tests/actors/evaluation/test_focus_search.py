@@ -104,7 +104,9 @@ def test_what_may_be_chosen_lies_before_the_tail_that_is_shown_beside_it(
     if budget < smallest + tail_blocks * K:
         return  # refused before anything is measured
     oldest = [(block, 0) for block in range(history.first_block, room.shown_from)]
-    wc = working_context(Condition("bm25", "overlay"), reading, oldest, budget, tail_blocks * K, room.max_blocks)
+    wc = working_context(
+        Condition("bm25", "overlay"), reading.history, oldest, budget, tail_blocks * K, room.max_blocks
+    )
     raw = wc.raw_blocks().tolist()
     assert set(raw) >= set(range(room.shown_from, history.stop_block))
     if smallest + room.max_blocks * K + tail_blocks * K <= budget:

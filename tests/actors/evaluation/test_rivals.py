@@ -150,7 +150,7 @@ def test_the_constant_form_is_the_overlay_with_gists_that_say_nothing(lm: BaseLM
     found, same = contents_of(Condition(chooser, "constant"), reading, ranked, 300, 64, 2)
     assert same == picked == ([40, 3] if chooser == BM25 else [])
     assert found.half_tokens.tolist() == overlay.half_tokens.tolist()
-    wc = working_context(Condition(chooser, "overlay"), reading, ranked, 300, 64, 2)
+    wc = working_context(Condition(chooser, "overlay"), reading.history, ranked, 300, 64, 2)
     is_gist = torch.tensor([lod > 0 for lod, cost in zip(wc.lod, wc.cost, strict=True) for _ in range(cost)])
     assert 0 < int(is_gist.sum()) < len(is_gist)
     assert torch.equal(found.embeds[~is_gist], overlay.embeds[~is_gist])
