@@ -386,6 +386,11 @@ class Session:
         stop = min(first + len(self._format.opening) // K, histories[own].stop_block)
         return [(block, own) for block in range(first, stop)]
 
+    @property
+    def cache_bytes(self) -> int:
+        """What the Working Context takes in the model's KV cache, and its rows."""
+        return self._cache.num_bytes
+
     def events(self) -> list[dict[str, Any]]:
         """This session's focus events that are durable, oldest first: all of them once it is closed."""
         return self._recorder.events()

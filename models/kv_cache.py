@@ -119,6 +119,14 @@ class KVCache:
         return cache
 
     @property
+    def num_bytes(self) -> int:
+        """Of all keys and values."""
+        tensors = (
+            [getattr(layer, name) for layer in self._stack for name in ("keys", "values")] if self.num_entries else []
+        )
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    @property
     def num_rows(self) -> int:
         """Rows of the batch it was made for; 1 while it is empty."""
         return int(self._stack[0].keys.shape[0]) if self.num_entries else 1

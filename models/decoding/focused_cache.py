@@ -52,6 +52,11 @@ class FocusedCache:
         return len(self._places)
 
     @property
+    def num_bytes(self) -> int:
+        """Of keys and values, and of the rows they are compared by."""
+        return self._cache.num_bytes + sum(rows.numel() * rows.element_size() for rows in self._read_rows)
+
+    @property
     def next_half_token(self) -> int:
         """Place of the next token, in half tokens."""
         return self._next_half_token
