@@ -17,6 +17,7 @@ from cluster.headroom_config import EvaluateHeadroomJob
 from cluster.key_training_config import TrainKeysJob
 from cluster.label_config import LabelJob
 from cluster.lens_training_config import TrainLensNetJob
+from cluster.paper_config import PaperJob
 from cluster.session_config import ChatJob
 from cluster.task_evaluation_config import EvaluateTasksJob
 from cluster.training_config import TrainGistNetJob
@@ -37,6 +38,7 @@ JOBS = (
     Job("train keys", TrainKeysJob, "pipelines.train_keys:run"),
     Job("train lensnet", TrainLensNetJob, "pipelines.train_lensnet:run"),
     Job("train ablations", TrainAblationsJob, "pipelines.train_ablations:run"),
+    Job("paper 0", PaperJob, "pipelines.paper:run"),
     Job("tree verify", TreeVerifyJob, "pipelines.tree:verify"),
     Job("tree rebuild-gists", TreeRebuildGistsJob, "pipelines.tree:rebuild_gists"),
 )

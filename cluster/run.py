@@ -235,6 +235,13 @@ def _named(job: Any, name: str) -> Any:
     return replace(job, run=replace(job.run, name=name))
 
 
+def is_finished(folder: Path, job: object) -> bool:
+    """Whether a run in this folder came to its end, with a configuration that gives the same results."""
+    path = folder / "report.json"
+    report = json.loads(path.read_text()) if path.exists() else {}
+    return report.get("status") == "finished" and report["config_digest"] == config_digest(job)
+
+
 def write_atomically(file: Path, text: str) -> None:
     """Replace a file's content so that a reader, or a crash, finds the old or the new one, never a part."""
     partial = file.with_name(f".{file.name}.{os.getpid()}.partial")

@@ -26,7 +26,9 @@ CLAIM_ERRORS = 3.0
 
 def headroom_tables(cells: Sequence[Cell], base: str, oracle: str) -> list[Table]:
     """All tables; a cell stands in those for which it measured what is needed."""
-    choosers = [f"{name}/raw" for name in (rivals.RANDOM, *rivals.SEARCHERS, rivals.FUSION, rivals.RERANK)]
+    choosers = [
+        f"{name}/raw" for name in (rivals.RANDOM, *rivals.SEARCHERS, rivals.FUSION, rivals.RERANK, rivals.LENSNET)
+    ]
     ceilings = [f"{rivals.ORACLE_GREEDY}/raw", oracle, f"{rivals.EXHAUSTIVE}/raw", rivals.FULL]
     legend = "nats a token on the half no oracle chose on, ± standard error by document, * beyond 3 of them"
     return [
@@ -196,7 +198,8 @@ def cells_as_report(cells: Sequence[Cell], base: str, oracle: str) -> list[dict[
 
 def plot_gaps(cells: Sequence[Cell], base: str, path: Path) -> None:
     """Gain over the base of who chooses, a row of bars a cell."""
-    shown = [f"{c}/raw" for c in (*rivals.SEARCHERS, rivals.FUSION, rivals.RERANK, rivals.ORACLE)] + [rivals.FULL]
+    shown = [f"{c}/raw" for c in (*rivals.SEARCHERS, rivals.FUSION, rivals.RERANK, rivals.LENSNET, rivals.ORACLE)]
+    shown.append(rivals.FULL)
     cells = [cell for cell in cells if cell.has(base)]
     names = [c for c in shown if any(cell.has(c) for cell in cells)]
     height = 0.8 / max(len(names), 1)

@@ -22,9 +22,8 @@ from cluster.config import RunConfig, validate_sections
 from cluster.config_parser import parse_job
 from cluster.environment import absolute_paths
 from cluster.errors import ConfigError, MegaContextError
-from cluster.provenance import config_digest
 from cluster.registry import tracking_uri, with_local_nets
-from cluster.run import JobRun
+from cluster.run import JobRun, is_finished
 from cluster.training_config import TrainGistNetJob
 from pipelines import train_gistnet
 from pipelines.ablations_report import Outcome, ablation_numbers, ablation_tables, plot_curves, plot_differences
@@ -57,13 +56,6 @@ class Variant:
     def folder(self) -> Path:
         """Of its run."""
         return self.job.run.dir / self.job.run.name
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether its run came to its end, with this configuration."""
-        path = self.folder / "report.json"
-        report = json.loads(path.read_text()) if path.exists() else {}
-        return report.get("status") == "finished" and report["config_digest"] == config_digest(self.job)
 
 
 def run(job: TrainAblationsJob) -> int:
@@ -164,7 +156,7 @@ def _train(variant: Variant, outcomes: Sequence[Outcome], job_run: JobRun) -> No
     """Unless it was."""
     if variant.begins_with and _before(variant, outcomes).measured is None:
         raise ConfigError(f"it begins with {variant.begins_with!r}, which failed")
-    if variant.is_finished:
+    if is_finished(variant.folder, variant.job):
         job_run.log.info("it is finished: %s", variant.folder)
         return
     train_gistnet.run(variant.job)

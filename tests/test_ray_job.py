@@ -36,6 +36,7 @@ def test_every_job_is_there_and_accepts_its_configuration() -> None:
         "train keys",
         "train lensnet",
         "train ablations",
+        "paper 0",
         "tree verify",
         "tree rebuild-gists",
     ]

@@ -19,6 +19,7 @@ from cluster.config import (
 from cluster.config_parser import build_parser, parse_job, to_yaml
 from cluster.demo_config import DemoJob
 from cluster.errors import ConfigError
+from cluster.paper_config import PaperJob
 
 CORPUS_KEYS = ", ".join(field.name for field in fields(CorpusConfig))
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -149,6 +150,7 @@ def test_debug_is_a_switch_and_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
         ("demo.yaml", DemoJob, []),
         ("compact.yaml", CompactJob, []),
         ("tiny.yaml", CompactJob, ["--corpus.paths", "[docs]"]),
+        ("paper0.yaml", PaperJob, []),
     ],
 )
 def test_recipes_are_valid_and_hold_only_what_differs(
