@@ -44,6 +44,10 @@ class GistEvaluationConfig:
     tail_tokens: list[int] = field(default_factory=lambda: [0, 64])
     """Newest tokens shown raw behind the gists, which then stand in for the others only; multiples of 32."""
 
+    first_token: bool = False
+    """Show the history's first token raw before the gists, as in the windows GistNets are trained in: models look away
+    at a first token (an attention sink). It costs a slot, which recent raw tokens get, too."""
+
     gistnets: list[str] = field(default_factory=lambda: ["last_token", "mean", "rescaled_mean"])
     """Nets compared with the tree's own gists: folders of saved nets, or kinds (untrained ones and controls, of the
     sizes in section `gistnet`)."""

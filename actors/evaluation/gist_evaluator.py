@@ -164,8 +164,10 @@ class GistEvaluator:
         config = self._config
         full = reading.raw(range(place.first_block, place.stop_block))
         yield Condition(FULL), full, 0.0
+        first = self._first(full)
         for tail in config.tail_tokens:
-            yield Condition(NONE, 0, tail), full.rows(full.num_rows - tail, full.num_rows), 0.0
+            newest = full.rows(full.num_rows - tail, full.num_rows)
+            yield Condition(NONE, 0, tail), Contents.joined([first, newest]), 0.0
         for lod in config.lods:
             for tail in config.tail_tokens:
                 num_blocks = place.stop_block - place.first_block - tail // K
@@ -177,9 +179,10 @@ class GistEvaluator:
         self, full: Contents, place: Place, lod: int, tail: int, num_blocks: int
     ) -> Iterator[tuple[Condition, Contents, float]]:
         raw_tail = full.rows(full.num_rows - tail, full.num_rows)
+        first = self._first(full)
         own_vectors = self._sources[0].num_vectors
         for num_vectors in sorted({source.num_vectors for source in self._sources}):
-            cost = min(full.num_rows, num_nodes(num_blocks, lod) * num_vectors + tail)
+            cost = min(full.num_rows, num_nodes(num_blocks, lod) * num_vectors + tail + first.num_rows)
             name = RECENCY if num_vectors == own_vectors else f"{RECENCY}/m{num_vectors}"
             yield Condition(name, lod, tail), full.rows(full.num_rows - cost, full.num_rows), 0.0
         stranger = self._strangers[place.number]
@@ -188,7 +191,11 @@ class GistEvaluator:
             for kind, of in ((OWN, place), (SHUFFLED, stranger), (MEAN_GIST, None)):
                 gists = self._stand_ins(source, of, lod, num_blocks)
                 condition = Condition(f"{source.name}/{kind}", lod, tail)
-                yield condition, Contents.joined([gists, raw_tail]), spread if kind == OWN else 0.0
+                yield condition, Contents.joined([first, gists, raw_tail]), spread if kind == OWN else 0.0
+
+    def _first(self, full: Contents) -> Contents:
+        """The history's first token, where it is shown."""
+        return full.rows(0, int(self._config.first_token))
 
     def _stand_ins(self, source: GistSource, place: Place | None, lod: int, num_blocks: int) -> Contents:
         """Gists in place of a history's first blocks; of no place: the constant.

@@ -209,6 +209,30 @@ def test_mixed_levels_beside_a_tail(bench: Bench) -> None:
     assert rows.half_tokens[:3].tolist() == [1023, 2 * 1024 + 31, 2 * 1024 + 95]
 
 
+def test_a_first_token_costs_everybody_a_slot(bench: Bench, results: GistResults) -> None:
+    shown = bench.measure(replace(CONFIG, first_token=True, tail_tokens=[64]))
+    for (place, plain), (_, measured) in zip(results.samples, shown.samples, strict=True):
+        before = {m.condition: m for m in plain if m.tail_tokens == 64 or m.name == FULL}
+        for m in measured:
+            if m.condition not in before:
+                continue
+            assert m.slots == before[m.condition].slots + (m.name != FULL), place
+            same = np.allclose(m.nll, before[m.condition].nll, atol=1e-5)
+            assert same == (m.name == FULL)
+    own = Condition(f"{TREE}/own", 1, 64)
+    place, measured = shown.samples[0]
+    (found,) = [m for m in measured if m.condition == own]
+    tokens, _ = bench.reader.tokens(place.first_block, place.stop_block - place.first_block + 1)
+    ids = torch.from_numpy(tokens.reshape(-1).astype(np.int64))
+    gists = bench.reader.read("gists", 1, np.arange(place.first_block, place.stop_block - 2))[:, 0]
+    rows = torch.cat([bench.lm.embed(ids[None, :1])[0], gists, bench.lm.embed(ids[None, 960 : 1023 + HORIZON])[0]])
+    halves = [0, *(64 * block + 31 for block in range(30)), *(2 * t for t in range(960, 1023 + HORIZON))]
+    with torch.inference_mode():
+        logits = bench.lm.logits(rows[None], positions=Positions(torch.tensor([halves])))[0].double()
+    stock = -torch.log_softmax(logits, -1)[torch.arange(95, 95 + HORIZON - 1), ids[1025 : 1024 + HORIZON]]
+    np.testing.assert_allclose(found.nll, stock.numpy(), atol=1e-4)
+
+
 def test_spread_is_the_share_that_is_not_the_mean(bench: Bench, results: GistResults) -> None:
     source = TreeGists(bench.reader)
     everything = bench.reader.read("gists", 1, range(bench.reader.version.num_blocks)).double()[:, 0]
