@@ -45,6 +45,7 @@ BENCHMARKS = (
     Benchmark("long_history", "long_history:long_history", "p50 of the same from a history of 64 k tokens", 1.5),
     Benchmark("allocators", "allocators:allocators", "the value of greedy's choice (above it: the optimum's)", 1.02),
     Benchmark("session_cost", "session_cost:session_cost", "wall time a token with a history of 64 k tokens", 1.10),
+    Benchmark("edit_traces", "edit_traces:edit_traces", "reading the whole Working Context anew", 0.20),
     Benchmark("full_context", "full_context:full_context", "the model with all of 7,936 tokens in its context", 1.00),
     Benchmark("lens_service", "lens_service:lens_service", "p99 of the same service without batches", 1.00),
     Benchmark("candidate_search", "candidate_search:candidate_search", "wall time of decoding 32 tokens", 0.02),
