@@ -26,7 +26,7 @@ from models.gistnet import GistNet
 from models.lensnet.features import FEATURES, CandidateSet
 from models.tokenizer import Tokenizer
 from storage.contract import TreeReader
-from storage.lexical import LexicalSearcher
+from storage.lexical import LexicalSearcher, ReplacedText
 from storage.schema import GISTS, KEYS
 
 QUERY_CONTEXT_TOKENS = 512
@@ -104,6 +104,18 @@ class Hits:
     """Block to the cosine of its key."""
 
 
+@dataclass(frozen=True, eq=False)
+class Planted:
+    """Text that a history has and its tree has not: indexes know nothing of it."""
+
+    indexed: TreeReader
+    """The tree's own reader, beneath the one that is asked."""
+    blocks: Int64[np.ndarray, " n"]
+    """Where the two differ."""
+    keys: KeyIndex
+    """Of the blocks that are searched, planted ones among them."""
+
+
 def search_history(
     reader: TreeReader,
     history: History,
@@ -112,11 +124,16 @@ def search_history(
     question: Question,
     stop_block: int,
     key_tokens: int,
+    planted: Planted | None = None,
 ) -> Hits:
     """What words and keys find in one history before a block."""
     first = history.first_block
-    blocks, scores = lexical.search(reader, question.text, RANKED_BLOCKS, first, stop_block)
-    index = KeyIndex(reader, space, first, stop_block, array=KEYS)
+    if planted is None:
+        indexed, replaced = reader, None
+        index = KeyIndex(reader, space, first, stop_block, array=KEYS)
+    else:
+        indexed, replaced, index = planted.indexed, ReplacedText(reader, planted.blocks), planted.keys
+    blocks, scores = lexical.search(indexed, question.text, RANKED_BLOCKS, first, stop_block, replaced=replaced)
     by_keys = ranked_by_score(index.scores(question.states[-key_tokens:], "pooled"), first, limit=RANKED_BLOCKS)
     found = {int(block): float(score) for block, score in zip(blocks, scores, strict=True)}
     return Hits(found, {block: float(score) for block, score in by_keys})

@@ -72,6 +72,9 @@ class TaskEvaluationConfig:
     retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
     """How the rivals that search are asked; the question is the whole query."""
 
+    lensnet: str = ""
+    """Folder of the LensNet that rival `lensnet` asks."""
+
     shortlist_blocks: int = 32
     """Blocks the oracle measures: those that are needed, then the rivals' picks."""
 
@@ -101,6 +104,10 @@ class TaskEvaluationConfig:
         require(
             self.tail_tokens >= TOKENS_PER_BLOCK and self.tail_tokens % TOKENS_PER_BLOCK == 0,
             f"evaluation.tail_tokens={self.tail_tokens} must be a positive multiple of {TOKENS_PER_BLOCK}",
+        )
+        require(
+            bool(self.lensnet) or not any(name.partition("/")[0] == "lensnet" for name in self.rivals),
+            "rival 'lensnet' needs a net: give evaluation.lensnet the folder that `train lensnet` exported",
         )
         require(bool(self.budgets), "evaluation.budgets must hold at least one budget")
         self.retrieval.validate()

@@ -6,9 +6,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from jaxtyping import Int64
 
 from actors.evaluation.contents import Reading
-from actors.focus_signals import QUERY_CONTEXT_TOKENS, Question, find_candidates, newest_keys, search_history, signals
+from actors.focus_signals import (
+    LEXICAL_TOKENS,
+    QUERY_CONTEXT_TOKENS,
+    QUESTION_TOKENS,
+    Planted,
+    Question,
+    find_candidates,
+    newest_keys,
+    search_history,
+    signals,
+)
 from cluster.config import TOKENS_PER_BLOCK as K
 from models.focus.dense import KeySpace
 from models.gistnet import GistNet
@@ -29,7 +40,13 @@ class CandidateFinder:
     """Newest tokens that ask keys for candidates."""
 
     def find(
-        self, reading: Reading, shown_from: int, also: Callable[[np.ndarray], np.ndarray] | None = None
+        self,
+        reading: Reading,
+        shown_from: int,
+        also: Callable[[np.ndarray], np.ndarray] | None = None,
+        *,
+        asked: Int64[np.ndarray, " n"] | None = None,
+        planted: Planted | None = None,
     ) -> CandidateSet:
         """Candidates before the raw tail, nothing being shown.
 
@@ -37,12 +54,18 @@ class CandidateFinder:
             reading: the history.
             shown_from: first block of the tail.
             also: takes all blocks before it, and gives those that are candidates besides.
+            asked: tokens of a question behind the history, which then ask alone; the newest before them are only read.
+            planted: what the history has and its tree has not.
         """
+        asked = np.empty(0, np.int64) if asked is None else asked[-max(QUESTION_TOKENS) :]
         history, reader = reading.history, reading.reader
         num_newest = min(-(-QUERY_CONTEXT_TOKENS // K) + 1, history.num_blocks)
-        newest = reading.ids(history.stop_block - num_newest, num_newest)
-        question = Question.of(reading.lm, self.gistnet, self.tokenizer, newest)
-        hits = search_history(reader, history, self.lexical, self.key_space, question, shown_from, self.key_tokens)
+        newest = np.concatenate([reading.ids(history.stop_block - num_newest, num_newest), asked])
+        question = Question.of(
+            reading.lm, self.gistnet, self.tokenizer, newest, lexical_tokens=len(asked) or LEXICAL_TOKENS
+        )
+        key_tokens = len(asked) or self.key_tokens
+        hits = search_history(reader, history, self.lexical, self.key_space, question, shown_from, key_tokens, planted)
         more = [] if also is None else also(np.arange(history.first_block, shown_from)).tolist()
         blocks = find_candidates(reader, history, hits, shown_from, opening=True, also=more)
         return signals(

@@ -44,7 +44,7 @@ RAW_FORMS = ("raw", *LATE)
 FORMS = (*RAW_FORMS, "overlay", "strict", "constant")
 WITHOUT_FORM = (NONE, FULL, NEEDLES)
 """They have no budget. `needles`: what a task's answer depends on and the tail, nothing else."""
-TASK_CHOOSERS = (NONE, FULL, NEEDLES, RECENCY, UNIFORM, RANDOM, *SEARCHERS, FUSION, ORACLE)
+TASK_CHOOSERS = (NONE, FULL, NEEDLES, RECENCY, UNIFORM, RANDOM, *SEARCHERS, FUSION, LENSNET, ORACLE)
 """Rivals on tasks."""
 TASK_FORMS = (*RAW_FORMS, "overlay", "strict")
 

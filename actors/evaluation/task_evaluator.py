@@ -14,7 +14,9 @@ import numpy as np
 
 from actors.compactor import Compactor, CompactorSpec
 from actors.evaluation import rivals
+from actors.evaluation.candidate_finder import CandidateFinder
 from actors.evaluation.contents import Contents, Reading
+from actors.evaluation.lens_rival import LensRival
 from actors.evaluation.oracle import choose
 from actors.evaluation.retrieval import RANDOM_SEED_STRIDE, Retrieval, shortlist
 from actors.evaluation.rivals import Condition
@@ -22,6 +24,7 @@ from actors.evaluation.scorer import BlockCaches, CandidateScorer
 from actors.evaluation.task_places import TaskPlace
 from actors.evaluation.task_planter import Question, TaskPlanter
 from actors.evaluation.task_scorer import Answers, AnswerScorer, end_ids, until_end
+from actors.focus_signals import Planted
 from actors.tasks import TASKS, choose_candidate, exact_match, infeasible
 from actors.tasks.sample import NumberedTask
 from cluster.config import TOKENS_PER_BLOCK as K
@@ -35,6 +38,7 @@ from models.focus.dense import KeyIndex, KeySpace
 from models.focus.history import History
 from models.focus.layout import Policy, policy_for
 from models.gistnet import GistNet
+from models.lensnet import LensNet
 from models.node_encoder import NodeEncoder
 from models.sentence_encoder import SentenceEncoder
 from models.tokenizer import Tokenizer
@@ -178,6 +182,10 @@ class TaskEvaluator:
         choosers = {condition.chooser for condition in self._conditions}
         if rivals.MINILM in choosers or rivals.MINILM in config.retrieval.fusion:
             self._embeddings = BlockEmbeddings(SentenceEncoder.load(), tokenizer.decode_batch, reader)
+        self._lens: LensRival | None = None
+        if rivals.LENSNET in choosers:
+            finder = CandidateFinder(gistnet, tokenizer, lexical, self._key_space, config.retrieval.dense_query_tokens)
+            self._lens = LensRival(LensNet.load(config.lensnet), finder)
         self._key_index: tuple[tuple[int, int], KeyIndex] | None = None
         self._answers: dict[tuple[str, bytes], Answers] = {}
 
@@ -303,6 +311,8 @@ class TaskEvaluator:
         search = _Search()
         shown_from = max(history.first_block, history.stop_block - config.tail_tokens // K)
         if wanted & {*rivals.RETRIEVERS, rivals.ORACLE}:
+            planted_blocks = question.reader.planted_blocks
+            key_index = self._keys(history.first_block, shown_from).over(question.reader, planted_blocks)
             retrieval = Retrieval(
                 reading,
                 self._lexical,
@@ -311,15 +321,16 @@ class TaskEvaluator:
                 self._key_space,
                 shown_from,
                 config.retrieval,
-                self._embeddings and self._embeddings.over(question.reader, question.reader.planted_blocks),
+                self._embeddings and self._embeddings.over(question.reader, planted_blocks),
                 question=question.query,
                 indexed=self._reader,
-                planted_blocks=question.reader.planted_blocks,
-                key_index=self._keys(history.first_block, shown_from).over(
-                    question.reader, question.reader.planted_blocks
-                ),
+                planted_blocks=planted_blocks,
+                key_index=key_index,
             )
             found = retrieval.find(wanted, config.seed * RANDOM_SEED_STRIDE + place.number)
+            if (lens := self._lens) is not None:
+                planted = Planted(self._reader, planted_blocks, key_index)
+                found.timed(rivals.LENSNET, lambda: lens.rank(reading, shown_from, question.query, planted))
             search = _Search(found.ranked, found.seconds)
         if rivals.ORACLE in wanted:
             started = time.process_time()

@@ -24,6 +24,8 @@ from cluster.evaluation_config import RetrievalConfig
 from cluster.task_evaluation_config import TaskEvaluationConfig
 from models.base_lm import BaseLM
 from models.focus.history import History
+from models.lensnet import LensNetSpec
+from models.lensnet.net import untrained_lensnet
 from models.sentence_encoder import SentenceEncoder
 from storage.contract import TreeReader
 from storage.lexical import LexicalSearcher
@@ -78,7 +80,7 @@ def config_of(**fields: Any) -> TaskEvaluationConfig:
         "num_samples": 2,
         "history_tokens": [LENGTH],
         "budgets": [BUDGET],
-        "rivals": [chooser for chooser in rivals.TASK_CHOOSERS if chooser != rivals.MINILM],
+        "rivals": [chooser for chooser in rivals.TASK_CHOOSERS if chooser not in {rivals.MINILM, rivals.LENSNET}],
         "forms": ["raw", "overlay"],
         "retrieval": RetrievalConfig(fusion=["bm25", "dense"]),
         "tail_tokens": 64,
@@ -103,6 +105,34 @@ def setting(tmp_path_factory: pytest.TempPathFactory, tiny_lm_config: BaseLMConf
 
 def by_name(measured: list[TaskMeasured]) -> dict[str, TaskMeasured]:
     return {m.condition: m for m in measured}
+
+
+def net_of_words(folder: Path) -> str:
+    """A LensNet that is told the lexical rank alone, and shows what is among the first three."""
+    net = untrained_lensnet(LensNetSpec(features=("lexical_rank",), hidden_dim=4, num_heads=1, num_layers=0))
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.zero_()
+        net.norm.weight.fill_(1.0)
+        net.read_features.weight[0, 0] = 1.0  # one unit has the reciprocal rank, one the threshold
+        net.read_features.bias[1] = 0.3
+        net.score.weight[0] = torch.tensor([0.1, -0.1, 0.0, 0.0])
+    net.save(folder)
+    return str(folder)
+
+
+def test_lensnet_is_asked_with_the_question_about_planted_text(setting: Setting, tmp_path: Path) -> None:
+    config = config_of(
+        depth_percents=[0, 50], rivals=["lensnet", "bm25"], forms=["raw"], max_blocks=3, lensnet=net_of_words(tmp_path)
+    )
+    for measured in setting.measured(config):
+        found = by_name(measured)
+        # The needle is not in the tree's lexical index, and no word of it is in the history's own tail.
+        assert found["lensnet/raw"].recall > 0
+        assert found["lensnet/raw"].picked[0] == found["bm25/raw"].picked[0]
+        assert set(found["lensnet/raw"].picked) <= set(found["bm25/raw"].picked)
+    with pytest.raises(ConfigError, match="needs a net"):
+        config_of(rivals=["lensnet/raw"]).validate()
 
 
 def test_bm25_and_the_oracle_show_a_deep_needle_and_recency_does_not(setting: Setting) -> None:
