@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from cluster.config import (
+    SLOTS_PER_SUPER_BLOCK,
     TOKENS_PER_BLOCK,
     BaseLMConfig,
     GistNetConfig,
@@ -21,11 +22,15 @@ from cluster.config import (
 class LabelConfig:
     """Where edits are measured, and which."""
 
+    tasks: list[str] = field(default_factory=list)
+    """Plant these tasks of `evaluate tasks` in the context, and measure edits on the tokens of their answers. Empty:
+    running text, and what came behind it."""
+
     num_places: int = 1000
-    """Working Contexts. More may be asked for later: those there are stay."""
+    """Working Contexts. More may be asked for later: those there are stay. Of `tasks`, that many questions in all."""
 
     history_tokens: int = 4096
-    """Slots of history before each place, a multiple of 32."""
+    """Slots of history before each place, a multiple of 32; of 1,024 with `tasks`."""
 
     horizon_tokens: int = 64
     """H: tokens behind each place whose NLL an edit changes."""
@@ -79,7 +84,15 @@ class LabelConfig:
                 value >= TOKENS_PER_BLOCK and value % TOKENS_PER_BLOCK == 0,
                 f"labels.{name}={value} must be a positive multiple of {TOKENS_PER_BLOCK}",
             )
-        require(self.num_places >= 2, "labels.num_places must be at least 2")
+        require(
+            not self.tasks or self.history_tokens % SLOTS_PER_SUPER_BLOCK == 0,
+            f"with labels.tasks, labels.history_tokens={self.history_tokens} must be a multiple of "
+            f"{SLOTS_PER_SUPER_BLOCK}",
+        )
+        require(
+            self.num_places >= max(2, len(self.tasks)),
+            f"labels.num_places={self.num_places} must be at least 2, and one for each of labels.tasks",
+        )
         require(self.horizon_tokens >= 4, "labels.horizon_tokens must be at least 4 (two halves)")
         require(self.max_per_document >= 1, "labels.max_per_document must be at least 1")
         require(self.max_blocks >= 2, "labels.max_blocks must be at least 2")

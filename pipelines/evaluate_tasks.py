@@ -31,7 +31,7 @@ from storage.store import Store
 def run(job: EvaluateTasksJob) -> None:
     """Choose places, ask every question of every rival, report."""
     config = job.evaluation
-    tasks = tasks_of(config)
+    tasks = tasks_of(config.tasks)
     task_conditions(config)
     plan = plan_models(job.base_lm, job.gistnet, job.store)
     check_encoding(plan, job.store)

@@ -2,12 +2,15 @@
 
     a stored context -> places -> candidates and their signals -> edits, each read before and after -> labels.parquet
 
+Places of running text; or, with `labels.tasks`, questions about what is planted in it.
+
 Interrupted, the same command goes on with the places that are missing; more places may be asked for later.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,7 +18,12 @@ import numpy as np
 from actors.evaluation.places import Place, blocks_of_highest_node, choose_places
 from actors.evaluation.samples import SampleLog, sample_file_name
 from actors.evaluation.statistics import clustered_mean
-from actors.labelling.label_maker import LabelMakerSpec, PlaceLabels
+from actors.evaluation.task_evaluator import tasks_of
+from actors.evaluation.task_places import TaskPlace, choose_task_places, in_groups, num_turns
+from actors.evaluation.workers import EvaluatorSpec
+from actors.labelling.edits import PlaceLabels
+from actors.labelling.label_maker import LabelMakerSpec
+from actors.labelling.task_label_maker import TaskLabelMakerSpec
 from actors.plan import CompactionPlan, check_encoding, plan_models
 from cluster.config import BLOCKS_PER_SUPER_BLOCK, TOKENS_PER_BLOCK
 from cluster.errors import ConfigError
@@ -38,32 +46,22 @@ def run(job: LabelJob) -> None:
     """Choose places, measure edits at each, write the labels down."""
     plan = plan_models(job.base_lm, job.gistnet, job.store)
     check_encoding(plan, job.store)
-    config = job.labels
+    tasks_of(job.labels.tasks)
     with Store(job.store.root).open_reader(job.store.context) as reader, JobRun.start("label", job) as job_run:
-        places = choose_places(
-            reader,
-            config.num_places,
-            config.history_tokens,
-            config.horizon_tokens,
-            within_document=False,
-            max_per_document=config.max_per_document,
-            align_blocks=BLOCKS_PER_SUPER_BLOCK if config.form != "raw" else 1,
-            begin_blocks=blocks_of_highest_node(config.history_tokens),
-            seed=config.seed,
-        )
-        _check_budget(config, plan, reader, places)
+        of = _of_tasks(job, plan, reader) if job.labels.tasks else _of_text(job, plan, reader)
         job_run.log_digests(plan.digests())
-        job_run.log.info("%d places in %d documents", len(places), len({place.uri for place in places}))
+        job_run.log.info("%d places in %d documents", len(of.places), len({of.uri(place) for place in of.places}))
         index_text(job.store, plan, job_run)
-        spec = LabelMakerSpec(plan.base_lm, job.store, reader.version.seq, config)
-        depended = depends_on(plan, job.store, spec.seq, config, but=("num_places", "threads_per_worker"))
-        with SampleLog(job_run.folder / sample_file_name(depended), Place, PlaceLabels) as samples:
+        seq = reader.version.seq
+        depended = depends_on(plan, job.store, seq, job.labels, but=("num_places", "threads_per_worker"))
+        with SampleLog(job_run.folder / sample_file_name(depended), of.place_type, PlaceLabels) as samples:
             measure_missing(
-                job_run, samples, places, lambda missing: [[place] for place in missing], spec, [plan.gistnet],
-                job.ray, config, label="labelling",
-            )  # fmt: skip
-            found = sorted(samples.of(places), key=lambda sample: sample[0].number)
-        labelled = [labelled_context(str(job.store.context), spec.seq, place, labels[0]) for place, labels in found]
+                job_run, samples, of.places, of.grouped, of.spec, [plan.gistnet], job.ray, job.labels, label="labelling"
+            )
+            found = sorted(samples.of(of.places), key=lambda sample: sample[0].number)
+        labelled = [
+            labelled_context(str(job.store.context), seq, place, of.uri(place), labels[0]) for place, labels in found
+        ]
         path = job_run.folder / LABELS
         write_labels(path, labelled, list(FEATURES), depended)
         tables, numbers = label_tables(labelled)
@@ -74,28 +72,92 @@ def run(job: LabelJob) -> None:
         print(f"report    {job_run.folder / 'report.md'}")
 
 
-def _check_budget(config: LabelConfig, plan: CompactionPlan, reader: TreeReader, places: list[Place]) -> None:
+@dataclass(frozen=True)
+class _Labelling:
+    """What is labelled: running text, or questions."""
+
+    places: Sequence[Any]
+    place_type: type
+    spec: EvaluatorSpec
+    grouped: Callable[[list[Any]], Sequence[Sequence[Any]]]
+    """Places that one worker measures in turn."""
+    uri: Callable[[Any], str]
+    """Places that share it are not independent."""
+
+
+def _of_text(job: LabelJob, plan: CompactionPlan, reader: TreeReader) -> _Labelling:
+    config = job.labels
+    places = choose_places(
+        reader,
+        config.num_places,
+        config.history_tokens,
+        config.horizon_tokens,
+        within_document=False,
+        max_per_document=config.max_per_document,
+        align_blocks=BLOCKS_PER_SUPER_BLOCK if config.form != "raw" else 1,
+        begin_blocks=blocks_of_highest_node(config.history_tokens),
+        seed=config.seed,
+    )
+    _check_budget(config, plan, reader, places)
+    spec = LabelMakerSpec(plan.base_lm, job.store, reader.version.seq, config)
+    return _Labelling(places, Place, spec, lambda missing: [[place] for place in missing], lambda place: place.uri)
+
+
+def _of_tasks(job: LabelJob, plan: CompactionPlan, reader: TreeReader) -> _Labelling:
+    config = job.labels
+    tasks = tasks_of(config.tasks)
+    places = choose_task_places(
+        reader,
+        tasks,
+        -(-config.num_places // len(tasks)),
+        [config.history_tokens],
+        [],
+        tail_tokens=config.tail_tokens,
+        seed=config.seed,
+    )[: config.num_places]
+    queries = [tasks[place.task].sample(config.seed, place.sample, num_needle_places=1).query for place in places]
+    longest = max(map(len, plan.tokenizer.encode_batch(queries)))
+    _check_budget(config, plan, reader, places, longest)
+    compactor = plan.compactor_spec(config.threads_per_worker, 1)
+    spec = TaskLabelMakerSpec(plan.base_lm, compactor, job.store, reader.version.seq, config)
+
+    def uri(place: TaskPlace) -> str:
+        return f"task:{place.task}/{place.sample // num_turns(tasks[place.task])}"
+
+    return _Labelling(places, TaskPlace, spec, lambda missing: in_groups(missing, tasks), uri)
+
+
+def _check_budget(
+    config: LabelConfig,
+    plan: CompactionPlan,
+    reader: TreeReader,
+    places: Sequence[Place | TaskPlace],
+    query_tokens: int = 0,
+) -> None:
     """Refuse a budget that leaves no room for a block somewhere, before any resource is asked for."""
-    if config.form == "raw":
-        return
-    vectors = plan.gistnet.num_vectors
-    histories = [History.of(reader, p.first_block, p.stop_block, vectors_per_node=vectors) for p in places]
-    needed = max(smallest_budget([history]) for history in histories) + config.tail_tokens + TOKENS_PER_BLOCK
+    vectors, gists = plan.gistnet.num_vectors, 0
+    if config.form != "raw":
+        parts = {(place.first_block, place.stop_block) for place in places}
+        gists = max(smallest_budget([History.of(reader, *part, vectors_per_node=vectors)]) for part in parts)
+    needed = gists + query_tokens + config.tail_tokens + TOKENS_PER_BLOCK
     if needed > config.budget:
+        asked = f", a question of up to {query_tokens}" if query_tokens else ""
         raise ConfigError(
             f"labels.budget={config.budget} is too small: gists of the whole history, a raw tail of "
-            f"{config.tail_tokens} tokens and one block need up to {needed}"
+            f"{config.tail_tokens} tokens{asked} and one block need up to {needed}"
         )
 
 
-def labelled_context(context: str, version: int, place: Place, labels: PlaceLabels) -> LabelledContext:
+def labelled_context(
+    context: str, version: int, place: Place | TaskPlace, uri: str, labels: PlaceLabels
+) -> LabelledContext:
     """What was measured at a place, as it is stored."""
     candidates = labels.candidates()
     return LabelledContext(
         context,
         version,
         place.number,
-        place.uri,
+        uri,
         place.first_block,
         place.stop_block,
         labels.shown_from,

@@ -7,6 +7,7 @@ same for every rival, so the history's part of it, budget minus question, is too
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import cast
 
@@ -51,14 +52,14 @@ EXTRA_TOKENS = 4
 """Tokens a greedy answer may be longer than the answer: quotes, a space."""
 
 
-def tasks_of(config: TaskEvaluationConfig) -> dict[str, NumberedTask]:
-    """The tasks of an evaluation by name.
+def tasks_of(names: Sequence[str]) -> dict[str, NumberedTask]:
+    """Tasks by name.
 
     Raises:
         ConfigError: an unknown one, listing those there are.
     """
     tasks: dict[str, NumberedTask] = {}
-    for name in config.tasks:
+    for name in names:
         task = TASKS[name]()
         if not isinstance(task, NumberedTask):
             raise ConfigError(f"task {name!r} cannot make single samples")
@@ -170,7 +171,7 @@ class TaskEvaluator:
             tokenizer,
             compactor,
             NodeEncoder(gistnet),
-            tasks_of(config),
+            tasks_of(config.tasks),
             tail_tokens=config.tail_tokens,
             seed=config.seed,
         )

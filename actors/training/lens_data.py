@@ -67,8 +67,13 @@ def _sets_of(context: LabelledContext) -> Iterator[MeasuredSet]:
         yield MeasuredSet(context.uri, candidates.with_shown(is_shown), worth, tuple(several))
 
 
-def batch_of(sets: Sequence[MeasuredSet]) -> LensBatch:
-    """Sets of different sizes as one batch."""
+def batch_of(sets: Sequence[MeasuredSet], bound: float = float("inf")) -> LensBatch:
+    """Sets of different sizes as one batch.
+
+    Args:
+        sets: at least one.
+        bound: what is worth more, or less, counts as so much, nats a token: a net cannot say more.
+    """
     features, keys, query, there = padded([found.candidates for found in sets])
     longest = there.shape[1]
     worth = torch.zeros(len(sets), longest)
@@ -77,11 +82,11 @@ def batch_of(sets: Sequence[MeasuredSet]) -> LensBatch:
     for row, found in enumerate(sets):
         n = len(found.candidates)
         measured[row, :n] = torch.from_numpy(found.measured)
-        worth[row, :n] = torch.from_numpy(np.nan_to_num(found.worth.mean(axis=1)))
+        worth[row, :n] = torch.from_numpy(np.nan_to_num(found.worth.mean(axis=1))).clamp(-bound, bound)
         for edit, gain in found.edits:
             owners.append(row)
             signs.append(np.pad(edit, (0, longest - n)))
-            gains.append(gain)
+            gains.append(min(max(gain, -bound), bound))
     return LensBatch(
         features,
         keys,

@@ -74,7 +74,7 @@ class LensTrainer:
         rate = self.spec.config.learning_rate * self._rate_share()
         for group in self._optimiser.param_groups:
             group["lr"] = rate
-        batch = batch_of(sets)
+        batch = batch_of(sets, self.spec.net.max_score)
         scores = self.net(batch.features, batch.keys, batch.query, batch.there)
         losses = lens_losses(scores, batch, self._weights)
         self._optimiser.zero_grad()

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from actors.labelling.label_maker import PlaceLabels
+from actors.labelling.edits import PlaceLabels
 from cluster.cli import main
 from cluster.config import BaseLMConfig
 from cluster.ray_runtime import RaySession
@@ -133,6 +133,31 @@ def test_labels_survive_their_json(labels: Path) -> None:
     assert candidates.keys.shape == (len(candidates), len(candidates.query))
 
 
+def test_questions_are_labelled_by_their_answers(root: Path, door: Door, labels: Path) -> None:
+    assert (
+        door(
+            "tasks",
+            tasks="[single_numbers, recall_literal]",
+            num_places=5,
+            history_tokens=4096,
+            budget=640,
+            num_single=6,
+        )
+        == 0
+    )
+    found = read_labels(root / "runs" / "tasks" / LABELS, list(FEATURES))
+    assert len(found) == 5
+    assert {context.uri.partition("/")[0] for context in found} == {"task:single_numbers", "task:recall_literal"}
+    assert len({context.uri for context in found}) == 5
+    for context in found:
+        assert {"expand one", "expand several"} <= {edit.kind for edit in context.edits}
+        # Words of the question stand in something that is planted, of which the tree itself knows nothing.
+        assert context.features[:, list(FEATURES).index("lexical_rank")].max() == 1.0
+    words = ["train", "lensnet", "--lensnet.labels", f"[{root / 'runs' / 'tasks'}, {labels}]"]
+    words += ["--run.dir", str(root / "runs"), "--run.name", "both", "--lensnet.num_epochs", "1"]
+    assert main(JOBS, [*words, "--tracking.enabled", "false"]) == 0
+
+
 def test_training_leaves_a_net_a_card_and_numbers(root: Path, net: Path) -> None:
     loaded = LensNet.load(net)
     assert loaded.spec.hidden_dim == 16
@@ -170,6 +195,7 @@ def test_the_net_is_a_rival(root: Path, tiny_lm_config: BaseLMConfig, net: Path)
     [
         (["label", "--labels.budget", "100"], "leaves no room for a block"),
         (["label", "--labels.history_tokens", "100"], "must be a positive multiple of 32"),
+        (["label", "--labels.tasks", "[single_numbers]", "--labels.history_tokens", "992"], "multiple of 1024"),
         (["train", "lensnet"], "lensnet.labels must name files"),
         (["train", "lensnet", "--lensnet.labels", "[nowhere]"], "there are no labels at"),
         (["train", "lensnet", "--lensnet.labels", "[a]", "--lensnet.leave_out", "[smell]"], "holds 'smell'"),

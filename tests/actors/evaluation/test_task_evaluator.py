@@ -61,7 +61,7 @@ class Setting:
     def places(self, config: TaskEvaluationConfig) -> list[TaskPlace]:
         return choose_task_places(
             self.reader,
-            tasks_of(config),
+            tasks_of(config.tasks),
             config.num_samples,
             config.history_tokens,
             config.depth_percents,
@@ -298,7 +298,7 @@ def test_shown_whole_leaves_out_blocks_that_are_cut(setting: Setting) -> None:
 
 def test_an_unknown_task_or_rival_is_refused(setting: Setting) -> None:
     with pytest.raises(ConfigError, match=r"no task 'nothing'.*single_words"):
-        tasks_of(config_of(tasks=["nothing"]))
+        tasks_of(["nothing"])
     for rival, message in (
         ("rerank", r"no rival 'rerank'.*needles"),
         ("exhaustive", r"no rival 'exhaustive'"),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from actors.training.lens_data import MeasuredSet, measured_sets
+from actors.training.lens_data import MeasuredSet, batch_of, measured_sets
 from actors.training.lens_metrics import rank_sets, usable
 from actors.training.lens_trainer import LensTrainer, LensTrainerSpec
 from cluster.errors import ModelError
@@ -47,7 +49,16 @@ def test_the_same_labels_make_the_same_net(sets: list[MeasuredSet]) -> None:
 
 def test_a_loss_that_is_not_finite_ends_it(sets: list[MeasuredSet]) -> None:
     broken = sets[0]
-    worth = np.full_like(broken.worth, np.inf)
-    trainer = LensTrainer(SPEC, [MeasuredSet(broken.uri, broken.candidates, worth, ())])
+    candidates = replace(broken.candidates, features=np.full_like(broken.candidates.features, np.inf))
+    trainer = LensTrainer(SPEC, [MeasuredSet(broken.uri, candidates, broken.worth, ())])
     with pytest.raises(ModelError, match="no longer finite"):
         trainer.epoch()
+
+
+def test_what_is_worth_more_than_a_net_can_say_counts_as_that(sets: list[MeasuredSet]) -> None:
+    found = sets[0]
+    huge = MeasuredSet(found.uri, found.candidates, 100 * np.sign(found.worth), ((np.ones(len(found.worth)), -100.0),))
+    batch = batch_of([huge], 0.5)
+    assert batch.worth.abs().max() == 0.5
+    assert batch.edit_gain.tolist() == [-0.5]
+    assert batch_of([huge]).worth.abs().max() == 100
