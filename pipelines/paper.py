@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from actors.evaluation import rivals
 from actors.evaluation.fidelity import CASES, FidelityRun, together
 from actors.evaluation.headroom import Cell, FocusRun, cells_of
 from actors.evaluation.latency import QUESTION_TOKENS, Latency, measure_latency
@@ -38,6 +39,7 @@ from cluster.training_config import TrainGistNetJob
 from models.base_lm import BaseLM
 from pipelines import compact, evaluate_focus, evaluate_gist, label, train_gistnet, train_lensnet
 from pipelines.paper_report import Paper, paper_numbers, paper_text, plot_paper
+from storage.corpus import open_corpus
 from storage.store import Store
 
 NUM_DECODED = 64
@@ -83,15 +85,26 @@ class Chain:
 
     @classmethod
     def of(cls, job: PaperJob) -> Chain:
-        """Of a configuration.
+        """Of a configuration, every stage of which is looked at before the first one runs.
 
         Raises:
-            ConfigError: a case that there is not; a stage whose configuration is refused.
+            ConfigError: a case or rival that there is not, a corpus or recipe that is missing, or a stage whose
+                configuration is refused.
         """
+        paper, chain = job.paper, cls(job, job.run.name or "paper-0")
         known = [case.name for case in CASES]
-        if unknown := [name for name in job.paper.gist_cases if name not in known]:
+        if unknown := [name for name in paper.gist_cases if name not in known]:
             raise ConfigError(f"paper.gist_cases holds {unknown[0]!r}; there are: {', '.join(known)}")
-        return cls(job, job.run.name or "paper-0")
+        rivals.conditions(paper.rivals, FocusEvaluationConfig().forms)
+        if paper.gistnet_recipe:
+            chain._gistnet_job()
+        for kind, path in chain.texts:
+            for made in chain._compact_jobs(kind, path):
+                open_corpus(made.corpus)
+            chain._label_job(kind)
+            chain._gist_jobs(kind)
+            chain._focus_job(kind, lensnet="to be")
+        return chain
 
     @property
     def texts(self) -> list[tuple[str, str]]:
@@ -102,54 +115,87 @@ class Chain:
 
     def with_gistnet(self, job_run: JobRun) -> Chain:
         """The chain with the net that is trained first, if one is."""
-        job, recipe = self.job, self.job.paper.gistnet_recipe
-        if not recipe:
+        job = self.job
+        if not job.paper.gistnet_recipe:
             return self
-        trained = self._named(parse_job(TrainGistNetJob, ["--config", recipe]), "gistnet")
-        trained = replace(trained, base_lm=job.base_lm)
-        self._stage(train_gistnet.run, trained, job_run)
+        self._stage(train_gistnet.run, self._gistnet_job(), job_run)
         path = str(self.folder("gistnet") / GISTNET)
         return replace(self, job=replace(job, gistnet=replace(job.gistnet, path=path)))
 
     def compact(self, kind: str, path: str, job_run: JobRun) -> None:
         """The contexts of a kind of text: what is measured on and, if a LensNet is trained, what it learns from."""
-        paper = self.job.paper
-        contexts: dict[str, CorpusSplit] = {"": paper.evaluation_split}
-        if not paper.lensnet:
-            contexts["-labels"] = paper.label_split
-        for suffix, split in contexts.items():
-            corpus = CorpusConfig(paths=[path], split=split)
-            made = CompactJob(
-                corpus=corpus, base_lm=self.job.base_lm, gistnet=self.job.gistnet, store=self.store(kind + suffix)
-            )
-            self._stage(compact.run, self._named(made, f"compact-{kind}{suffix}"), job_run)
+        for made in self._compact_jobs(kind, path):
+            self._stage(compact.run, made, job_run)
 
     def lensnet(self, job_run: JobRun) -> str:
         """Folder of the net: the one that is given, or trained on labels."""
-        job, paper = self.job, self.job.paper
-        if paper.lensnet:
-            return paper.lensnet
-        labels = LabelConfig(
-            num_places=paper.label_places, history_tokens=paper.history_tokens, budget=paper.budget, seed=paper.seed
-        )
+        if self.job.paper.lensnet:
+            return self.job.paper.lensnet
         for kind, _ in self.texts:
-            made = LabelJob(base_lm=job.base_lm, gistnet=job.gistnet, store=self.store(f"{kind}-labels"), labels=labels)
-            self._stage(label.run, self._named(made, f"label-{kind}"), job_run)
+            self._stage(label.run, self._label_job(kind), job_run)
         runs = [str(self.folder(f"label-{kind}")) for kind, _ in self.texts]
-        made = TrainLensNetJob(lensnet=LensNetConfig(labels=runs, seed=paper.seed))
-        self._stage(train_lensnet.run, self._named(made, "lensnet"), job_run)
+        trained = TrainLensNetJob(lensnet=LensNetConfig(labels=runs, seed=self.job.paper.seed))
+        self._stage(train_lensnet.run, self._named(trained, "lensnet"), job_run)
         return str(self.folder("lensnet") / train_lensnet.LENSNET)
 
     def evaluate(self, kind: str, lensnet: str, job_run: JobRun) -> None:
         """What gists are worth, and who focuses best, on a kind of text."""
+        for made in self._gist_jobs(kind):
+            self._stage(evaluate_gist.run, made, job_run)
+        self._stage(evaluate_focus.run, self._focus_job(kind, lensnet), job_run)
+
+    # -- their jobs ------------------------------------------------------------------------------------------------
+
+    def _gistnet_job(self) -> TrainGistNetJob:
+        trained = parse_job(TrainGistNetJob, ["--config", self.job.paper.gistnet_recipe])
+        return self._named(replace(trained, base_lm=self.job.base_lm), "gistnet")
+
+    def _compact_jobs(self, kind: str, path: str) -> list[CompactJob]:
         job, paper = self.job, self.job.paper
-        for case in CASES:
-            if case.name in paper.gist_cases:
-                evaluation = replace(
-                    case.evaluation, num_places=paper.num_places, gistnets=[], seed=paper.seed, max_per_document=4
-                )
-                made = EvaluateGistJob(base_lm=job.base_lm, store=self.store(kind), evaluation=evaluation)
-                self._stage(evaluate_gist.run, self._named(made, f"{case.name}-{kind}"), job_run)
+        contexts: dict[str, CorpusSplit] = {"": paper.evaluation_split}
+        if not paper.lensnet:
+            contexts["-labels"] = paper.label_split
+        return [
+            self._named(
+                CompactJob(
+                    corpus=CorpusConfig(paths=[path], split=split),
+                    base_lm=job.base_lm,
+                    gistnet=job.gistnet,
+                    store=self.store(kind + suffix),
+                ),
+                f"compact-{kind}{suffix}",
+            )
+            for suffix, split in contexts.items()
+        ]
+
+    def _label_job(self, kind: str) -> LabelJob:
+        job, paper = self.job, self.job.paper
+        labels = LabelConfig(
+            num_places=paper.label_places, history_tokens=paper.history_tokens, budget=paper.budget, seed=paper.seed
+        )
+        store = self.store(f"{kind}-labels")
+        made = LabelJob(base_lm=job.base_lm, gistnet=job.gistnet, store=store, labels=labels)
+        return self._named(made, f"label-{kind}")
+
+    def _gist_jobs(self, kind: str) -> list[EvaluateGistJob]:
+        paper = self.job.paper
+        return [
+            self._named(
+                EvaluateGistJob(
+                    base_lm=self.job.base_lm,
+                    store=self.store(kind),
+                    evaluation=replace(
+                        case.evaluation, num_places=paper.num_places, gistnets=[], seed=paper.seed, max_per_document=4
+                    ),
+                ),
+                f"{case.name}-{kind}",
+            )
+            for case in CASES
+            if case.name in paper.gist_cases
+        ]
+
+    def _focus_job(self, kind: str, lensnet: str) -> EvaluateFocusJob:
+        job, paper = self.job, self.job.paper
         evaluation = FocusEvaluationConfig(
             num_places=paper.num_places,
             history_tokens=paper.history_tokens,
@@ -159,10 +205,9 @@ class Chain:
             retrieval=RetrievalConfig(fusion=["bm25", "dense"]),
             seed=paper.seed,
         )
-        focus = EvaluateFocusJob(
-            base_lm=job.base_lm, gistnet=job.gistnet, store=self.store(kind), evaluation=evaluation
-        )
-        self._stage(evaluate_focus.run, self._named(focus, f"focus-{kind}"), job_run)
+        store = self.store(kind)
+        made = EvaluateFocusJob(base_lm=job.base_lm, gistnet=job.gistnet, store=store, evaluation=evaluation)
+        return self._named(made, f"focus-{kind}")
 
     def latency(self, job_run: JobRun) -> list[Latency]:
         """A session against the model that keeps everything, on the first kind of text; kept, once it is measured."""
