@@ -20,6 +20,13 @@ class LensNetConfig:
     leave_out: list[str] = field(default_factory=list)
     """Features it is not told (an ablation), by name."""
 
+    num_folds: int = 0
+    """Train so many nets besides, each without a part of the documents, and report what they do there: every document
+    is measured by a net that has not seen it. 0: none."""
+
+    ablate: bool = False
+    """With `num_folds`: train all of them anew without each feature, the keys, and attention, and say what it costs."""
+
     key_directions: int = 16
     """Learned directions of the routing keys it sees beside the features; 0: none."""
 
@@ -38,8 +45,8 @@ class LensNetConfig:
     max_score: float = 0.5
     """Bound of a score, nats a token."""
 
-    num_epochs: int = 40
-    """Passes over the labels."""
+    num_epochs: int = 8
+    """Passes over the labels. More than a few learn hundreds of Working Contexts by heart: watch `num_folds`."""
 
     contexts_per_step: int = 32
     """Working Contexts of an optimiser step."""
@@ -74,6 +81,8 @@ class LensNetConfig:
             self.hidden_dim % self.num_heads == 0,
             f"lensnet.hidden_dim={self.hidden_dim} must be a multiple of num_heads={self.num_heads}",
         )
+        require(self.num_folds >= 0 and self.num_folds != 1, "lensnet.num_folds must be 0, or 2 or more")
+        require(not self.ablate or self.num_folds > 1, "lensnet.ablate needs lensnet.num_folds, 5 for example")
         require(0 <= self.dropout < 1, "lensnet.dropout must be from 0 to below 1")
         for name in ("max_score", "learning_rate", "temperature"):
             require(getattr(self, name) > 0, f"lensnet.{name} must be positive")

@@ -10,6 +10,7 @@ import numpy as np
 
 from actors.evaluation.statistics import clustered_mean
 from actors.training.lens_data import MeasuredSet
+from actors.training.lens_folds import EVERYTHING, FoldedRanks
 from actors.training.lens_metrics import (
     CHOSEN,
     RIVALS,
@@ -89,6 +90,66 @@ def lens_numbers(net: LensNet, held_back: Sequence[MeasuredSet]) -> dict[str, An
         numbers[f"share_of_gap@{k}"] = share.mean
         numbers[f"share_of_gap@{k}_error"] = share.standard_error
     return numbers
+
+
+def folds_tables(folded: Mapping[str, FoldedRanks], sets: Sequence[MeasuredSet]) -> list[Table]:
+    """What nets do on documents they have not seen, beside their rivals; and what leaving something out costs.
+
+    Args:
+        folded: by what was left out, `EVERYTHING` among them.
+        sets: those that were ordered, in the order of `FoldedRanks.documents`.
+    """
+    whole = folded[EVERYTHING]
+    documents = whole.documents
+    ranked = {LENSNET: whole.ordered, THRESHOLD: whole.above_zero}
+    ranked |= {name: rank_sets(sets, rival) for name, rival in RIVALS.items()}
+    ceiling = {k: split_half_gains(sets, k) for k in CHOSEN}
+    rows: list[dict[str, Any]] = [
+        {
+            "by": name,
+            **{f"first {k}, nats a token": str(clustered_mean(found.gains[k], documents)) for k in CHOSEN},
+            "rank correlation": str(clustered_mean(found.correlations, documents)),
+            "pairs in order": _share(found.agreements, documents),
+        }
+        for name, found in ranked.items()
+    ]
+    rows.append(
+        {
+            "by": "split-half oracle",
+            **{f"first {k}, nats a token": str(clustered_mean(ceiling[k], documents)) for k in CHOSEN},
+        }
+    )
+    title = (
+        f"Every document by a net that has not seen it: {len(sets)} Working Contexts, {len(set(documents))} documents"
+    )
+    tables = [Table(rows, title)]
+    if len(folded) > 1:
+        last = CHOSEN[-1]
+        without = []
+        for name, found in folded.items():
+            pairs = {
+                f"first {last} above 0": (found.above_zero.gains[last], whole.above_zero.gains[last]),
+                "rank correlation": (found.ordered.correlations, whole.ordered.correlations),
+                "pairs in order": (found.ordered.agreements, whole.ordered.agreements),
+            }
+            if name != EVERYTHING:
+                costs = {what: str(clustered_mean(own - base, documents)) for what, (own, base) in pairs.items()}
+                without.append({"without": name, **costs})
+        tables.append(Table(without, "What leaving out does, less the whole net (worse is negative)"))
+    return tables
+
+
+def folds_numbers(folded: Mapping[str, FoldedRanks], sets: Sequence[MeasuredSet]) -> dict[str, Any]:
+    """For programs."""
+    numbers: dict[str, Any] = {}
+    for name, found in folded.items():
+        numbers[name] = {}
+        for k in CHOSEN:
+            gain = clustered_mean(found.above_zero.gains[k], found.documents)
+            numbers[name] |= {f"gain@{k}": gain.mean, f"gain@{k}_error": gain.standard_error}
+        correlation = clustered_mean(found.ordered.correlations, found.documents)
+        numbers[name] |= {"rank_correlation": correlation.mean, "rank_correlation_error": correlation.standard_error}
+    return {"num_sets": len(sets), "without": numbers}
 
 
 def lens_card(net: LensNet, recipe: Mapping[str, Any], tables: Sequence[Table]) -> str:

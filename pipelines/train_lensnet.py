@@ -16,6 +16,8 @@ from typing import Any
 import ray
 
 from actors.training.lens_data import MeasuredSet, measured_sets, split_documents
+from actors.training.lens_folds import EVERYTHING, FoldedRanks, document_folds, ranks_by_fold, without_each
+from actors.training.lens_metrics import usable
 from actors.training.lens_trainer import LensTrainerSpec, start_lens_trainer
 from cluster.environment import base_folder
 from cluster.errors import ConfigError
@@ -26,7 +28,7 @@ from cluster.run import JobRun, write_atomically
 from models.lensnet.features import FEATURES
 from models.lensnet.net import LensNet, LensNetSpec
 from pipelines.label import LABELS
-from pipelines.lensnet_report import lens_card, lens_numbers, lens_tables, plot_lens
+from pipelines.lensnet_report import folds_numbers, folds_tables, lens_card, lens_numbers, lens_tables, plot_lens
 from storage.focus_labels import label_settings, read_labels
 
 LENSNET = "lensnet"
@@ -65,16 +67,22 @@ def run(job: TrainLensNetJob) -> None:
         )  # fmt: skip
         with ray_session(job.ray):
             losses, net = _trained(spec, sets, job_run)
+            folded, ordered = _folded(spec, [*sets, *held_back], job_run) if config.num_folds else ({}, [])
         exported = job_run.folder / LENSNET
         net.save(exported)
         net = LensNet.load(exported)
         job_run.log_digests({"lensnet": net.digest()})
         tables = lens_tables(net, held_back)
+        if folded:
+            tables += folds_tables(folded, ordered)
         for table in tables:
             table.show()
         write_atomically(exported / "README.md", lens_card(net, asdict(config), tables))
         plot_lens(losses, net, held_back, job_run.folder / "lensnet.png")
-        job_run.finish({**lens_numbers(net, held_back), "num_steps": len(losses)}, tables)
+        numbers = {**lens_numbers(net, held_back), "num_steps": len(losses)}
+        if folded:
+            numbers["folds"] = folds_numbers(folded, ordered)
+        job_run.finish(numbers, tables)
         print(f"net       {exported}")
         print(f"report    {job_run.folder / 'report.md'}")
 
@@ -151,6 +159,22 @@ def _trained(
     net = call("trained")
     ray.kill(actor)
     return losses, net
+
+
+def _folded(
+    spec: LensTrainerSpec, sets: Sequence[MeasuredSet], job_run: JobRun
+) -> tuple[dict[str, FoldedRanks], list[MeasuredSet]]:
+    """Nets that have not seen what they order; and the sets, in that order."""
+    config = spec.config
+    folds = document_folds(sets, config.num_folds, config.seed)
+    if not all(folds):
+        raise ConfigError(
+            f"lensnet.num_folds={config.num_folds} is more than the {_documents(sets)} documents of the labels"
+        )
+    variants = without_each(spec) if config.ablate else {EVERYTHING: spec}
+    with job_run.progress(len(variants) * len(folds), "nets", "folds") as progress:
+        folded = ranks_by_fold(variants, folds, usable, progress.advance)
+    return folded, [found for fold in folds for found in usable(fold)]
 
 
 def _log(job_run: JobRun, lines: Sequence[Mapping[str, float]]) -> None:

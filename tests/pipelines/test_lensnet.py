@@ -155,7 +155,14 @@ def test_questions_are_labelled_by_their_answers(root: Path, door: Door, labels:
         assert context.features[:, list(FEATURES).index("lexical_rank")].max() == 1.0
     words = ["train", "lensnet", "--lensnet.labels", f"[{root / 'runs' / 'tasks'}, {labels}]"]
     words += ["--run.dir", str(root / "runs"), "--run.name", "both", "--lensnet.num_epochs", "1"]
+    words += ["--lensnet.num_folds", "2", "--lensnet.ablate", "true", "--lensnet.hidden_dim", "8"]
     assert main(JOBS, [*words, "--tracking.enabled", "false"]) == 0
+    folds = report_of(root, "both")["folds"]
+    assert folds["num_sets"] == 11, "every Working Context of text and tasks once"
+    assert folds["without"].keys() == {"nothing", *FEATURES, "keys", "attention"}
+    text = (root / "runs" / "both" / "report.md").read_text()
+    assert "Every document by a net that has not seen it: 11 Working Contexts" in text
+    assert "What leaving out does" in text
 
 
 def test_training_leaves_a_net_a_card_and_numbers(root: Path, net: Path) -> None:
@@ -197,6 +204,8 @@ def test_the_net_is_a_rival(root: Path, tiny_lm_config: BaseLMConfig, net: Path)
         (["label", "--labels.history_tokens", "100"], "must be a positive multiple of 32"),
         (["label", "--labels.tasks", "[single_numbers]", "--labels.history_tokens", "992"], "multiple of 1024"),
         (["train", "lensnet"], "lensnet.labels must name files"),
+        (["train", "lensnet", "--lensnet.num_folds", "1"], "0, or 2 or more"),
+        (["train", "lensnet", "--lensnet.ablate", "true"], "needs lensnet.num_folds"),
         (["train", "lensnet", "--lensnet.labels", "[nowhere]"], "there are no labels at"),
         (["train", "lensnet", "--lensnet.labels", "[a]", "--lensnet.leave_out", "[smell]"], "holds 'smell'"),
         (["evaluate", "focus", "--evaluation.rivals", "[lensnet]"], "rival 'lensnet' needs a net"),
