@@ -1,0 +1,27 @@
+"""The labels that come along are of the models that come along, and train a net."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from actors.training.lens_data import measured_sets
+from actors.training.lens_metrics import usable
+from cluster.environment import PROJECT_ROOT
+from models.gistnet import GistNet
+from models.lensnet import FEATURES
+from storage.focus_labels import label_settings, read_labels
+
+FOLDER = PROJECT_ROOT / "docs/lensnet"
+
+
+@pytest.mark.parametrize(("name", "num_places"), [("code-dev", 260), ("prose-dev", 160)])
+def test_labels_can_be_trained_on(name: str, num_places: int) -> None:
+    path: Path = FOLDER / f"{name}.parquet"
+    contexts = read_labels(path, list(FEATURES))
+    assert len(contexts) == num_places
+    assert len(usable(measured_sets(contexts))) == num_places
+    packaged = GistNet.load(PROJECT_ROOT / "models/packaged/gistnet-smollm2-135m")
+    assert label_settings(path)["gistnet"] == packaged.digest()
+    assert contexts[0].keys.shape[1] == packaged.key_dim
