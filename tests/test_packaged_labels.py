@@ -1,4 +1,4 @@
-"""The labels that come along are of the models that come along, and train a net."""
+"""The LensNet and the labels that come along are of the GistNet that comes along."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from actors.training.lens_data import measured_sets
 from actors.training.lens_metrics import usable
 from cluster.environment import PROJECT_ROOT
 from models.gistnet import GistNet
-from models.lensnet import FEATURES
+from models.lensnet import FEATURES, LensNet
 from storage.focus_labels import label_settings, read_labels
 
 FOLDER = PROJECT_ROOT / "docs/lensnet"
@@ -25,3 +25,12 @@ def test_labels_can_be_trained_on(name: str, num_places: int) -> None:
     packaged = GistNet.load(PROJECT_ROOT / "models/packaged/gistnet-smollm2-135m")
     assert label_settings(path)["gistnet"] == packaged.digest()
     assert contexts[0].keys.shape[1] == packaged.key_dim
+
+
+def test_the_net_reads_them() -> None:
+    net = LensNet.load(PROJECT_ROOT / "models/packaged/lensnet-smollm2-135m")
+    contexts = read_labels(FOLDER / "prose-dev.parquet", list(FEATURES))
+    found = measured_sets(contexts)[0]
+    scores = net.scores(found.candidates)
+    assert scores.shape == (len(found.candidates),)
+    assert scores.std() > 0
