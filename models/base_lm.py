@@ -32,6 +32,7 @@ from models.rotary import install_rotary_override
 from models.shared_past import ATTENTION_NAME as SHARED_PAST_ATTENTION
 from models.shared_past import SharedPast
 from models.tiled_attention import ATTENTION_NAME as TILED_ATTENTION
+from models.tiled_attention import is_plainly_causal
 from models.tokenizer import Tokenizer
 
 logger = logging.getLogger("megacontext.models")
@@ -422,7 +423,8 @@ class BaseLM:
     def _gains_from_tiles(self, embeds: Tensor) -> bool:
         """Whether attention by plain products is faster here: bfloat16 on a CPU, several entries, no gradients."""
         on_cpu = self.device.type == "cpu" and self.dtype == torch.bfloat16
-        return on_cpu and embeds.shape[1] > 1 and not (torch.is_grad_enabled() and embeds.requires_grad)
+        no_gradients = not (torch.is_grad_enabled() and embeds.requires_grad)
+        return on_cpu and embeds.shape[1] > 1 and no_gradients and is_plainly_causal(self._stack.config)
 
     @contextlib.contextmanager
     def _attending_by(self, name: str) -> Iterator[None]:

@@ -73,4 +73,14 @@ def attend_in_tiles(
     return output.view(num_rows, num_heads, num_entries, width).transpose(1, 2), None
 
 
+def is_plainly_causal(config: Any) -> bool:
+    """Whether every layer of a model attends to all entries before it, by scores that nothing but a scale changes."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds:
+        all_see_all = set(kinds) == {"full_attention"}
+    else:
+        all_see_all = not (getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True))
+    return all_see_all and not getattr(config, "attn_logit_softcapping", None)
+
+
 AttentionInterface.register(ATTENTION_NAME, attend_in_tiles)

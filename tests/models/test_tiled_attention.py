@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from transformers import AttentionInterface
 import models.tiled_attention
 from cluster.config import BaseLMConfig
 from models.base_lm import BaseLM
-from models.tiled_attention import ATTENTION_NAME, TILE_ENTRIES, attend_in_tiles
+from models.tiled_attention import ATTENTION_NAME, TILE_ENTRIES, attend_in_tiles, is_plainly_causal
 
 IDS = torch.randint(0, 256, (2, 150), generator=torch.Generator().manual_seed(3))
 
@@ -69,6 +70,21 @@ def test_a_bfloat16_model_reads_by_tiles_as_exactly_as_otherwise(
 
     assert error(tiled) < 1.2 * error(masked)
     assert error(pieces) < 1.2 * error(masked)
+
+
+@pytest.mark.parametrize(
+    ("changes", "plain"),
+    [
+        ({}, True),
+        ({"sliding_window": 16}, False),
+        ({"sliding_window": 16, "use_sliding_window": False}, True),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, False),
+        ({"sliding_window": 16, "layer_types": ["full_attention", "full_attention"]}, True),
+        ({"attn_logit_softcapping": 50.0}, False),
+    ],
+)
+def test_models_that_attend_otherwise_keep_their_attention(changes: dict[str, object], plain: bool) -> None:
+    assert is_plainly_causal(SimpleNamespace(**changes)) == plain
 
 
 def test_nothing_else_is_read_by_tiles(tiny_lm: BaseLM, tiny_bf16_config: BaseLMConfig, calls: list[int]) -> None:
