@@ -14,6 +14,7 @@ import time
 import uuid
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,8 @@ from actors.session_search import Match, SessionSearch, fused_hits
 from actors.session_turn import Clock, Tally, Turn
 from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.config import StoreConfig
-from cluster.errors import BudgetError, FocusError, MegaContextError, ModelError
+from cluster.environment import base_folder
+from cluster.errors import BudgetError, FocusError, MegaContextError
 from cluster.heap import keep_freed_memory
 from cluster.session_config import SamplingConfig, SessionConfig
 from models.base_lm import BaseLM
@@ -41,6 +43,7 @@ from models.focus.layout import found_before_turn, lay_out, runs_of_neighbours
 from models.focus.refocus import BlockName, Focus, RefocusPolicy, refocus
 from models.focus.working_context import smallest_budget
 from models.lensnet import LensNet
+from models.lensnet.net import require_keys
 from storage.contract import DocumentMeta
 from storage.schema import GISTS
 
@@ -321,7 +324,8 @@ class Session:
             logger.warning("%s", self.warning)
             return scores
         for name, match in self.matches.items():
-            scores[name] = scores.get(name, 0.0) + match.score
+            # What is asked for by hand is shown whatever a net thinks of it.
+            scores[name] = scores[name] + max(0.0, match.score) if name in scores else match.score
         return scores
 
     # -- by hand ---------------------------------------------------------------------------------------------------
@@ -412,12 +416,8 @@ def _session_lens(spec: SessionSpec, lens: Lens | None) -> SessionLens | None:
     """
     gistnet, folder = spec.plan.gistnet, spec.config.lensnet
     if lens is None and folder:
-        lens = net = LensNet.load(folder)
-        if net.spec.key_dim not in {0, gistnet.key_dim}:
-            raise ModelError(
-                f"the LensNet in {folder} reads keys of {net.spec.key_dim} dimensions, the contexts have "
-                f"{gistnet.key_dim}; train one on labels of this GistNet, or leave session.lensnet empty"
-            )
+        lens = net = LensNet.load(base_folder() / Path(folder).expanduser())
+        require_keys(net, folder, gistnet.key_dim)
     return None if lens is None else SessionLens(lens, gistnet, spec.config.lens_unit)
 
 

@@ -3,6 +3,8 @@
 PyTorch's fused kernel reaches a fifth of a CPU's bfloat16 matmul peak, so that attention took 40% of a forward pass at
 600 entries and most of one at 4,096. Here every step is a matrix product or a softmax over a tile of scores:
 `make bench ONLY=attention` compares the two. Scores are rounded to bfloat16, as keys, queries and everything else is.
+What all keys have in common adds the same to every score of a query and says nothing, so it is taken away first: models
+whose keys have large biases would lose what tells their entries apart.
 
 Shapes: B rows, T entries of the call after P cached ones, S = P + T.
 """
@@ -54,9 +56,9 @@ def attend_in_tiles(
     past = num_seen - num_entries
     # Queries of the heads of a group meet its keys in one product.
     queries = (query * scaling).reshape(num_rows * groups, per_group, num_entries, width)
-    keys = key.reshape(num_rows * groups, num_seen, width).transpose(1, 2)
-    values = value.reshape(num_rows * groups, num_seen, width)
-    output = torch.empty_like(queries)
+    keys = (key - key.mean(dim=2, keepdim=True)).reshape(num_rows * groups, num_seen, width).transpose(1, 2)
+    values = value.reshape(num_rows * groups, num_seen, value.shape[-1])
+    output = value.new_empty(num_rows * groups, per_group, num_entries, value.shape[-1])
     tile = min(TILE_ENTRIES, num_entries)
     later = torch.ones(tile, tile, dtype=torch.bool, device=query.device).triu(1)
     together = max(1, TILE_SCORES // (per_group * tile * num_seen))
@@ -70,7 +72,7 @@ def attend_in_tiles(
             scores[..., past + start :].masked_fill_(later[:size, :size], float("-inf"))
             weights = scores.softmax(dim=-1).flatten(1, 2)
             output[some, :, start:stop] = torch.bmm(weights, values[some, :seen]).unflatten(1, (per_group, size))
-    return output.view(num_rows, num_heads, num_entries, width).transpose(1, 2), None
+    return output.view(num_rows, num_heads, num_entries, -1).transpose(1, 2), None
 
 
 def is_plainly_causal(config: Any) -> bool:

@@ -10,6 +10,7 @@ import dataclasses
 import sys
 from pathlib import Path
 
+from actors.evaluation import rivals
 from actors.evaluation.focus_evaluator import FocusEvaluator, FocusEvaluatorSpec
 from actors.evaluation.results import FocusResults
 from actors.plan import CompactionPlan
@@ -27,7 +28,7 @@ from cluster.tables import Table
 from models.base_lm import BaseLM
 from pipelines.chat_commands import Commands, found_rows
 from pipelines.compact import compact, compaction_tables, prepare, result_report
-from pipelines.evaluate_focus import choose_focus_places
+from pipelines.evaluate_focus import check_budgets, choose_focus_places, what_fits
 from pipelines.evaluation import index_text
 from pipelines.focus_report import focus_tables, plot_gains
 from pipelines.session_report import draw_session
@@ -48,6 +49,7 @@ DESCRIPTIONS = {
 def run(job: DemoJob) -> None:
     """Compact, show, read back, report."""
     source = open_corpus(job.corpus)
+    rivals.conditions(job.focus.rivals, job.focus.evaluation().forms)
     with JobRun.start("demo", job) as job_run:
         plan = prepare(job, source)
         result = compact(job, plan, source, job_run)
@@ -94,13 +96,17 @@ def compare_focus(job: DemoJob, plan: CompactionPlan, lm: BaseLM, job_run: JobRu
     if not job.focus.num_places:
         return None
     index_text(job.store, plan, job_run)
-    store, config = Store(job.store.root), job.focus.evaluation()
+    store = Store(job.store.root)
     with store.open_reader(job.store.context) as reader:
         try:
+            config, left_out = what_fits(job.focus.evaluation(), plan)
             places = choose_focus_places(reader, config)
+            check_budgets(config, plan, reader, places)
         except ConfigError as error:
             job_run.log.info("rivals of focus are not compared: %s", error)
             return None
+        if left_out:
+            job_run.log.warning(left_out)
         spec = FocusEvaluatorSpec(plan.base_lm, job.store, reader.version.seq, config)
         lexical = LexicalSearcher(store.folder(job.store.context), plan.tokenizer.decode_batch)
         with contextlib.closing(lexical), job_run.progress(len(places), "places", "comparing") as progress:

@@ -21,7 +21,7 @@ from cluster.evaluation_config import EvaluateFocusJob, FocusEvaluationConfig
 from cluster.run import JobRun
 from models.focus.history import History
 from models.focus.working_context import smallest_budget
-from pipelines.evaluation import depends_on, index_text, measure_missing
+from pipelines.evaluation import depends_on, index_text, measure_missing, with_lensnet
 from pipelines.focus_report import focus_tables, plot_ages, plot_gains
 from pipelines.focus_strips import draw_strips, drawn_condition
 from pipelines.session_report import PAGE
@@ -35,12 +35,12 @@ def run(job: EvaluateFocusJob) -> None:
     """Choose places, measure every rival at each, report."""
     plan = plan_models(job.base_lm, job.gistnet, job.store)
     check_encoding(plan, job.store)
-    config, left_out = _what_fits(job.evaluation, plan)
+    config, left_out = what_fits(with_lensnet(job.evaluation, plan), plan)
     rivals.conditions(config.rivals, config.forms)
     store = Store(job.store.root)
     with store.open_reader(job.store.context) as reader, JobRun.start("evaluate focus", job) as job_run:
         places = choose_focus_places(reader, config)
-        _check_budgets(config, plan, reader, places)
+        check_budgets(config, plan, reader, places)
         if left_out:
             job_run.log.warning(left_out)
         _warn_of_long_histories(config, plan, job_run)
@@ -92,7 +92,7 @@ def choose_focus_places(reader: TreeReader, config: FocusEvaluationConfig) -> li
     return places
 
 
-def _what_fits(config: FocusEvaluationConfig, plan: CompactionPlan) -> tuple[FocusEvaluationConfig, str]:
+def what_fits(config: FocusEvaluationConfig, plan: CompactionPlan) -> tuple[FocusEvaluationConfig, str]:
     """Without `full` where the model cannot read the whole history, and what to say of it.
 
     Raises:
@@ -110,9 +110,7 @@ def _what_fits(config: FocusEvaluationConfig, plan: CompactionPlan) -> tuple[Foc
     return rest, f"{beyond}: rival full is left out"
 
 
-def _check_budgets(
-    config: FocusEvaluationConfig, plan: CompactionPlan, reader: TreeReader, places: list[Place]
-) -> None:
+def check_budgets(config: FocusEvaluationConfig, plan: CompactionPlan, reader: TreeReader, places: list[Place]) -> None:
     """Refuse a budget that cannot hold a Working Context somewhere, before any resource is asked for."""
     # Those that measure candidates read them after the gists, whatever the form.
     conditions = rivals.conditions(config.rivals, config.forms)

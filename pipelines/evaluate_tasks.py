@@ -22,7 +22,7 @@ from cluster.run import JobRun
 from cluster.task_evaluation_config import EvaluateTasksJob
 from models.focus.history import History
 from models.focus.working_context import smallest_budget
-from pipelines.evaluation import depends_on, index_text, measure_missing
+from pipelines.evaluation import depends_on, index_text, measure_missing, with_lensnet
 from pipelines.task_report import overview_tables, plot_depths, task_tables
 from storage.contract import TreeReader
 from storage.store import Store
@@ -30,10 +30,10 @@ from storage.store import Store
 
 def run(job: EvaluateTasksJob) -> None:
     """Choose places, ask every question of every rival, report."""
-    config = job.evaluation
-    tasks = tasks_of(config.tasks)
-    task_conditions(config)
+    tasks = tasks_of(job.evaluation.tasks)
+    task_conditions(job.evaluation)
     plan = plan_models(job.base_lm, job.gistnet, job.store)
+    config = with_lensnet(job.evaluation, plan)
     check_encoding(plan, job.store)
     store = Store(job.store.root)
     with store.open_reader(job.store.context) as reader, JobRun.start("evaluate tasks", job) as job_run:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from actors.evaluation.samples import Numbered, SampleLog
@@ -11,8 +12,11 @@ from actors.evaluation.workers import EvaluatorSpec, measure_groups
 from actors.lexical_indexer import LexicalIndexer, LexicalIndexerSpec
 from actors.plan import CompactionPlan
 from cluster.config import RayConfig, StoreConfig
+from cluster.environment import base_folder
 from cluster.run import JobRun
 from models.gistnet import GistNet
+from models.lensnet import LensNet
+from models.lensnet.net import require_keys
 
 PlaceT = TypeVar("PlaceT", bound=Numbered)
 MeasuredT = TypeVar("MeasuredT")
@@ -37,6 +41,29 @@ def index_text(store: StoreConfig, plan: CompactionPlan, job_run: JobRun) -> Non
         indexer.close()
 
 
+EvaluationT = TypeVar("EvaluationT", bound="AsksLensNet")
+
+
+class AsksLensNet(Protocol):
+    """An evaluation that may have LensNet among its rivals."""
+
+    @property
+    def lensnet(self) -> str: ...
+
+
+def with_lensnet(evaluation: EvaluationT, plan: CompactionPlan) -> EvaluationT:
+    """The evaluation, its LensNet's folder as workers find it, which may work in another folder.
+
+    Raises:
+        ModelError: there is no net there, or one that reads other keys than the context has.
+    """
+    if not evaluation.lensnet:
+        return evaluation
+    folder = base_folder() / Path(evaluation.lensnet).expanduser()
+    require_keys(LensNet.load(folder), folder, plan.gistnet.key_dim)
+    return replace(evaluation, lensnet=str(folder))  # type: ignore[type-var]
+
+
 def depends_on(
     plan: CompactionPlan, store: StoreConfig, seq: int, evaluation: Any, *, but: Sequence[str]
 ) -> dict[str, Any]:
@@ -45,6 +72,9 @@ def depends_on(
     for name in (*but, "num_workers"):
         del config[name]
     digests = plan.digests()
+    if config.get("lensnet"):
+        # Another net in the same folder is another rival.
+        config["lensnet"] = LensNet.load(config["lensnet"]).digest()
     return {"evaluation": config, "context": str(store.context), "seq": seq, "dtype": plan.base_lm.dtype, **digests}
 
 

@@ -135,7 +135,12 @@ def folds_tables(folded: Mapping[str, FoldedRanks], sets: Sequence[MeasuredSet])
             if name != EVERYTHING:
                 costs = {what: str(clustered_mean(own - base, documents)) for what, (own, base) in pairs.items()}
                 without.append({"without": name, **costs})
-        tables.append(Table(without, "What leaving out does, less the whole net (worse is negative)"))
+        tables.append(
+            Table(
+                without,
+                "What leaving out does, less the whole net (worse is negative; one training each, ± by document)",
+            )
+        )
     return tables
 
 

@@ -26,19 +26,22 @@ from actors.plan import plan_models
 from actors.training.worker import GISTNET
 from cluster.config import CompactJob, CorpusConfig, CorpusSplit, RunConfig, StoreConfig, validate_sections
 from cluster.config_parser import parse_job
-from cluster.environment import absolute_paths
+from cluster.environment import absolute_paths, base_folder
 from cluster.errors import ConfigError
 from cluster.evaluation_config import EvaluateFocusJob, FocusEvaluationConfig, RetrievalConfig
 from cluster.gist_evaluation_config import EvaluateGistJob
 from cluster.label_config import LabelConfig, LabelJob
 from cluster.lens_training_config import LensNetConfig, TrainLensNetJob
 from cluster.paper_config import PaperJob
+from cluster.provenance import config_digest
 from cluster.registry import tracking_uri
 from cluster.run import JobRun, TrackedJob, is_finished, write_atomically
 from cluster.training_config import TrainGistNetJob
 from models.base_lm import BaseLM
+from models.lensnet import LensNet
+from models.model_files import resolve_model
 from pipelines import compact, evaluate_focus, evaluate_gist, label, train_gistnet, train_lensnet
-from pipelines.paper_report import Paper, paper_numbers, paper_text, plot_paper
+from pipelines.paper_report import BASE, Paper, paper_numbers, paper_text, plot_paper
 from storage.corpus import open_corpus
 from storage.store import Store
 
@@ -55,6 +58,7 @@ def run(job: PaperJob) -> None:
     """Every stage that is not finished yet, then the paper."""
     job = absolute_paths(job)
     chain = Chain.of(job)
+    chain.require_same_configuration()
     with JobRun.start("paper 0", job) as job_run:
         chain = chain.with_gistnet(job_run)
         for kind, path in chain.texts:
@@ -95,7 +99,18 @@ class Chain:
         known = [case.name for case in CASES]
         if unknown := [name for name in paper.gist_cases if name not in known]:
             raise ConfigError(f"paper.gist_cases holds {unknown[0]!r}; there are: {', '.join(known)}")
-        rivals.conditions(paper.rivals, FocusEvaluationConfig().forms)
+        names = [condition.name for condition in rivals.conditions(paper.rivals, FocusEvaluationConfig().forms)]
+        if BASE not in names:
+            raise ConfigError(f"paper.rivals must hold {BASE}: gains are over it")
+        if paper.latency_tokens:
+            longest, trained = max(paper.latency_tokens), resolve_model(job.base_lm).trained_context
+            if longest + QUESTION_TOKENS + NUM_DECODED > trained:
+                raise ConfigError(
+                    f"paper.latency_tokens holds {longest:,}; with question and answer that is beyond the {trained:,} "
+                    f"tokens {job.base_lm.source} was trained for"
+                )
+        if paper.lensnet:
+            LensNet.load(base_folder() / Path(paper.lensnet).expanduser())
         if paper.gistnet_recipe:
             chain._gistnet_job()
         for kind, path in chain.texts:
@@ -110,6 +125,38 @@ class Chain:
     def texts(self) -> list[tuple[str, str]]:
         """Kind and path of each."""
         return [(kind, path) for kind, _, path in (text.partition("=") for text in self.job.paper.texts)]
+
+    def require_same_configuration(self) -> None:
+        """Refuse to go on with another configuration: what is finished would be of the old one.
+
+        Raises:
+            ConfigError: the run's folder, or that of a net that is to be trained first, says so.
+        """
+        report = self.job.run.dir / self.name / "report.json"
+        if report.exists() and json.loads(report.read_text())["config_digest"] != config_digest(self.job):
+            raise ConfigError(
+                f"{report.parent} was begun with another configuration, and its finished stages are of that one; give "
+                "the paper another run.name"
+            )
+        if self.job.paper.gistnet_recipe and not is_finished(self.folder("gistnet"), self._gistnet_job()):
+            later = [path.name for path in self._folders() if path.exists() and path != self.folder("gistnet")]
+            if later:
+                raise ConfigError(
+                    f"the GistNet of {self.folder('gistnet')} is not finished, or its recipe was changed, and "
+                    f"{later[0]} was made by another; give the paper another run.name"
+                )
+
+    def _folders(self) -> list[Path]:
+        """Of all stages."""
+        jobs = [made for kind, path in self.texts for made in self._compact_jobs(kind, path)]
+        names = [made.run.name for made in jobs]
+        if self.job.paper.gistnet_recipe:
+            names.insert(0, self.folder("gistnet").name)
+        if not self.job.paper.lensnet:
+            names += [self._label_job(kind).run.name for kind, _ in self.texts] + [self.folder("lensnet").name]
+        for kind, _ in self.texts:
+            names += [made.run.name for made in self._gist_jobs(kind)] + [self.folder(f"focus-{kind}").name]
+        return [self.job.run.dir / name for name in names]
 
     # -- stages ----------------------------------------------------------------------------------------------------
 
@@ -215,7 +262,7 @@ class Chain:
         if not paper.latency_tokens:
             return []
         kept = job_run.folder / "latency.json"
-        settings = {"tokens": paper.latency_tokens, "repeats": paper.latency_repeats}
+        settings = {"tokens": paper.latency_tokens, "repeats": paper.latency_repeats, "decoded": NUM_DECODED}
         if kept.exists():
             found = json.loads(kept.read_text())
             if found["settings"] == settings:
@@ -262,14 +309,18 @@ class Chain:
             for case in cases
         }
         cells: list[Cell] = cells_of([FocusRun.read(kind, self.folder(f"focus-{kind}")) for kind, _ in self.texts])
-        stages = sorted(path for path in self.job.run.dir.glob(f"{self.name}-*/report.json"))
-        reports = {path.parent.name.removeprefix(f"{self.name}-"): json.loads(path.read_text()) for path in stages}
+        reports = {
+            folder.name.removeprefix(f"{self.name}-"): json.loads((folder / "report.json").read_text())
+            for folder in self._folders()
+        }
         digests: dict[str, str] = {}
         for stage, report in reports.items():
             for what, digest in report["digests"].items():
                 digests[what if what in {"base_lm", "tokenizer", "gistnet", "lensnet"} else f"{what} ({stage})"] = (
                     digest
                 )
+        if paper.lensnet:
+            digests["lensnet"] = LensNet.load(base_folder() / Path(paper.lensnet).expanduser()).digest()
         job_run.log_digests(digests)
         return Paper(fidelity, cells, reports.get("lensnet"), list(latency), digests, reports)
 

@@ -171,6 +171,8 @@ def _folded(
         raise ConfigError(
             f"lensnet.num_folds={config.num_folds} is more than the {_documents(sets)} documents of the labels"
         )
+    if not usable(sets):
+        raise ConfigError("no Working Context of the labels has two blocks measured alone; raise labels.num_single")
     variants = without_each(spec) if config.ablate else {EVERYTHING: spec}
     with job_run.progress(len(variants) * len(folds), "nets", "folds") as progress:
         folded = ranks_by_fold(variants, folds, usable, progress.advance)

@@ -13,7 +13,7 @@ from models.gistnet import GistNet
 from models.lensnet import FEATURES, LensNet
 from storage.focus_labels import label_settings, read_labels
 
-FOLDER = PROJECT_ROOT / "docs/lensnet"
+FOLDER = PROJECT_ROOT / "models/packaged/lensnet-smollm2-135m"
 
 
 @pytest.mark.parametrize(("name", "num_places"), [("code-dev", 260), ("prose-dev", 160)])
@@ -28,7 +28,7 @@ def test_labels_can_be_trained_on(name: str, num_places: int) -> None:
 
 
 def test_the_net_reads_them() -> None:
-    net = LensNet.load(PROJECT_ROOT / "models/packaged/lensnet-smollm2-135m")
+    net = LensNet.load(FOLDER)
     contexts = read_labels(FOLDER / "prose-dev.parquet", list(FEATURES))
     found = measured_sets(contexts)[0]
     scores = net.scores(found.candidates)

@@ -107,11 +107,14 @@ def _full(lm: BaseLM, ids: np.ndarray, length: int, num_decoded: int) -> Latency
         started = time.perf_counter()
         for first in range(0, length, PIECE_TOKENS):
             lm.read(lm.embed(tokens[:, first : min(first + PIECE_TOKENS, length)]), cache=cache)
+        if lm.device.type == "cuda":
+            torch.cuda.synchronize(lm.device)
         read = time.perf_counter()
-        lm.logits(lm.embed(tokens[:, length : length + QUESTION_TOKENS]), cache=cache, last_only=True).argmax()
+        # Every token is waited for, as a session does.
+        lm.logits(lm.embed(tokens[:, length : length + QUESTION_TOKENS]), cache=cache, last_only=True).argmax().item()
         asked = time.perf_counter()
         for at in range(length + QUESTION_TOKENS, length + QUESTION_TOKENS + num_decoded):
-            lm.logits(lm.embed(tokens[:, at : at + 1]), cache=cache, last_only=True).argmax()
+            lm.logits(lm.embed(tokens[:, at : at + 1]), cache=cache, last_only=True).argmax().item()
         decoded = time.perf_counter()
     return Latency(length, False, read - started, asked - read, (decoded - asked) / num_decoded, cache.num_bytes)
 

@@ -120,7 +120,7 @@ class MeasuredContexts:
         reading: the history.
         config: form and tail.
         budget: slots of the Working Context.
-        nll_behind: NLL of the tokens that count, given contents; one at least.
+        nll_behind: NLL of the tokens that count, given contents; at least two, one for each half.
         """
         self._reading = reading
         self._config = config
@@ -147,8 +147,7 @@ class MeasuredContexts:
                 len(blocks),
             )
             nll = self._nll_behind(contents)
-            # Of a single token both halves are that token.
-            halves = choosing_half(nll), scoring_half(nll if len(nll) > 1 else np.repeat(nll, 2))
+            halves = choosing_half(nll), scoring_half(nll)
             self._known[key] = round(float(halves[0].mean()), 6), round(float(halves[1].mean()), 6)
         return self._known[key]
 

@@ -120,5 +120,6 @@ class TaskLabelMaker:
             return self._scorer.nll(contents, ids, num_tokens, policy)[-len(answer) :]
 
         measured = MeasuredContexts(reading, config, budget, nll_behind)
-        edits = proposed_edits(candidates, measured, config, rng, first=needed.tolist())
+        # An answer of one token has no halves, of which one could choose what the other is measured on.
+        edits = proposed_edits(candidates, measured, config, rng, first=needed.tolist()) if len(answer) > 1 else ()
         return [PlaceLabels.of(shown_from, candidates, list(edits))]

@@ -202,6 +202,19 @@ class LensNet(nn.Module):
         return net.eval()
 
 
+def require_keys(net: LensNet, folder: Path | str, key_dim: int) -> None:
+    """Refuse a net that reads other routing keys than a context has.
+
+    Raises:
+        ModelError: naming both widths.
+    """
+    if net.spec.key_dim not in {0, key_dim}:
+        raise ModelError(
+            f"the LensNet in {folder} reads keys of {net.spec.key_dim} dimensions, the context has {key_dim}; train "
+            "one on labels of this GistNet"
+        )
+
+
 def untrained_lensnet(spec: LensNetSpec, seed: int = 0) -> LensNet:
     """The same weights in every process."""
     with torch.random.fork_rng(devices=[]):

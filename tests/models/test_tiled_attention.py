@@ -37,6 +37,30 @@ def test_is_causal_attention(
     torch.testing.assert_close(found.transpose(1, 2), expected)
 
 
+def test_what_keys_have_in_common_costs_no_accuracy() -> None:
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, heads, 200, 64).to(torch.bfloat16) for heads in (6, 2, 2))
+    key = (key.float() + 32 * torch.randn(1, 2, 1, 64)).to(torch.bfloat16)
+
+    def error(found: torch.Tensor) -> float:
+        return float((found.float() - exact).abs().mean() / exact.abs().mean())
+
+    parts = (query.float(), key.float(), value.float())
+    exact = F.scaled_dot_product_attention(*parts, is_causal=True, enable_gqa=True)
+    tiled = attend_in_tiles(nn.Identity(), query, key, value, None, 0.125)[0].transpose(1, 2)
+    assert error(tiled) < 0.02
+
+
+def test_values_may_have_another_width_than_keys() -> None:
+    torch.manual_seed(0)
+    query, key = torch.randn(2, 4, 70, 24), torch.randn(2, 2, 80, 24)
+    value = torch.randn(2, 2, 80, 16)
+    seen = torch.ones(70, 80, dtype=torch.bool).tril(10)
+    expected = F.scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=0.3, enable_gqa=True)
+    found, _ = attend_in_tiles(nn.Identity(), query, key, value, None, 0.3)
+    torch.testing.assert_close(found.transpose(1, 2), expected)
+
+
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Entries of every call that attends by tiles."""

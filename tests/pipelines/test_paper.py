@@ -116,6 +116,14 @@ def test_the_notebook_draws_its_figures(folder: Path, monkeypatch: pytest.Monkey
     plt.close("all")
 
 
+def test_another_configuration_needs_another_name(
+    folder: Path, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert folder.exists()
+    assert main(JOBS, [*words, "--paper.label_places", "9"]) == 2
+    assert "another run.name" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -123,6 +131,9 @@ def test_the_notebook_draws_its_figures(folder: Path, monkeypatch: pytest.Monkey
         ({"paper.texts": "[code]"}, "write kind=path"),
         ({"paper.texts": "[a=/nowhere/at/all]"}, "/nowhere/at/all"),
         ({"paper.rivals": "[nobody]"}, "there is no rival 'nobody'"),
+        ({"paper.rivals": "[full, oracle/raw]"}, "must hold recency/raw"),
+        ({"paper.lensnet": "/no/net"}, "there is no LensNet at"),
+        ({"paper.latency_tokens": "[90000]"}, "was trained for"),
         ({"paper.texts": "[a=docs]", "paper.budget": "100"}, "leaves no room for a block"),
         ({"paper.gistnet_recipe": "/no/recipe.yaml"}, "/no/recipe.yaml"),
         ({"paper.texts": "[a=x, a=y]"}, "names a kind twice"),
@@ -133,7 +144,9 @@ def test_the_notebook_draws_its_figures(folder: Path, monkeypatch: pytest.Monkey
 def test_bad_input_is_refused_before_anything_is_made(
     changes: dict[str, str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    if "paper.texts" not in changes:
+        changes = {**changes, "paper.texts": "[a=docs]"}
     options = [word for key, value in changes.items() for word in (f"--{key}", value)]
-    assert main(JOBS, ["paper", "0", "--run.dir", str(tmp_path / "runs"), *options]) in {2, 3}
+    assert main(JOBS, ["paper", "0", "--run.dir", str(tmp_path / "runs"), *options]) in {2, 3, 4}
     assert message in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
