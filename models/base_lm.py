@@ -78,6 +78,9 @@ class BaseLM:
         if not isinstance(layers, nn.ModuleList):
             raise ModelError(f"{files.model_id} ({type(model).__name__}) is not built like Llama: no stack of layers")
         self._layers = layers
+        attention = [getattr(layer, "self_attn", None) for layer in layers]
+        biases = [getattr(getattr(part, "k_proj", None), "bias", None) for part in attention]
+        self._keys_have_no_bias = all(bias is None for bias in biases)
         self._head: nn.Module | None = model.get_output_embeddings() if has_head else None
         self._rotary = install_rotary_override(self._stack, self.model_id)
 
@@ -424,7 +427,8 @@ class BaseLM:
         """Whether attention by plain products is faster here: bfloat16 on a CPU, several entries, no gradients."""
         on_cpu = self.device.type == "cpu" and self.dtype == torch.bfloat16
         no_gradients = not (torch.is_grad_enabled() and embeds.requires_grad)
-        return on_cpu and embeds.shape[1] > 1 and no_gradients and is_plainly_causal(self._stack.config)
+        plain = self._keys_have_no_bias and is_plainly_causal(self._stack.config)
+        return on_cpu and embeds.shape[1] > 1 and no_gradients and plain
 
     @contextlib.contextmanager
     def _attending_by(self, name: str) -> Iterator[None]:

@@ -3,8 +3,8 @@
 PyTorch's fused kernel reaches a fifth of a CPU's bfloat16 matmul peak, so that attention took 40% of a forward pass at
 600 entries and most of one at 4,096. Here every step is a matrix product or a softmax over a tile of scores:
 `make bench ONLY=attention` compares the two. Scores are rounded to bfloat16, as keys, queries and everything else is.
-What all keys have in common adds the same to every score of a query and says nothing, so it is taken away first: models
-whose keys have large biases would lose what tells their entries apart.
+Models whose keys have biases keep the fused kernel (`BaseLM`): what all keys have in common makes scores large, and
+rounding them then loses what tells entries apart.
 
 Shapes: B rows, T entries of the call after P cached ones, S = P + T.
 """
@@ -56,7 +56,7 @@ def attend_in_tiles(
     past = num_seen - num_entries
     # Queries of the heads of a group meet its keys in one product.
     queries = (query * scaling).reshape(num_rows * groups, per_group, num_entries, width)
-    keys = (key - key.mean(dim=2, keepdim=True)).reshape(num_rows * groups, num_seen, width).transpose(1, 2)
+    keys = key.reshape(num_rows * groups, num_seen, width).transpose(1, 2)
     values = value.reshape(num_rows * groups, num_seen, value.shape[-1])
     output = value.new_empty(num_rows * groups, per_group, num_entries, value.shape[-1])
     tile = min(TILE_ENTRIES, num_entries)

@@ -37,20 +37,6 @@ def test_is_causal_attention(
     torch.testing.assert_close(found.transpose(1, 2), expected)
 
 
-def test_what_keys_have_in_common_costs_no_accuracy() -> None:
-    torch.manual_seed(0)
-    query, key, value = (torch.randn(1, heads, 200, 64).to(torch.bfloat16) for heads in (6, 2, 2))
-    key = (key.float() + 32 * torch.randn(1, 2, 1, 64)).to(torch.bfloat16)
-
-    def error(found: torch.Tensor) -> float:
-        return float((found.float() - exact).abs().mean() / exact.abs().mean())
-
-    parts = (query.float(), key.float(), value.float())
-    exact = F.scaled_dot_product_attention(*parts, is_causal=True, enable_gqa=True)
-    tiled = attend_in_tiles(nn.Identity(), query, key, value, None, 0.125)[0].transpose(1, 2)
-    assert error(tiled) < 0.02
-
-
 def test_values_may_have_another_width_than_keys() -> None:
     torch.manual_seed(0)
     query, key = torch.randn(2, 4, 70, 24), torch.randn(2, 2, 80, 24)
@@ -109,6 +95,17 @@ def test_a_bfloat16_model_reads_by_tiles_as_exactly_as_otherwise(
 )
 def test_models_that_attend_otherwise_keep_their_attention(changes: dict[str, object], plain: bool) -> None:
     assert is_plainly_causal(SimpleNamespace(**changes)) == plain
+
+
+def test_a_model_whose_keys_have_biases_keeps_its_attention(tiny_bf16_config: BaseLMConfig, calls: list[int]) -> None:
+    lm = BaseLM.load(tiny_bf16_config)
+    layer: Any = lm._layers[0]
+    keys = layer.self_attn.k_proj
+    keys.bias = nn.Parameter(torch.zeros(keys.out_features, dtype=torch.bfloat16))
+    biased = BaseLM(lm._model, lm.files, has_head=True)
+    with torch.inference_mode():
+        biased.logits(biased.embed(IDS))
+    assert not calls
 
 
 def test_nothing_else_is_read_by_tiles(tiny_lm: BaseLM, tiny_bf16_config: BaseLMConfig, calls: list[int]) -> None:
