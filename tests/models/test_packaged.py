@@ -13,7 +13,7 @@ from models.gistnet.build import check_fits
 from models.model_files import resolve_model
 
 ROOT = Path(__file__).parents[2]
-PACKAGED = sorted((ROOT / "models" / "packaged").iterdir())
+PACKAGED = sorted((ROOT / "models" / "packaged").glob("gistnet-*"))
 MOST_BYTES = 24 * 2**20
 
 
