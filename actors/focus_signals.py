@@ -63,7 +63,7 @@ class Question:
     text: str
     """Whose words are looked up."""
     states: Float32[Tensor, "q D_key"]
-    """What the newest tokens would add to a routing key, for as many as the widest question has."""
+    """What the newest tokens would add to a routing key, for as many as the widest question has, or ask for words."""
     embedding: Float32[Tensor, " D"]
     """Mean of the newest tokens' embeddings."""
 
@@ -87,7 +87,8 @@ class Question:
             ModelError: no tokens.
         """
         newest = np.asarray(tokens, np.int64)[-QUERY_CONTEXT_TOKENS:]
-        states = query_states(lm, gistnet, newest, min(max(QUESTION_TOKENS), len(newest)))
+        num_states = min(max(*QUESTION_TOKENS, lexical_tokens), len(newest))
+        states = query_states(lm, gistnet, newest, num_states)
         asking = torch.from_numpy(newest[-ASKING_TOKENS:])[None].to(lm.device)
         with torch.inference_mode():
             embedding = lm.embed(asking)[0].float().mean(dim=0).cpu()

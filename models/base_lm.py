@@ -25,14 +25,14 @@ from models.banded_attention import ATTENTION_NAME as BANDED_ATTENTION
 from models.banded_attention import BandedMask
 from models.dtype_choice import PROBE_TEXT, PROBE_TOKENS, DtypeChoice, measure_dtypes
 from models.kv_cache import KVCache
-from models.loading import find_device, load_frozen
+from models.loading import find_device, load_frozen, require_plain_head
 from models.model_files import TOKENIZER_FILE, ModelFiles, resolve_model
 from models.positions import Positions
 from models.rotary import install_rotary_override
 from models.shared_past import ATTENTION_NAME as SHARED_PAST_ATTENTION
 from models.shared_past import SharedPast
 from models.tiled_attention import ATTENTION_NAME as TILED_ATTENTION
-from models.tiled_attention import is_plainly_causal
+from models.tiled_attention import takes_tiles
 from models.tokenizer import Tokenizer
 
 logger = logging.getLogger("megacontext.models")
@@ -78,9 +78,7 @@ class BaseLM:
         if not isinstance(layers, nn.ModuleList):
             raise ModelError(f"{files.model_id} ({type(model).__name__}) is not built like Llama: no stack of layers")
         self._layers = layers
-        attention = [getattr(layer, "self_attn", None) for layer in layers]
-        biases = [getattr(getattr(part, "k_proj", None), "bias", None) for part in attention]
-        self._keys_have_no_bias = all(bias is None for bias in biases)
+        self._takes_tiles = takes_tiles(self._stack.config, layers)
         self._head: nn.Module | None = model.get_output_embeddings() if has_head else None
         self._rotary = install_rotary_override(self._stack, self.model_id)
 
@@ -125,7 +123,7 @@ class BaseLM:
         model = load_frozen(files, num_layers, dtype, device)
         lm = cls(model, files, has_head=num_layers is None)
         if lm.has_head:
-            lm._require_plain_head()
+            require_plain_head(model, lm._require_head(), lm.embed(torch.arange(2, device=device)[None]))
         return lm
 
     @property
@@ -427,8 +425,7 @@ class BaseLM:
         """Whether attention by plain products is faster here: bfloat16 on a CPU, several entries, no gradients."""
         on_cpu = self.device.type == "cpu" and self.dtype == torch.bfloat16
         no_gradients = not (torch.is_grad_enabled() and embeds.requires_grad)
-        plain = self._keys_have_no_bias and is_plainly_causal(self._stack.config)
-        return on_cpu and embeds.shape[1] > 1 and no_gradients and plain
+        return self._takes_tiles and on_cpu and embeds.shape[1] > 1 and no_gradients
 
     @contextlib.contextmanager
     def _attending_by(self, name: str) -> Iterator[None]:
@@ -482,22 +479,6 @@ class BaseLM:
                 "load it without num_layers"
             )
         return self._head
-
-    def _require_plain_head(self) -> None:
-        """Refuse models that change logits after the head (soft caps, scales): `nll` would not."""
-        seen: list[Tensor] = []
-        handle = self._require_head().register_forward_hook(lambda *call: seen.append(call[2]))
-        try:
-            with torch.inference_mode():
-                ids = torch.arange(2, device=self.device)[None]
-                logits = self._model(inputs_embeds=self.embed(ids)).logits
-        finally:
-            handle.remove()
-        if len(seen) != 1 or not torch.equal(seen[0], logits):
-            raise ModelError(
-                f"{self.model_id} ({type(self._model).__name__}) does not take its logits straight from its head; "
-                "such models are not supported"
-            )
 
 
 def choose_dtype(config: BaseLMConfig, *, num_layers: int | None = None) -> DtypeChoice:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from safetensors import SafetensorError
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from cluster.errors import ModelError
@@ -37,6 +39,31 @@ def load_frozen(files: ModelFiles, num_layers: int | None, dtype: torch.dtype, d
             "converted one, delete the folder and run again"
         ) from error
     return model.eval().requires_grad_(False).to(device)
+
+
+def require_plain_head(model: Any, head: nn.Module, embeds: Float[Tensor, "1 T D"]) -> None:
+    """Refuse models that change logits after the head (soft caps, scales): NLL made of the head alone would not.
+
+    Args:
+        model: the whole of it.
+        head: its output embeddings.
+        embeds: of any tokens.
+
+    Raises:
+        ModelError: naming the model's class.
+    """
+    seen: list[Tensor] = []
+    handle = head.register_forward_hook(lambda *call: seen.append(call[2]))
+    try:
+        with torch.inference_mode():
+            logits = model(inputs_embeds=embeds).logits
+    finally:
+        handle.remove()
+    if len(seen) != 1 or not torch.equal(seen[0], logits):
+        raise ModelError(
+            f"{model.name_or_path} ({type(model).__name__}) does not take its logits straight from its head; such "
+            "models are not supported"
+        )
 
 
 def find_device(name: str) -> torch.device:

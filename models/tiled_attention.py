@@ -3,7 +3,7 @@
 PyTorch's fused kernel reaches a fifth of a CPU's bfloat16 matmul peak, so that attention took 40% of a forward pass at
 600 entries and most of one at 4,096. Here every step is a matrix product or a softmax over a tile of scores:
 `make bench ONLY=attention` compares the two. Scores are rounded to bfloat16, as keys, queries and everything else is.
-Models whose keys have biases keep the fused kernel (`BaseLM`): what all keys have in common makes scores large, and
+Models whose keys have biases keep the fused kernel: what all keys have in common makes scores large, and
 rounding them then loses what tells entries apart.
 
 Shapes: B rows, T entries of the call after P cached ones, S = P + T.
@@ -11,6 +11,7 @@ Shapes: B rows, T entries of the call after P cached ones, S = P + T.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -73,6 +74,13 @@ def attend_in_tiles(
             weights = scores.softmax(dim=-1).flatten(1, 2)
             output[some, :, start:stop] = torch.bmm(weights, values[some, :seen]).unflatten(1, (per_group, size))
     return output.view(num_rows, num_heads, num_entries, -1).transpose(1, 2), None
+
+
+def takes_tiles(config: Any, layers: Iterable[nn.Module]) -> bool:
+    """Whether a model's attention may go by tiles: plainly causal, and by keys without biases."""
+    attention = (getattr(layer, "self_attn", None) for layer in layers)
+    biases = (getattr(getattr(part, "k_proj", None), "bias", None) for part in attention)
+    return is_plainly_causal(config) and all(bias is None for bias in biases)
 
 
 def is_plainly_causal(config: Any) -> bool:

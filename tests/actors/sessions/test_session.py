@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import ray
 import torch
 
-from actors.lens_service import start_lens_service
 from actors.plan import CompactionPlan, plan_models
 from actors.session import Session, SessionSpec
-from actors.session_actor import SessionActor, turn_metrics
-from actors.session_lens import SessionLens
-from actors.session_turn import Turn
 from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.config import BaseLMConfig, GistNetConfig, StoreConfig
 from cluster.errors import (
@@ -26,91 +20,18 @@ from cluster.errors import (
     ContextNotFoundError,
     FocusError,
     IncompatibleTreeError,
-    ModelError,
     NodeMissingError,
-    ResourceTimeoutError,
     StorageError,
     WriterConflictError,
 )
-from cluster.ray_runtime import RaySession
-from cluster.session_config import SamplingConfig, SessionConfig
 from models.base_lm import BaseLM
 from models.focus.picture import picture
-from models.lensnet import FEATURES, CandidateSet, LensNetSpec
-from models.lensnet.net import untrained_lensnet
-from models.positions import Positions
 from pipelines.session_report import session_numbers, swap_rate
-from storage.contract import DocumentMeta
 from storage.focus_events import read_focus_events
 from storage.store import Store
 from storage.verify import verify_context
-from tests.actors.helpers import follow, ingest, make_compactor, make_documents, make_text, open_context
-from tests.prometheus import scrape
-
-CONFIG = SessionConfig(
-    budget=320, compact_tokens=64, tail_tokens=64, refocus_tokens=16, age_tokens=64, max_blocks=3, row_price=0.0
-)
-SAMPLING = SamplingConfig(max_new_tokens=40, temperature=1.0, top_p=1.0)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Two torch threads spin while they wait for each other; on a busy machine that is most of the time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def lm(tiny_lm_config: BaseLMConfig) -> BaseLM:
-    return BaseLM.load(tiny_lm_config)
-
-
-@pytest.fixture
-def plan(tmp_path: Path, tiny_lm_config: BaseLMConfig) -> CompactionPlan:
-    net = GistNetConfig(kind="windowed", lm_layers=2)
-    return plan_models(tiny_lm_config, net, StoreConfig(root=tmp_path, context="own"))
-
-
-@pytest.fixture
-def spec(tmp_path: Path, plan: CompactionPlan) -> SessionSpec:
-    return SessionSpec(plan, StoreConfig(root=tmp_path, context="own", segment_super_blocks=4), config=CONFIG)
-
-
-@pytest.fixture
-def session(spec: SessionSpec, lm: BaseLM) -> Iterator[Session]:
-    with closing(Session(spec, lm)) as opened:
-        yield opened
-
-
-def document(name: str, text: str) -> DocumentMeta:
-    return DocumentMeta(name, f"file:///{name}", size_bytes=len(text))
-
-
-def ask(session: Session, question: str, **sampling: Any) -> Turn:
-    *pieces, turn = session.ask(question, replace(SAMPLING, **sampling))
-    assert isinstance(turn, Turn)
-    assert "".join(str(piece) for piece in pieces) == turn.text
-    return turn
-
-
-def said(session: Session) -> str:
-    """All of the session's own context."""
-    reader = session.memory.readers()[-1]
-    tokens, counts = reader.tokens(0, reader.version.num_blocks)
-    ids = [int(t) for row, count in zip(tokens, counts, strict=True) for t in row[:count]]
-    tail = reader.tail()
-    return session._tokenizer.decode(ids + ([] if tail is None else tail.tokens.tolist()))
-
-
-def assert_as_full_pass(session: Session) -> None:
-    """The next token's logits are those of the Working Context read in one pass."""
-    embeds, places, _ = session._rows()
-    with torch.inference_mode():
-        at = Positions(torch.from_numpy(places)[None])
-        expected = session._lm.logits(embeds[None], positions=at, last_only=True)[0, -1]
-    assert torch.allclose(session._cache.logits(), expected, atol=1e-3, rtol=0)
+from tests.actors.helpers import make_text, open_context
+from tests.actors.sessions.support import CONFIG, SAMPLING, ask, assert_as_full_pass, document, other_context, said
 
 
 def test_what_is_asked_and_answered_is_remembered(session: Session) -> None:
@@ -242,13 +163,6 @@ def test_a_stop_string_ends_an_answer_and_is_not_said(spec: SessionSpec, lm: Bas
     assert (turn.text, turn.ended) == (whole[: whole.index(stop)], "stop")
 
 
-def other_context(root: Path, plan: CompactionPlan, texts: Sequence[int], name: str = "other") -> None:
-    writer = open_context(root, plan, name)
-    ingest(writer, plan, make_compactor(plan), make_documents(texts))
-    follow(writer, plan)
-    writer.close()
-
-
 def test_other_contexts_are_read_and_not_written(
     tmp_path: Path, spec: SessionSpec, plan: CompactionPlan, lm: BaseLM
 ) -> None:
@@ -267,101 +181,6 @@ def test_other_contexts_are_read_and_not_written(
         assert picture(session.focus.wc).count("|") == 1  # type: ignore[union-attr]
     with Store(tmp_path).open_reader("other") as reader:
         assert reader.version == before
-
-
-@dataclass
-class ByWords:
-    """A lens that believes in words alone: the block they find first is worth 0.1 nats, others cost something."""
-
-    seen: list[CandidateSet] = field(default_factory=list)
-
-    def scores(self, candidates: CandidateSet) -> np.ndarray:
-        self.seen.append(candidates)
-        return 0.12 * candidates.column("lexical_rank") - 0.02
-
-
-def test_a_lens_scores_the_candidates_of_all_contexts(
-    tmp_path: Path, spec: SessionSpec, plan: CompactionPlan, lm: BaseLM
-) -> None:
-    other_context(tmp_path, plan, [600, 300])
-    with Store(tmp_path).open_reader("other") as reader:
-        wanted = plan.tokenizer.decode(reader.tokens(11, 1)[0][0].astype(np.int64))
-    lens = ByWords()
-    with closing(Session(replace(spec, reads=("other",)), lm, lens)) as session:
-        text = make_text(5, 500)
-        session.read(document("d", text), text)
-        focus = session.refocus(wanted)
-        assert focus.found[0] == (11, 0)
-        match = session.matches[(11, 0)]
-        assert match.nats == pytest.approx(0.1)
-        assert match.score == pytest.approx(2.0), "0.05 nats are a score of 1"
-        assert match.why.startswith("words #1")
-        assert match.why.endswith("LensNet +0.100 nats")
-        worthless = [name for name, of in session.matches.items() if of.score < 0]
-        assert worthless
-        assert not set(worthless) & set(focus.found)
-        # Keys of untrained nets are compared in another space in every context: a set for each.
-        assert sum(len(candidates) for candidates in lens.seen) == len(session.matches)
-        assert {source for _, source in session.matches} == {0, 1}
-        lens.seen.clear()
-
-        session.refocus(wanted)
-        other = lens.seen[0]
-        shown = other.column("is_shown").astype(bool)
-        assert 11 in other.blocks[shown]
-        assert other.column("shown_before")[shown].min() == pytest.approx(np.log2(2) / 8)
-        assert ask(session, wanted).num_answer_tokens == 40
-        assert not session.warning
-
-
-def test_candidates_whose_keys_compare_are_one_set(plan: CompactionPlan) -> None:
-    def candidates(*blocks: int, query: float) -> CandidateSet:
-        features = np.zeros((len(blocks), len(FEATURES)), np.float32)
-        features[:, list(FEATURES).index("lexical_rank")] = blocks
-        return CandidateSet(np.array(blocks), features, np.ones((len(blocks), 4), np.float32), np.full(4, query))
-
-    lens = ByWords()
-    scores = SessionLens(lens, plan.gistnet, 1.0)._scores([candidates(1, 2, query=0.5), candidates(3, query=0.5)])
-    assert scores.tolist() == pytest.approx([0.10, 0.22, 0.34])
-    (one,) = lens.seen
-    assert one.blocks.tolist() == [1, 2, 3]
-    lens.seen.clear()
-    apart = SessionLens(lens, plan.gistnet, 1.0)._scores([candidates(1, 2, query=0.5), candidates(3, query=0.4)])
-    assert apart.tolist() == pytest.approx(scores.tolist())
-    assert [of.blocks.tolist() for of in lens.seen] == [[1, 2], [3]]
-
-
-def test_a_net_that_expects_nothing_shows_the_newest_tokens(spec: SessionSpec, lm: BaseLM, tmp_path: Path) -> None:
-    net = untrained_lensnet(LensNetSpec(key_dim=spec.plan.gistnet.key_dim))
-    net.save(tmp_path / "net")
-    text = make_text(1, 500)
-    configured = replace(spec, config=replace(CONFIG, lensnet=str(tmp_path / "net")))
-    with closing(Session(configured, lm)) as session:
-        session.read(document("d", text), text)
-        assert session.refocus(text[:60]).found == ()
-        assert session.matches
-        assert not session.warning
-
-
-def test_a_lens_that_does_not_fit_is_refused_at_once(spec: SessionSpec, lm: BaseLM, tmp_path: Path) -> None:
-    untrained_lensnet(LensNetSpec(key_dim=3)).save(tmp_path / "net")
-    with pytest.raises(ModelError, match="keys of 3 dimensions"):
-        Session(replace(spec, config=replace(CONFIG, lensnet=str(tmp_path / "net"))), lm)
-    with pytest.raises(ModelError, match="no LensNet"):
-        Session(replace(spec, config=replace(CONFIG, lensnet=str(tmp_path / "nowhere"))), lm)
-    assert not (tmp_path / "own").exists(), "and no context is made"
-
-
-def test_where_a_lens_fails_the_newest_tokens_are_shown(spec: SessionSpec, lm: BaseLM) -> None:
-    class Gone:
-        def scores(self, candidates: CandidateSet) -> np.ndarray:
-            raise ResourceTimeoutError("the service is gone")
-
-    with closing(Session(spec, lm, Gone())) as session:
-        text = make_text(1, 500)
-        session.read(document("d", text), text)
-        assert session.refocus(text[:60]).found == ()
-        assert "the service is gone" in session.warning
 
 
 def test_where_search_fails_the_newest_tokens_are_shown(
@@ -530,42 +349,3 @@ def test_a_budget_that_cannot_hold_the_contexts_is_refused(
     small = replace(spec, reads=("other", "another"), config=replace(CONFIG, budget=176))
     with pytest.raises(BudgetError, match=r"Set session\.budget"):
         Session(small, lm)
-
-
-def test_the_actor_streams_its_answers(spec: SessionSpec, ray_cluster: RaySession) -> None:
-    del ray_cluster
-    actor: Any = ray.remote(SessionActor).options(num_cpus=0.1).remote(spec)
-    assert ray.get(actor.ready.remote()) == 0
-    stream = actor.ask.options(num_returns="streaming").remote("where is the tree?", SAMPLING)
-    *pieces, turn = [ray.get(piece) for piece in stream]
-    assert isinstance(turn, Turn)
-    assert "".join(str(piece) for piece in pieces) == turn.text
-    assert ray.get(actor.read.remote(document("d", "text"), "some text"))
-    ray.get(actor.close.remote())
-    ray.kill(actor)
-
-
-@pytest.mark.slow
-def test_the_actor_asks_a_service_and_publishes_its_numbers(
-    spec: SessionSpec, tmp_path: Path, ray_cluster: RaySession
-) -> None:
-    del ray_cluster
-    untrained_lensnet(LensNetSpec(key_dim=spec.plan.gistnet.key_dim)).save(tmp_path / "net")
-    service = start_lens_service(tmp_path / "net", num_cpus=0.1)
-    actor: Any = ray.remote(SessionActor).options(num_cpus=0.1).remote(spec, lens_service=service)
-    text = make_text(1, 500)
-    ray.get(actor.read.remote(document("d", text), text))
-    *_, turn = [ray.get(piece) for piece in actor.ask.options(num_returns="streaming").remote(text[:60], SAMPLING)]
-    assert isinstance(turn, Turn)
-    stats: Any = ray.get(service.stats.remote())
-    assert stats["num_requests"] >= turn.num_refocuses
-    present, added = turn_metrics(turn, 0)
-    wanted = {f"ray_{name}" for name in {**present, **added}}
-    assert {"ray_swap_rate", "ray_first_token_seconds", "ray_turn_seconds_decode"} <= wanted
-    found = scrape(wanted, timeout_s=40)
-    assert found.keys() == wanted
-    assert float(found["ray_answer_tokens_total"].rpartition(" ")[2]) == turn.num_answer_tokens == 40
-    assert all('job="session"' in line and 'run="own"' in line for line in found.values())
-    ray.get(actor.close.remote())
-    ray.kill(actor)
-    ray.kill(service)
