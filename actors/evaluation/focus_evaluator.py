@@ -16,6 +16,7 @@ from actors.evaluation.contents import Contents, Reading
 from actors.evaluation.focus_search import Choices, FocusSearch, Room, SingleGains
 from actors.evaluation.lens_rival import LensRival
 from actors.evaluation.names import SharedNames
+from actors.evaluation.opened import open_searchable
 from actors.evaluation.oracle import choosing_half, scoring_half
 from actors.evaluation.places import Place
 from actors.evaluation.retrieval import Retrieval
@@ -36,7 +37,6 @@ from models.tokenizer import Tokenizer
 from storage.contract import TreeReader
 from storage.lexical import LexicalSearcher
 from storage.schema import KEYS
-from storage.store import Store
 
 
 @dataclass(frozen=True)
@@ -52,14 +52,8 @@ class FocusEvaluatorSpec:
 
     def build(self, gistnets: list[GistNet]) -> FocusEvaluator:
         """The evaluator, of the one net that made the tree."""
-        store = Store(self.store.root)
-        return FocusEvaluator(
-            self,
-            BaseLM.load(self.base_lm),
-            gistnets[0],
-            store.open_reader(self.store.context, seq=self.seq),
-            LexicalSearcher(store.folder(self.store.context), Tokenizer.load(self.base_lm).decode_batch),
-        )
+        opened = open_searchable(self.store, self.seq, Tokenizer.load(self.base_lm))
+        return FocusEvaluator(self, BaseLM.load(self.base_lm), gistnets[0], *opened)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from actors.evaluation import rivals
 from actors.evaluation.candidate_finder import CandidateFinder
 from actors.evaluation.contents import Contents, Reading
 from actors.evaluation.lens_rival import LensRival
+from actors.evaluation.opened import open_searchable
 from actors.evaluation.oracle import choose
 from actors.evaluation.retrieval import RANDOM_SEED_STRIDE, Retrieval, shortlist
 from actors.evaluation.rivals import Condition
@@ -46,7 +47,6 @@ from models.tokenizer import Tokenizer
 from storage.contract import TreeReader
 from storage.lexical import LexicalSearcher
 from storage.schema import KEYS
-from storage.store import Store
 
 EXTRA_TOKENS = 4
 """Tokens a greedy answer may be longer than the answer: quotes, a space."""
@@ -91,17 +91,10 @@ class TaskEvaluatorSpec:
 
     def build(self, gistnets: list[GistNet]) -> TaskEvaluator:
         """The evaluator, of the one net that made the tree."""
-        store = Store(self.store.root)
         tokenizer = Tokenizer.load(self.base_lm)
-        return TaskEvaluator(
-            self.evaluation,
-            BaseLM.load(self.base_lm),
-            gistnets[0],
-            Compactor(self.compactor, gistnets[0]),
-            tokenizer,
-            store.open_reader(self.store.context, seq=self.seq),
-            LexicalSearcher(store.folder(self.store.context), tokenizer.decode_batch),
-        )
+        compactor = Compactor(self.compactor, gistnets[0])
+        opened = open_searchable(self.store, self.seq, tokenizer)
+        return TaskEvaluator(self.evaluation, BaseLM.load(self.base_lm), gistnets[0], compactor, tokenizer, *opened)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import numpy as np
 
 from actors.evaluation.candidate_finder import CandidateFinder
 from actors.evaluation.contents import Contents, Reading
+from actors.evaluation.opened import open_searchable
 from actors.evaluation.places import Place
 from actors.evaluation.scorer import Scorer
 from actors.labelling.edits import MeasuredContexts, PlaceLabels, proposed_edits, tail_start
@@ -23,7 +24,6 @@ from models.tokenizer import Tokenizer
 from storage.contract import TreeReader
 from storage.lexical import LexicalSearcher
 from storage.schema import KEYS
-from storage.store import Store
 
 
 @dataclass(frozen=True)
@@ -39,14 +39,8 @@ class LabelMakerSpec:
 
     def build(self, gistnets: list[GistNet]) -> LabelMaker:
         """The maker, with the one net that made the tree."""
-        store = Store(self.store.root)
-        return LabelMaker(
-            self,
-            BaseLM.load(self.base_lm),
-            gistnets[0],
-            store.open_reader(self.store.context, seq=self.seq),
-            LexicalSearcher(store.folder(self.store.context), Tokenizer.load(self.base_lm).decode_batch),
-        )
+        opened = open_searchable(self.store, self.seq, Tokenizer.load(self.base_lm))
+        return LabelMaker(self, BaseLM.load(self.base_lm), gistnets[0], *opened)
 
 
 class LabelMaker:

@@ -13,6 +13,7 @@ import numpy as np
 from actors.compactor import Compactor, CompactorSpec
 from actors.evaluation.candidate_finder import CandidateFinder
 from actors.evaluation.contents import Contents, Reading
+from actors.evaluation.opened import open_searchable
 from actors.evaluation.scorer import Scorer
 from actors.evaluation.task_evaluator import tasks_of
 from actors.evaluation.task_places import TaskPlace
@@ -31,7 +32,6 @@ from models.tokenizer import Tokenizer
 from storage.contract import TreeReader
 from storage.lexical import LexicalSearcher
 from storage.schema import KEYS
-from storage.store import Store
 
 
 @dataclass(frozen=True)
@@ -49,15 +49,9 @@ class TaskLabelMakerSpec:
 
     def build(self, gistnets: list[GistNet]) -> TaskLabelMaker:
         """The maker, with the one net that made the tree."""
-        store = Store(self.store.root)
-        return TaskLabelMaker(
-            self,
-            BaseLM.load(self.base_lm),
-            gistnets[0],
-            Compactor(self.compactor, gistnets[0]),
-            store.open_reader(self.store.context, seq=self.seq),
-            LexicalSearcher(store.folder(self.store.context), Tokenizer.load(self.base_lm).decode_batch),
-        )
+        opened = open_searchable(self.store, self.seq, Tokenizer.load(self.base_lm))
+        compactor = Compactor(self.compactor, gistnets[0])
+        return TaskLabelMaker(self, BaseLM.load(self.base_lm), gistnets[0], compactor, *opened)
 
 
 class TaskLabelMaker:
