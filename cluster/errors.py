@@ -65,6 +65,10 @@ class OutOfOrderError(StorageError):
     """A write that would leave a gap in a document or a level, or contradict what is stored."""
 
 
+class BranchConflictError(StorageError):
+    """Two branches that cannot be joined as asked; nothing was changed."""
+
+
 class DiskFullError(StorageError):
     """The disk cannot hold the write, or an estimate says it will not. Nothing was lost."""
 

@@ -23,16 +23,21 @@ CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE writer (only INTEGER PRIMARY KEY CHECK (only = 1), epoch INTEGER NOT NULL, owner TEXT NOT NULL);
 CREATE TABLE encodings (encoding_id INTEGER PRIMARY KEY AUTOINCREMENT, body TEXT NOT NULL);
 
--- A branch is a movable tip. parent and fork_block are NULL for a root branch.
+-- A branch is a movable tip. What it shares with its parent, the version fork_seq up to block fork_block, it has in
+-- encoding fork_encoding_id; all of that is NULL without a parent. bases: the first node of its own, of LOD0 (blocks),
+-- LOD1, ... as JSON. documents_from: the first block of its own documents. state: live or retired.
 CREATE TABLE branches (
   branch_id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE, encoding_id INTEGER NOT NULL,
-  parent_branch_id INTEGER, fork_block INTEGER, head_seq INTEGER NOT NULL);
+  parent_branch_id INTEGER, fork_block INTEGER, head_seq INTEGER NOT NULL, fork_seq INTEGER,
+  fork_encoding_id INTEGER, bases TEXT NOT NULL DEFAULT '[]', documents_from INTEGER NOT NULL DEFAULT 0,
+  state TEXT NOT NULL DEFAULT 'live', created_at REAL NOT NULL DEFAULT 0, retired_at REAL);
 
 -- One row a commit: an immutable version. level_counts: nodes of LOD1, LOD2, ... as JSON. The newest row is never
 -- deleted, so that no seq comes twice.
 CREATE TABLE commits (
   seq INTEGER PRIMARY KEY, branch_id INTEGER NOT NULL, encoding_id INTEGER NOT NULL,
-  num_tokens INTEGER NOT NULL, level_counts TEXT NOT NULL, created_at REAL NOT NULL, request_id TEXT NOT NULL);
+  num_tokens INTEGER NOT NULL, level_counts TEXT NOT NULL, created_at REAL NOT NULL, request_id TEXT NOT NULL,
+  author TEXT NOT NULL DEFAULT '', job TEXT NOT NULL DEFAULT '', message TEXT NOT NULL DEFAULT '');
 
 CREATE TABLE documents (
   document_id INTEGER PRIMARY KEY AUTOINCREMENT, branch_id INTEGER NOT NULL, key TEXT NOT NULL, uri TEXT NOT NULL,
@@ -67,13 +72,51 @@ CREATE TABLE node_states (
   state TEXT NOT NULL, PRIMARY KEY (branch_id, lod, first)) WITHOUT ROWID;
 -- Data derived behind the commits (counters) and how far each has come; the lexical index keeps its own mark.
 CREATE TABLE derived (name TEXT PRIMARY KEY, branch_id INTEGER NOT NULL, next_block INTEGER NOT NULL) WITHOUT ROWID;
-CREATE TABLE tags (name TEXT PRIMARY KEY, seq INTEGER NOT NULL, created_at REAL NOT NULL) WITHOUT ROWID;
+CREATE TABLE tags (
+  name TEXT PRIMARY KEY, seq INTEGER NOT NULL, created_at REAL NOT NULL, author TEXT NOT NULL DEFAULT '',
+  message TEXT NOT NULL DEFAULT '') WITHOUT ROWID;
 CREATE TABLE audit (
   audit_id INTEGER PRIMARY KEY AUTOINCREMENT, at REAL NOT NULL, actor TEXT NOT NULL, action TEXT NOT NULL,
   detail TEXT NOT NULL);
 """
 
-MIGRATIONS: dict[int, Callable[[sqlite3.Connection], None]] = {}
+# The audit log only grows, whoever opens the file.
+_AUDIT_GUARDS = """
+CREATE TRIGGER audit_is_not_changed BEFORE UPDATE ON audit
+BEGIN SELECT RAISE(ABORT, 'the audit log is append-only'); END;
+CREATE TRIGGER audit_is_not_shortened BEFORE DELETE ON audit
+BEGIN SELECT RAISE(ABORT, 'the audit log is append-only'); END;
+"""
+
+
+def _run(db: sqlite3.Connection, script: str) -> None:
+    """Each statement of a script, in the transaction that is open (`executescript` would commit it)."""
+    for statement in script.split(";\n"):
+        if statement.strip():
+            db.execute(statement)
+
+
+def _add_forks_and_authors(db: sqlite3.Connection) -> None:
+    """Format 1 to 2: branches may have a parent, versions and tags an author, and the audit log guards itself."""
+    for table, column in (
+        ("branches", "fork_seq INTEGER"),
+        ("branches", "fork_encoding_id INTEGER"),
+        ("branches", "bases TEXT NOT NULL DEFAULT '[]'"),
+        ("branches", "documents_from INTEGER NOT NULL DEFAULT 0"),
+        ("branches", "state TEXT NOT NULL DEFAULT 'live'"),
+        ("branches", "created_at REAL NOT NULL DEFAULT 0"),
+        ("branches", "retired_at REAL"),
+        ("commits", "author TEXT NOT NULL DEFAULT ''"),
+        ("commits", "job TEXT NOT NULL DEFAULT ''"),
+        ("commits", "message TEXT NOT NULL DEFAULT ''"),
+        ("tags", "author TEXT NOT NULL DEFAULT ''"),
+        ("tags", "message TEXT NOT NULL DEFAULT ''"),
+    ):
+        db.execute(f"ALTER TABLE {table} ADD COLUMN {column}")
+    _run(db, _AUDIT_GUARDS)
+
+
+MIGRATIONS: dict[int, Callable[[sqlite3.Connection], None]] = {1: _add_forks_and_authors}
 """Step from format n to n + 1, run by the writer in one transaction before anything else."""
 
 
@@ -93,9 +136,7 @@ def create(folder: Path, meta: dict[str, str]) -> None:
             connection.execute("PRAGMA synchronous=FULL")
             # One explicit transaction: a crash leaves an empty database, never half a schema.
             connection.execute("BEGIN IMMEDIATE")
-            for statement in _SCHEMA.split(";\n"):
-                if statement.strip():
-                    connection.execute(statement)
+            _run(connection, _SCHEMA + _AUDIT_GUARDS)
             rows = {**meta, "format_version": str(FORMAT_VERSION), "created_at": str(time.time())}
             connection.executemany("INSERT INTO meta VALUES (?, ?)", rows.items())
             connection.execute("INSERT INTO writer VALUES (1, 0, '')")

@@ -12,11 +12,14 @@ import numpy as np
 from cluster.errors import OutOfOrderError
 from storage.contract import DocumentInfo, DocumentMark, DocumentMeta, SpanWrite
 from storage.geometry import NO_TOKEN
+from storage.lineage import Lineage
 
 _COLUMNS = (
     "d.document_id, d.key, d.uri, d.content_sha256, d.size_bytes, d.modified_at, d.tags, d.first_block, d.num_blocks, "
     "d.num_tokens, d.state"
 )
+
+_BEFORE = "d.first_block < coalesce(?, 9223372036854775807)"
 
 
 @dataclass
@@ -76,14 +79,17 @@ class OpenDocument:
         self.tail = self.tail[:0]
 
 
-def find_document(connection: sqlite3.Connection, branch_id: int, key: str) -> OpenDocument | None:
+def find_document(connection: sqlite3.Connection, lineage: Lineage, key: str) -> OpenDocument | None:
     """The document of a key, with its tail."""
-    row = connection.execute(
-        f"SELECT {_COLUMNS}, t.tokens FROM documents d LEFT JOIN tails t ON t.document_id = d.document_id "
-        "WHERE d.branch_id = ? AND d.key = ?",
-        (branch_id, key),
-    ).fetchone()
-    return None if row is None else _document(row)
+    for part in reversed(lineage.document_parts()):
+        row = connection.execute(
+            f"SELECT {_COLUMNS}, t.tokens FROM documents d LEFT JOIN tails t ON t.document_id = d.document_id "
+            f"WHERE d.branch_id = ? AND d.key = ? AND {_BEFORE}",
+            (part.branch_id, key, part.stop),
+        ).fetchone()
+        if row is not None:
+            return _document(row)
+    return None
 
 
 def open_document(connection: sqlite3.Connection, branch_id: int) -> OpenDocument | None:
@@ -151,22 +157,27 @@ def _set_tail(db: sqlite3.Connection, branch_id: int, document_id: int, tail: np
         db.execute("DELETE FROM tails WHERE branch_id = ?", (branch_id,))
 
 
-def document_infos(connection: sqlite3.Connection, branch_id: int, num_blocks: int) -> list[DocumentInfo]:
+def document_infos(connection: sqlite3.Connection, lineage: Lineage, num_blocks: int) -> list[DocumentInfo]:
     """Documents that begin before block `num_blocks`, in timeline order."""
-    rows = connection.execute(
-        f"SELECT {_COLUMNS}, NULL FROM documents d WHERE d.branch_id = ? AND d.first_block < ? AND d.num_blocks > 0 "
-        "ORDER BY d.first_block",
-        (branch_id, num_blocks),
-    )
-    return [_info(_document(row)) for row in rows]
+    infos = []
+    for part in lineage.document_parts():
+        stop = num_blocks if part.stop is None else min(part.stop, num_blocks)
+        rows = connection.execute(
+            f"SELECT {_COLUMNS}, NULL FROM documents d WHERE d.branch_id = ? AND {_BEFORE} AND d.num_blocks > 0 "
+            "ORDER BY d.first_block",
+            (part.branch_id, stop),
+        )
+        infos += [_info(_document(row)) for row in rows]
+    return infos
 
 
-def document_info_at(connection: sqlite3.Connection, branch_id: int, block: int) -> DocumentInfo | None:
+def document_info_at(connection: sqlite3.Connection, lineage: Lineage, block: int) -> DocumentInfo | None:
     """The document whose span holds a block."""
+    part = next(part for part in reversed(lineage.document_parts()) if part.first <= block)
     row = connection.execute(
         f"SELECT {_COLUMNS}, NULL FROM documents d WHERE d.branch_id = ? AND d.first_block <= ? AND d.num_blocks > 0 "
         "ORDER BY d.first_block DESC LIMIT 1",
-        (branch_id, block),
+        (part.branch_id, block),
     ).fetchone()
     return None if row is None else _info(_document(row))
 

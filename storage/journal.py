@@ -40,6 +40,8 @@ class Level:
     encoding_id: int
     lod: int
     layout: Layout
+    base: int = 0
+    """The first node that the branch holds itself: a multiple of 32. Its ancestors hold those before."""
 
     @property
     def node_bytes(self) -> int:
@@ -52,14 +54,14 @@ class Level:
         return self.branch_id, self.encoding_id, self.lod
 
 
-def block_level(branch_id: int) -> Level:
+def block_level(branch_id: int, base: int = 0) -> Level:
     """Level of the tokens."""
-    return Level(branch_id, BLOCKS, 0, BLOCK_LAYOUT)
+    return Level(branch_id, BLOCKS, 0, BLOCK_LAYOUT, base)
 
 
-def gist_level(branch_id: int, encoding_id: int, encoding: Encoding, lod: int) -> Level:
+def gist_level(branch_id: int, encoding_id: int, encoding: Encoding, lod: int, base: int = 0) -> Level:
     """Level `lod >= 1` of an encoding."""
-    return Level(branch_id, encoding_id, lod, encoding.stored())
+    return Level(branch_id, encoding_id, lod, encoding.stored(), base)
 
 
 @dataclass(frozen=True)

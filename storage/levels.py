@@ -13,33 +13,36 @@ from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.errors import InvalidWriteError, OutOfOrderError
 from storage.codec import Values, check_names, encode_arrays
 from storage.journal import Level
+from storage.lineage import Branch
 from storage.schema import Encoding
 
 
 def sealed_nodes(connection: sqlite3.Connection, level: Level) -> int:
-    """Nodes of a level that are in segments: a prefix of the level."""
+    """How far a level is in segments, counted from its first node, whoever holds that: a prefix of the level."""
     row = connection.execute(
         "SELECT first + count FROM extents WHERE branch_id = ? AND encoding_id = ? AND lod = ? "
         "ORDER BY first DESC LIMIT 1",
         level.key,
     ).fetchone()
-    return 0 if row is None else int(row[0])
+    return level.base if row is None else int(row[0])
 
 
-def level_counts(connection: sqlite3.Connection, branch_id: int, encoding_id: int) -> tuple[int, ...]:
-    """Nodes stored of LOD1, LOD2, … of an encoding."""
+def level_counts(
+    connection: sqlite3.Connection, branch: Branch, encoding_id: int, encoding: Encoding
+) -> tuple[int, ...]:
+    """Nodes stored of LOD1, LOD2, … of an encoding, those that a branch shares with its ancestors included."""
     counts: list[int] = []
     while True:
-        lod = len(counts) + 1
+        level = branch.level(encoding_id, encoding, len(counts) + 1)
         found = [
             connection.execute(
                 f"SELECT first + count FROM {table} WHERE branch_id = ? AND encoding_id = ? AND lod = ? "
                 "ORDER BY first DESC LIMIT 1",
-                (branch_id, encoding_id, lod),
+                level.key,
             ).fetchone()
             for table in ("extents", "journal")
         ]
-        stored = max((int(row[0]) for row in found if row is not None), default=0)
+        stored = max((int(row[0]) for row in found if row is not None), default=level.base)
         if stored == 0:
             return tuple(counts)
         counts.append(stored)

@@ -26,12 +26,15 @@ from storage.contract import DocumentInfo, Tail, Version
 from storage.documents import document_info_at, document_infos, open_document
 from storage.journal import Level, Run
 from storage.levels import level_counts
+from storage.lineage import LIVE, Branch, Lineage, Part, branches, find_branch, load_lineage
 from storage.schema import ArraySpec, Encoding
 from storage.sealing import SEGMENT_FOLDER
-from storage.stored_nodes import StoredNodes
+from storage.stored_nodes import Extent, StoredNodes
 
 CACHED_RUNS = 256
 """Journal runs kept parsed: at most 32 nodes each, about 20 MB at d = 576 with keys."""
+
+_NO_STOP = 2**63 - 1
 
 
 class ContextReader:
@@ -66,13 +69,14 @@ class ContextReader:
                 catalogue.translated(folder / catalogue.CATALOGUE_FILE),
                 catalogue.snapshot(self._connection) as db,
             ):
-                self._branch_id, self._encoding_id, self._version = _load_version(db, name, branch, seq)
+                self._lineage, self._encoding_id, self._version = _load_version(db, name, branch, seq)
                 if encoding_id is not None and encoding_id != self._encoding_id:
-                    self._version = _with_encoding(db, self._version, self._branch_id, encoding_id)
+                    self._version = _with_encoding(db, self._version, self._lineage.branch, encoding_id)
                     self._encoding_id = encoding_id
         except BaseException:
             self._connection.close()
             raise
+        self._parts_of: dict[tuple[int, int, int], list[Part]] = {}
         self._nodes: dict[tuple[str, int], StoredNodes] = {}
         self._specs: dict[tuple[str, int], tuple[ArraySpec, list[StoredNodes]]] = {}
         self._cached_run = functools.lru_cache(maxsize=CACHED_RUNS)(self._load_run)
@@ -82,23 +86,51 @@ class ContextReader:
         """The version this reader is pinned to."""
         return self._version
 
+    @property
+    def lineage(self) -> Lineage:
+        """The version's branch and its ancestors."""
+        return self._lineage
+
+    @property
+    def encoding_id(self) -> int:
+        """The catalogue's number of the encoding that is read."""
+        return self._encoding_id
+
     # -- where nodes are -----------------------------------------------------------------------------------------
 
-    def extents(self, level: Level) -> list[tuple[int, int, Path]]:
-        """`(first, count, segment folder)` of a level's sealed nodes, in order."""
+    def extents(self, level: Level) -> list[Extent]:
+        """A level's sealed nodes, in order."""
+        found = []
         with catalogue.translated(self.folder / catalogue.CATALOGUE_FILE):
-            rows = self._connection.execute(
-                "SELECT e.first, e.count, s.folder FROM extents e JOIN segments s USING (segment_id) "
-                "WHERE branch_id = ? AND encoding_id = ? AND lod = ? ORDER BY e.first",
-                level.key,
-            ).fetchall()
-        return [(first, count, self.folder / SEGMENT_FOLDER / folder) for first, count, folder in rows]
+            for part in self._parts(level):
+                rows = self._connection.execute(
+                    "SELECT e.first, e.count, s.folder FROM extents e JOIN segments s USING (segment_id) "
+                    "WHERE branch_id = ? AND encoding_id = ? AND lod = ? AND e.first < ? ORDER BY e.first",
+                    (*part.level.key, _NO_STOP if part.stop is None else part.stop),
+                )
+                found += [
+                    Extent(first, count, min(first + count, part.stop or _NO_STOP), self.folder / SEGMENT_FOLDER / name)
+                    for first, count, name in rows
+                ]
+        return found
 
     def run(self, level: Level, index: int) -> Run | None:
         """The journal's run that holds a node, or None when the journal does not hold it (any more)."""
+        part = next(part for part in reversed(self._parts(level)) if part.first <= index)
         with catalogue.translated(self.folder / catalogue.CATALOGUE_FILE):
-            found = journal.find(self._connection, level, index)
-            return None if found is None else self._cached_run(level, found[0])
+            found = journal.find(self._connection, part.level, index)
+            return None if found is None else self._cached_run(part.level, found[0])
+
+    def _parts(self, level: Level) -> list[Part]:
+        """Who holds which nodes of a level of this branch."""
+        parts = self._parts_of.get(level.key)
+        if parts is None:
+            if level.encoding_id == journal.BLOCKS:
+                parts = self._lineage.block_parts()
+            else:
+                parts = self._lineage.parts(level.encoding_id, self._version.encoding, level.lod)
+            self._parts_of[level.key] = parts
+        return parts
 
     def _load_run(self, level: Level, row_id: int) -> Run | None:
         return journal.load(self._connection, level, row_id)
@@ -106,7 +138,7 @@ class ContextReader:
     def _blocks(self, name: str) -> StoredNodes:
         nodes = self._nodes.get((name, 0))
         if nodes is None:
-            level = journal.block_level(self._branch_id)
+            level = self._lineage.branch.block_level()
             stored = next(s for s in level.layout if s.name == name)
             nodes = self._nodes[name, 0] = StoredNodes(self, level, stored, self._version.num_blocks)
         return nodes
@@ -117,7 +149,7 @@ class ContextReader:
             if lod < 1:
                 raise NodeMissingError(f"LOD{lod} holds no array {name!r}; arrays begin at LOD1, tokens are LOD0")
             spec = self._version.encoding.spec(name)
-            level = journal.gist_level(self._branch_id, self._encoding_id, self._version.encoding, lod)
+            level = self._lineage.branch.level(self._encoding_id, self._version.encoding, lod)
             num_nodes = self._version.num_nodes(lod)
             found = spec, [StoredNodes(self, level, stored, num_nodes) for stored in spec.stored()]
             self._specs[name, lod] = found
@@ -164,17 +196,31 @@ class ContextReader:
         # A group without a node is asked for as one node, and so refused as missing.
         return self._consecutive(name, lod, first, max(1, min(K, self._version.num_nodes(lod) - first)))
 
+    def stored_arrays(self, lod: int, first: int, count: int) -> dict[str, np.ndarray]:
+        """Consecutive nodes as they are stored, all arrays of the level: `(count * rows_per_node, width)` by name.
+
+        LOD0 counts blocks. Errors as `read`.
+        """
+        if lod == 0:
+            nodes = [self._blocks(stored.name) for stored in journal.BLOCK_LAYOUT]
+            names = [stored.name for stored in journal.BLOCK_LAYOUT]
+        else:
+            nodes = [n for spec in self._version.encoding.arrays for n in self._level(spec.name, lod)[1]]
+            names = [stored.name for stored in self._version.encoding.stored()]
+        arrays = {name: n.nodes(first, count) for name, n in zip(names, nodes, strict=True)}
+        return {name: values.reshape(-1, values.shape[-1]) for name, values in arrays.items()}
+
     def documents(self) -> list[DocumentInfo]:
         """The version's documents in timeline order (`TreeReader.documents`)."""
         with catalogue.translated(self.folder / catalogue.CATALOGUE_FILE):
-            found = document_infos(self._connection, self._branch_id, self._version.num_blocks)
+            found = document_infos(self._connection, self._lineage, self._version.num_blocks)
         return [self._clipped(document) for document in found]
 
     def document_at(self, block: int) -> DocumentInfo:
         """The document a block belongs to (`TreeReader.document_at`)."""
         if 0 <= block < self._version.num_blocks:
             with catalogue.translated(self.folder / catalogue.CATALOGUE_FILE):
-                found = document_info_at(self._connection, self._branch_id, block)
+                found = document_info_at(self._connection, self._lineage, block)
             if found is not None:
                 return self._clipped(found)
         raise NodeMissingError(
@@ -201,8 +247,9 @@ class ContextReader:
             catalogue.translated(self.folder / catalogue.CATALOGUE_FILE),
             catalogue.snapshot(self._connection) as db,
         ):
-            head = db.execute("SELECT head_seq FROM branches WHERE branch_id = ?", (self._branch_id,)).fetchone()[0]
-            document = open_document(db, self._branch_id) if head == self._version.seq else None
+            branch_id = self._lineage.branch.branch_id
+            head = db.execute("SELECT head_seq FROM branches WHERE branch_id = ?", (branch_id,)).fetchone()[0]
+            document = open_document(db, branch_id) if head == self._version.seq else None
         if document is None or len(document.tail) == 0:
             return None
         return Tail(document.meta, document.tail)
@@ -221,28 +268,31 @@ class ContextReader:
         self.close()
 
 
-def _load_version(db: sqlite3.Connection, name: str, branch: str, seq: int | None) -> tuple[int, int, Version]:
-    row = db.execute("SELECT branch_id, head_seq FROM branches WHERE name = ?", (branch,)).fetchone()
-    if row is None:
-        known = ", ".join(r[0] for r in db.execute("SELECT name FROM branches ORDER BY name"))
-        raise StorageError(f"context {name!r} has no branch {branch!r}; it has: {known}")
-    branch_id, head = row
-    wanted = head if seq is None else seq
+def _load_version(db: sqlite3.Connection, name: str, branch_name: str, seq: int | None) -> tuple[Lineage, int, Version]:
+    branch = find_branch(db, branch_name)
+    if branch is None:
+        known = ", ".join(b.name for b in branches(db) if b.state == LIVE)
+        raise StorageError(f"context {name!r} has no branch {branch_name!r}; it has: {known}")
+    wanted = branch.head_seq if seq is None else seq
     commit = db.execute(
-        "SELECT c.encoding_id, e.body, c.num_tokens, c.level_counts FROM commits c "
-        "JOIN encodings e USING (encoding_id) WHERE c.seq = ? AND c.branch_id = ?",
-        (wanted, branch_id),
+        "SELECT c.branch_id, c.encoding_id, e.body, c.num_tokens, c.level_counts FROM commits c "
+        "JOIN encodings e USING (encoding_id) WHERE c.seq = ?",
+        (wanted,),
     ).fetchone()
     if commit is None:
-        raise StorageError(f"branch {branch!r} of context {name!r} has no version {wanted}; the newest is {head}")
-    counts = tuple(json.loads(commit[3]))
-    version = Version(name, branch, wanted, Encoding.from_json(commit[1]), commit[2], counts)
-    return branch_id, commit[0], version
+        raise StorageError(
+            f"context {name!r} has no version {wanted}; the newest of branch {branch_name!r} is {branch.head_seq}"
+        )
+    # A version may be of an ancestor, or of a branch whose name went to another since.
+    lineage = load_lineage(db, commit[0])
+    counts = tuple(json.loads(commit[4]))
+    version = Version(name, lineage.branch.name, wanted, Encoding.from_json(commit[2]), commit[3], counts)
+    return lineage, commit[1], version
 
 
-def _with_encoding(db: sqlite3.Connection, version: Version, branch_id: int, encoding_id: int) -> Version:
+def _with_encoding(db: sqlite3.Connection, version: Version, branch: Branch, encoding_id: int) -> Version:
     row = db.execute("SELECT body FROM encodings WHERE encoding_id = ?", (encoding_id,)).fetchone()
     if row is None:
         raise StorageError(f"context {version.context!r} has no encoding {encoding_id}")
-    counts = level_counts(db, branch_id, encoding_id)
-    return replace(version, encoding=Encoding.from_json(row[0]), level_counts=counts)
+    encoding = Encoding.from_json(row[0])
+    return replace(version, encoding=encoding, level_counts=level_counts(db, branch, encoding_id, encoding))

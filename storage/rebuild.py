@@ -49,7 +49,7 @@ class EncodingBuilder:
         """Nodes of LOD1, LOD2, … built so far."""
         writer = self._writer
         with writer.lock, catalogue.translated(writer.folder / catalogue.CATALOGUE_FILE):
-            return level_counts(writer.connection, writer.branch_id, self.encoding_id)
+            return level_counts(writer.connection, writer.branch, self.encoding_id, self.encoding)
 
     def put_nodes(self, lod: int, first: int, arrays: Mapping[str, Values]) -> Ack:
         """Store nodes of any level from LOD1 on; idempotent and gapless like `TreeWriter.put_nodes`."""
@@ -61,7 +61,7 @@ class EncodingBuilder:
             nodes = fresh_nodes(self.encoding, writer.version().num_blocks, counts, lod, first, arrays)
             if nodes is None:
                 return Ack(writer.version())
-            level = journal.gist_level(writer.branch_id, self.encoding_id, self.encoding, lod)
+            level = writer.branch.level(self.encoding_id, self.encoding, lod)
             with writer.commit() as db:
                 journal.insert(db, level, nodes.first, nodes.count, nodes.arrays, writer.row_ids)
             writer.sealer.notify(nodes.first, nodes.count)

@@ -143,14 +143,14 @@ class Sealer:
         """
         writer, db = self._writer, self._writer.connection
         num_blocks = writer.version().num_blocks
-        base = journal.block_level(writer.branch_id)
-        gists = journal.gist_level(writer.branch_id, writer.encoding_id, writer.encoding, 1)
+        base = writer.branch.block_level()
+        gists = writer.branch.level(writer.encoding_id, writer.encoding, 1)
         levels = [(base, num_blocks), (gists, num_blocks)]
         for encoding_id, body in db.execute("SELECT encoding_id, body FROM encodings").fetchall():
             encoding = Encoding.from_json(body)
-            for lod, count in enumerate(level_counts(db, writer.branch_id, encoding_id), start=1):
+            for lod, count in enumerate(level_counts(db, writer.branch, encoding_id, encoding), start=1):
                 if lod > 1 or encoding_id != writer.encoding_id:
-                    levels.append((journal.gist_level(writer.branch_id, encoding_id, encoding, lod), count))
+                    levels.append((writer.branch.level(encoding_id, encoding, lod), count))
         full = []
         for level, count in levels:
             first = sealed_nodes(db, level)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from cluster.errors import ContextNotFoundError, DiskFullError, IncompatibleTreeError, WriterConflictError
 from storage import catalogue
+from storage.commits import Writing, insert_commit
 from storage.durable import fsync_folder
 from storage.reader import ContextReader
 from storage.schema import Encoding, TreeIdentity, check_same
@@ -267,14 +268,12 @@ class Store:
 def _create_main_branch(db: sqlite3.Connection, encoding: Encoding) -> None:
     encoding_id = db.execute("INSERT INTO encodings (body) VALUES (?)", (encoding.to_json(),)).lastrowid
     branch_id = db.execute(
-        "INSERT INTO branches (name, encoding_id, head_seq) VALUES (?, ?, 0)", (MAIN_BRANCH, encoding_id)
+        "INSERT INTO branches (name, encoding_id, head_seq, created_at) VALUES (?, ?, 0, ?)",
+        (MAIN_BRANCH, encoding_id, time.time()),
     ).lastrowid
-    seq = db.execute(
-        "INSERT INTO commits (branch_id, encoding_id, num_tokens, level_counts, created_at, request_id) "
-        "VALUES (?, ?, 0, '[]', ?, 'create')",
-        (branch_id, encoding_id, time.time()),
-    ).lastrowid
-    db.execute("UPDATE branches SET head_seq = ? WHERE branch_id = ?", (seq, branch_id))
+    assert branch_id is not None
+    assert encoding_id is not None
+    insert_commit(db, Writing.of_this_process(), branch_id, encoding_id, 0, (), "create")
 
 
 def estimate_bytes(encoding: Encoding, num_tokens: int) -> int:

@@ -23,6 +23,18 @@ from storage.sealing import array_spec
 from storage.segment import CRC_BYTES, SegmentArray, window_over
 
 
+@dataclass(frozen=True)
+class Extent:
+    """Consecutive nodes in one segment."""
+
+    first: int
+    count: int
+    """Of the segment's array."""
+    stop: int
+    """Nodes from here on are not of this branch, though the segment may hold some that followed on its parent."""
+    folder: Path
+
+
 class NodePlaces(Protocol):
     """Who knows where a version's nodes are."""
 
@@ -31,8 +43,8 @@ class NodePlaces(Protocol):
         """The pinned version."""
         ...
 
-    def extents(self, level: Level) -> list[tuple[int, int, Path]]:
-        """`(first, count, segment folder)` of a level's sealed nodes, in order."""
+    def extents(self, level: Level) -> list[Extent]:
+        """A level's sealed nodes, in order."""
         ...
 
     def run(self, level: Level, index: int) -> Run | None:
@@ -41,11 +53,19 @@ class NodePlaces(Protocol):
 
 
 @dataclass
-class _Extent:
-    first: int
-    count: int
-    folder: Path
+class _MappedExtent:
+    """An extent, and its array once that is mapped."""
+
+    extent: Extent
     array: SegmentArray | None = None
+
+    @property
+    def first(self) -> int:
+        return self.extent.first
+
+    @property
+    def stop(self) -> int:
+        return self.extent.stop
 
 
 class StoredNodes:
@@ -60,7 +80,7 @@ class StoredNodes:
         flat = level.encoding_id == journal.BLOCKS
         self._rows = stored.width if flat else stored.rows_per_node
         self._shape = (stored.rows_per_node, stored.width)
-        self._extents: list[_Extent] = []
+        self._extents: list[_MappedExtent] = []
         # Sibling groups, each a chunk of its segment, that may be gathered: mapped, and their checksums are right.
         self._checked = np.zeros(-(-num_nodes // K), bool)
         self.refresh()
@@ -69,11 +89,11 @@ class StoredNodes:
         """Learn of segments sealed since."""
         known = {extent.first: extent for extent in self._extents}
         found = self._places.extents(self._level)
-        self._extents = [known.get(first) or _Extent(first, count, folder) for first, count, folder in found]
+        self._extents = [known.get(extent.first) or _MappedExtent(extent) for extent in found]
         self._starts = [extent.first for extent in self._extents]
         self._start_column = np.array(self._starts, np.int64)
         # By position among the extents, counted from 1: what precedes the first one ends at 0 and so holds nothing.
-        self._stop_column = np.array([0, *(extent.first + extent.count for extent in self._extents)], np.int64)
+        self._stop_column = np.array([0, *(extent.stop for extent in self._extents)], np.int64)
         self._open_window()
 
     def _open_window(self) -> None:
@@ -90,17 +110,18 @@ class StoredNodes:
                 before = extent.first * self._stored.node_bytes + extent.first // K * CRC_BYTES
                 self._origins[position] = extent.array.address - base - before
 
-    def _sealed(self, index: int) -> _Extent | None:
+    def _sealed(self, index: int) -> _MappedExtent | None:
         position = bisect.bisect_right(self._starts, index) - 1
         if position < 0:
             return None
         extent = self._extents[position]
-        return extent if index < extent.first + extent.count else None
+        return extent if index < extent.stop else None
 
-    def _map(self, extent: _Extent) -> SegmentArray:
-        if extent.array is None:
-            extent.array = SegmentArray(extent.folder, array_spec(self._level, self._stored, extent.count))
-        return extent.array
+    def _map(self, mapped: _MappedExtent) -> SegmentArray:
+        if mapped.array is None:
+            extent = mapped.extent
+            mapped.array = SegmentArray(extent.folder, array_spec(self._level, self._stored, extent.count))
+        return mapped.array
 
     def _check(self, first: int, count: int) -> None:
         if first < 0 or count < 0 or first + count > self.num_nodes:
@@ -114,7 +135,7 @@ class StoredNodes:
         """Copy of consecutive nodes: `(count, rows_per_node, width)`."""
         self._check(first, count)
         extent = self._sealed(first)
-        if extent is not None and first + count <= extent.first + extent.count:
+        if extent is not None and first + count <= extent.stop:
             rows = self._map(extent).rows((first - extent.first) * self._rows, count * self._rows)
             return rows.reshape(count, *self._shape)
         out = np.empty((count, *self._shape), self._stored.dtype)
@@ -132,7 +153,7 @@ class StoredNodes:
         for attempt in range(2):
             extent = self._sealed(index)
             if extent is not None:
-                size = min(len(out), extent.first + extent.count - index)
+                size = min(len(out), extent.stop - index)
                 rows = self._map(extent).rows((index - extent.first) * self._rows, size * self._rows)
                 out[:size] = rows.reshape(size, *self._shape)
                 return size

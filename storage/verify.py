@@ -15,6 +15,7 @@ from cluster.errors import CorruptTreeError, StorageError
 from storage import catalogue, journal
 from storage.geometry import NO_TOKEN
 from storage.journal import Level
+from storage.lineage import Branch, branches, load_lineage
 from storage.reader import ContextReader
 from storage.schema import Encoding
 from storage.sealing import SEGMENT_FOLDER, array_spec
@@ -63,11 +64,14 @@ def verify_context(folder: Path, name: str) -> VerifyReport:
         # One snapshot: a writer that commits and seals meanwhile is no damage.
         with catalogue.translated(folder / catalogue.CATALOGUE_FILE), catalogue.snapshot(db):
             _check_segments(db, folder, report)
-            branches = db.execute("SELECT branch_id, name, head_seq FROM branches").fetchall()
-            for branch_id, _, head in branches:
-                _check_levels(db, folder, branch_id, head, report)
-        for _, branch, head in branches if report.ok else ():
-            _check_timeline(folder, name, branch, head, report)
+            found_branches = branches(db)
+            stored: dict[tuple[int, int, int], int] = {}
+            for branch in found_branches:
+                stored |= _check_levels(db, folder, branch, report)
+            for branch in found_branches:
+                _check_version(db, branch, stored, report)
+        for branch in found_branches if report.ok else ():
+            _check_timeline(folder, name, branch, report)
     return report
 
 
@@ -78,46 +82,69 @@ def _check_segments(db: sqlite3.Connection, folder: Path, report: VerifyReport) 
         report.problems += check_manifest(folder / SEGMENT_FOLDER / segment_folder, json.loads(manifest))
 
 
-def _check_levels(db: sqlite3.Connection, folder: Path, branch_id: int, head: int, report: VerifyReport) -> None:
-    """Coverage and checksums of each level, by the extents and journal rows that hold it; counts of version `head`."""
+def _check_levels(
+    db: sqlite3.Connection, folder: Path, branch: Branch, report: VerifyReport
+) -> dict[tuple[int, int, int], int]:
+    """Checksums of what a branch holds itself, and that each level of it goes on from its base without a gap.
+
+    Returns:
+        Where each level ends, by `Level.key`.
+    """
     encodings = {row[0]: Encoding.from_json(row[1]) for row in db.execute("SELECT encoding_id, body FROM encodings")}
     held = db.execute(
         "SELECT encoding_id, lod FROM extents WHERE branch_id = ? UNION SELECT encoding_id, lod FROM journal "
         "WHERE branch_id = ? ORDER BY encoding_id, lod",
-        (branch_id, branch_id),
+        (branch.branch_id, branch.branch_id),
     ).fetchall()
-    stored_counts: dict[tuple[int, int], int] = {}
+    ends: dict[tuple[int, int, int], int] = {}
     for encoding_id, lod in held:
         if encoding_id == journal.BLOCKS:
-            level = journal.block_level(branch_id)
+            level = branch.block_level()
         elif encoding_id in encodings:
-            level = journal.gist_level(branch_id, encoding_id, encodings[encoding_id], lod)
+            level = branch.level(encoding_id, encodings[encoding_id], lod)
         else:
             report.problems.append(f"LOD{lod}: nodes of encoding {encoding_id}, which the catalogue does not describe")
             continue
         ranges = _check_extents(db, folder, level, report) + _check_rows(db, level, report)
-        expected = 0
+        expected = level.base
         for first, count, where in sorted(ranges):
             if first != expected:
                 fault = "missing" if first > expected else "stored twice"
                 report.problems.append(
-                    f"LOD{lod} (encoding {encoding_id}): nodes {min(first, expected)}-{max(first, expected) - 1} are "
-                    f"{fault}, before {where}"
+                    f"branch {branch.name!r}: LOD{lod} (encoding {encoding_id}): nodes {min(first, expected)}-"
+                    f"{max(first, expected) - 1} are {fault}, before {where}"
                 )
             expected = max(expected, first + count)
-        stored_counts[encoding_id, lod] = sum(count for _, count, _ in ranges)
-    commit = db.execute("SELECT level_counts, encoding_id FROM commits WHERE seq = ?", (head,)).fetchone()
+        ends[level.key] = expected
+    return ends
+
+
+def _check_version(
+    db: sqlite3.Connection, branch: Branch, stored: dict[tuple[int, int, int], int], report: VerifyReport
+) -> None:
+    """That the newest version of a branch has on every level what it promises, from its ancestors and itself."""
+    commit = db.execute(
+        "SELECT c.level_counts, c.encoding_id, e.body FROM commits c JOIN encodings e USING (encoding_id) "
+        "WHERE c.seq = ?",
+        (branch.head_seq,),
+    ).fetchone()
     if commit is None:
-        report.problems.append(f"branch {branch_id} points at version {head}, which is not there")
+        report.problems.append(f"branch {branch.name!r} points at version {branch.head_seq}, which is not there")
         return
-    counts = json.loads(commit[0])
-    promised = {(journal.BLOCKS, 0): counts[0] if counts else 0}
-    promised |= {(commit[1], lod): count for lod, count in enumerate(counts, start=1)}
-    levels = promised.keys() | {key for key in stored_counts if key[0] == commit[1]}
-    for key in sorted(levels):
-        promise, stored = promised.get(key, 0), stored_counts.get(key, 0)
-        if stored != promise:
-            report.problems.append(f"LOD{key[1]}: the newest version has {promise} nodes, {stored} are stored")
+    counts, encoding_id, encoding = json.loads(commit[0]), commit[1], Encoding.from_json(commit[2])
+    lineage = load_lineage(db, branch.branch_id)
+    own_levels = [lod for number, made_by, lod in stored if (number, made_by) == (branch.branch_id, encoding_id)]
+    for lod in range(max([len(counts), *own_levels]) + 1):
+        parts = lineage.parts(encoding_id, encoding, lod) if lod else lineage.block_parts()
+        promised = counts[max(lod - 1, 0)] if max(lod, 1) <= len(counts) else 0
+        for part in parts:
+            # A parent may have gone on since; the branch itself has no more than its newest version.
+            stop = promised if part.stop is None else part.stop
+            end = stored.get(part.level.key, part.level.base)
+            if end < stop or (part.stop is None and end > stop):
+                report.problems.append(
+                    f"branch {branch.name!r}: LOD{lod}: the newest version has {stop} nodes, {end} are stored"
+                )
 
 
 def _check_extents(
@@ -162,12 +189,13 @@ def _check_rows(db: sqlite3.Connection, level: Level, report: VerifyReport) -> l
     return ranges
 
 
-def _check_timeline(folder: Path, name: str, branch: str, head: int, report: VerifyReport) -> None:
-    """Tokens, counts, prefix sums and documents against each other."""
+def _check_timeline(folder: Path, name: str, branch: Branch, report: VerifyReport) -> None:
+    """Tokens, counts, prefix sums and documents against each other; of `report` those counts that grow with a tree are
+    the longest branch's."""
     try:
-        with ContextReader(folder, name, branch, head) as reader:
+        with ContextReader(folder, name, branch.name, branch.head_seq) as reader:
             version = reader.version
-            report.num_blocks = version.num_blocks
+            report.num_blocks = max(report.num_blocks, version.num_blocks)
             total = 0
             for first in range(0, version.num_blocks, BLOCKS_AT_A_TIME):
                 size = min(BLOCKS_AT_A_TIME, version.num_blocks - first)
@@ -188,8 +216,8 @@ def _check_timeline(folder: Path, name: str, branch: str, head: int, report: Ver
             sizes = np.array([document.num_blocks for document in documents], np.int64)
             counted = reader.tokens_before(starts + sizes) - reader.tokens_before(starts)
             expected_block = 0
+            report.num_documents = max(report.num_documents, len(documents))
             for document, num_tokens in zip(documents, counted, strict=True):
-                report.num_documents += 1
                 if document.num_tokens != num_tokens:
                     report.problems.append(
                         f"document {document.meta.key!r} says {document.num_tokens} tokens, its blocks hold "

@@ -13,12 +13,9 @@ import fcntl
 import itertools
 import json
 import logging
-import os
 import shutil
-import socket
 import sqlite3
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
@@ -35,9 +32,11 @@ from cluster.errors import (
 from storage import catalogue, journal, sealing
 from storage.accept import accept_spans, accept_tail, ended_document
 from storage.codec import Values
+from storage.commits import Writing, insert_audit, insert_commit
 from storage.contract import Ack, DocumentMark, DocumentMeta, SpanWrite, Version
 from storage.documents import OpenDocument, find_document, insert_document, open_document, update_document
 from storage.levels import fresh_nodes, sealed_nodes
+from storage.lineage import Branch, load_lineage
 from storage.reader import ContextReader
 from storage.schema import Encoding
 from storage.sealer import Sealer
@@ -82,13 +81,14 @@ class ContextWriter:
         """
         self.folder = folder
         self.name = name
+        self.writing = Writing.of_this_process(owner)
         self.lock = threading.RLock()
         self._catalogue_path = folder / catalogue.CATALOGUE_FILE
         self._lock_file = _take_lock(folder, name)
         try:
             self.connection = catalogue.connect(folder, read_only=False)
             try:
-                self._epoch = self._take_epoch(owner)
+                self._epoch = self._take_epoch()
                 # A reader may hold the id of a row that was sealed since, so no id ever comes twice: epochs do not.
                 self.row_ids = itertools.count(self._epoch << ROW_ID_BITS)
                 self._load_branch(branch)
@@ -106,10 +106,9 @@ class ContextWriter:
 
     # -- state ---------------------------------------------------------------------------------------------------
 
-    def _take_epoch(self, owner: str) -> int:
-        owner = owner or f"pid {os.getpid()} on {socket.gethostname()}"
+    def _take_epoch(self) -> int:
         with catalogue.translated(self._catalogue_path), catalogue.transaction(self.connection) as db:
-            db.execute("UPDATE writer SET epoch = epoch + 1, owner = ?", (owner,))
+            db.execute("UPDATE writer SET epoch = epoch + 1, owner = ?", (self.writing.job,))
             return int(db.execute("SELECT epoch FROM writer").fetchone()[0])
 
     def _load_branch(self, branch: str) -> None:
@@ -121,15 +120,26 @@ class ContextWriter:
             ).fetchone()
             if row is None:
                 raise StorageError(f"context {self.name!r} has no branch {branch!r}")
-            self.branch_id, self.encoding_id = int(row[0]), int(row[1])
+            self.lineage = load_lineage(self.connection, row[0])
+            self.encoding_id = int(row[1])
             self.encoding = Encoding.from_json(row[2])
             counts = tuple(json.loads(row[5]))
             self._version = Version(self.name, branch, int(row[3]), self.encoding, int(row[4]), counts)
-            self._open = open_document(self.connection, self.branch_id)
+            self._open = open_document(self.connection, self.branch.branch_id)
 
     def reload(self) -> None:
         """Take the branch's state from disk again."""
         self._load_branch(self._version.branch)
+
+    def switch(self, branch: str) -> Version:
+        """Write to another branch from now on; its newest version.
+
+        Raises:
+            StorageError: no such branch; the writer stays where it is.
+        """
+        with self.lock:
+            self._load_branch(branch)
+            return self._version
 
     def _recover(self) -> None:
         """Remove what a dead writer left half-made: temporary folders and segments no catalogue row names."""
@@ -148,6 +158,11 @@ class ContextWriter:
             )
 
     @property
+    def branch(self) -> Branch:
+        """The branch that is written."""
+        return self.lineage.branch
+
+    @property
     def epoch(self) -> int:
         """The fencing number of this writer."""
         return self._epoch
@@ -163,7 +178,7 @@ class ContextWriter:
     def document(self, key: str) -> OpenDocument | None:
         """A copy of what is stored of a document, with its tail."""
         with self.lock, catalogue.translated(self._catalogue_path):
-            return find_document(self.connection, self.branch_id, key)
+            return find_document(self.connection, self.lineage, key)
 
     def marks(self, keys: Sequence[str]) -> dict[str, DocumentMark]:
         """High-water marks of those documents that are known."""
@@ -203,32 +218,24 @@ class ContextWriter:
         num_tokens: int,
         counts: tuple[int, ...],
         encoding_id: int | None = None,
+        message: str = "",
     ) -> Version:
         """Add a version and move the branch's tip; returned, not yet believed until the transaction commits."""
-        cursor = db.execute(
-            "INSERT INTO commits (branch_id, encoding_id, num_tokens, level_counts, created_at, request_id) "
-            "VALUES (?, ?, ?, ?, ?, ?)",
-            (
-                self.branch_id,
-                encoding_id or self.encoding_id,
-                num_tokens,
-                f"[{', '.join(map(str, counts))}]",
-                time.time(),
-                request_id,
-            ),
+        branch_id = self.branch.branch_id
+        seq = insert_commit(
+            db, self.writing, branch_id, encoding_id or self.encoding_id, num_tokens, counts, request_id, message
         )
-        seq = cursor.lastrowid
-        assert seq is not None
-        db.execute("UPDATE branches SET head_seq = ? WHERE branch_id = ?", (seq, self.branch_id))
-        old = self._version
-        return Version(self.name, old.branch, seq, self.encoding, num_tokens, counts)
+        return Version(self.name, self._version.branch, seq, self.encoding, num_tokens, counts)
 
-    def append(self, spans: Sequence[SpanWrite], request_id: str = "", *, direct: bool = False) -> Ack:
+    def append(
+        self, spans: Sequence[SpanWrite], request_id: str = "", message: str = "", *, direct: bool = False
+    ) -> Ack:
         """Store spans in one commit (`TreeWriter.append`).
 
         Args:
             spans: in timeline order.
             request_id: kept with the version.
+            message: kept with the version.
             direct: write the blocks as a segment at once instead of through the journal. They must fill exactly
                 one segment from its boundary on, as `BulkWriter` arranges.
         """
@@ -243,8 +250,8 @@ class ContextWriter:
             count = accepted.num_blocks
             blocks = accepted.blocks(self._version.num_tokens)
             gists = accepted.encoded(self.encoding)
-            base = journal.block_level(self.branch_id)
-            level = journal.gist_level(self.branch_id, self.encoding_id, self.encoding, 1)
+            base = self.branch.block_level()
+            level = self.branch.level(self.encoding_id, self.encoding, 1)
             sealed = None
             if direct:
                 self._check_direct(first, count, (base, level))
@@ -254,16 +261,16 @@ class ContextWriter:
             with self.commit() as db:
                 for document in accepted.documents:
                     if document.document_id is None:
-                        document.document_id = insert_document(db, self.branch_id, document)
+                        document.document_id = insert_document(db, self.branch.branch_id, document)
                     else:
-                        update_document(db, self.branch_id, document)
+                        update_document(db, self.branch.branch_id, document)
                 if sealed is None:
                     journal.insert(db, base, first, count, blocks, self.row_ids)
                     journal.insert(db, level, first, count, gists, self.row_ids)
                 else:
                     sealed.record(db)
                 counts = (first + count, *self._version.level_counts[1:])
-                version = self._advance(db, request_id, num_tokens, counts)
+                version = self._advance(db, request_id, num_tokens, counts, message=message)
             self._version = version
             self._open = accepted.open_document
             self.sealer.notify(first, count)
@@ -287,9 +294,9 @@ class ContextWriter:
                 return Ack(self._version)
             with self.commit() as db:
                 if target.document_id is None:
-                    target.document_id = insert_document(db, self.branch_id, target)
+                    target.document_id = insert_document(db, self.branch.branch_id, target)
                 else:
-                    update_document(db, self.branch_id, target)
+                    update_document(db, self.branch.branch_id, target)
                 version = self._advance(db, "tail", self._version.num_tokens, self._version.level_counts)
             self._version, self._open = version, target
             return Ack(version)
@@ -299,7 +306,7 @@ class ContextWriter:
         with self.lock:
             document = ended_document(key, self.name, self._open, complete=complete)
             with self.commit() as db:
-                update_document(db, self.branch_id, document)
+                update_document(db, self.branch.branch_id, document)
                 self.audit(db, f"close_document: {document.state}", {"key": key, "num_blocks": document.num_blocks})
                 version = self._advance(db, "close", self._version.num_tokens, self._version.level_counts)
             self._version, self._open = version, None
@@ -317,7 +324,7 @@ class ContextWriter:
             grown = list(counts) + [0] * (lod - len(counts))
             grown[lod - 1] = nodes.first + nodes.count
             with self.commit() as db:
-                level = journal.gist_level(self.branch_id, self.encoding_id, self.encoding, lod)
+                level = self.branch.level(self.encoding_id, self.encoding, lod)
                 journal.insert(db, level, nodes.first, nodes.count, nodes.arrays, self.row_ids)
                 version = self._advance(db, f"lod{lod}", self._version.num_tokens, tuple(grown))
             self._version = version
@@ -326,14 +333,12 @@ class ContextWriter:
 
     def switch_encoding(self, db: sqlite3.Connection, encoding_id: int, counts: tuple[int, ...]) -> None:
         """Give the branch another encoding in a new version; inside `commit`, followed by `reload`."""
-        db.execute("UPDATE branches SET encoding_id = ? WHERE branch_id = ?", (encoding_id, self.branch_id))
+        db.execute("UPDATE branches SET encoding_id = ? WHERE branch_id = ?", (encoding_id, self.branch.branch_id))
         self._advance(db, "activate", self._version.num_tokens, counts, encoding_id)
 
     def audit(self, db: sqlite3.Connection, action: str, detail: dict[str, object]) -> None:
-        db.execute(
-            "INSERT INTO audit (at, actor, action, detail) VALUES (?, ?, ?, ?)",
-            (time.time(), f"writer epoch {self._epoch}", action, json.dumps(detail)),
-        )
+        """Tell the audit log what this transaction does."""
+        insert_audit(db, self.writing, action, {**detail, "epoch": self._epoch})
 
     # -- end -----------------------------------------------------------------------------------------------------
 

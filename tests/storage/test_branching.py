@@ -1,0 +1,390 @@
+"""Branches, tags and versions: what is shared, what is not, and what is refused."""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cluster.config import TOKENS_PER_BLOCK as K
+from cluster.errors import BranchConflictError, OutOfOrderError, StorageError
+from storage import catalogue
+from storage.branching import Branching
+from storage.history import History
+from storage.reader import ContextReader
+from storage.rebuild import EncodingBuilder
+from storage.verify import verify_context
+from storage.writer import ContextWriter
+from tests.storage.support import CONTEXT, Text, assert_holds, encoding_of, follow, new_store, open_context
+
+ENCODING = encoding_of("float16", key_width=3)
+ONE, TWO, THREE = Text("one", 1100 * K), Text("two", 60 * K - 7), Text("three", 45 * K)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    new_store(tmp_path, ENCODING)
+    return tmp_path
+
+
+def write(writer: ContextWriter, *texts: Text) -> None:
+    for text in texts:
+        writer.append([text.span(ENCODING)])
+    follow(writer, ENCODING)
+
+
+def holds(root: Path, branch: str, *texts: Text, seq: int | None = None) -> None:
+    """The branch's timeline is these documents, on every level."""
+    with ContextReader(root / CONTEXT, CONTEXT, branch, seq) as reader:
+        assert_holds(reader, texts, ENCODING)
+        for lod in range(2, reader.version.max_lod + 1):
+            nodes = np.arange(reader.version.num_nodes(lod))
+            for spec in ENCODING.arrays:
+                found = [reader.read_group(spec.name, lod, group) for group in range(-(-len(nodes) // K))]
+                assert torch.equal(torch.cat(found), reader.read(spec.name, lod, nodes))
+
+
+def clipped(text: Text, num_blocks: int) -> Text:
+    return Text(text.key, num_blocks * K, size_bytes=text.num_tokens)
+
+
+def end_what_is_open(writer: ContextWriter) -> None:
+    growing = writer.open_document()
+    if growing is not None:
+        writer.close_document(growing.key)
+
+
+def history(root: Path) -> History:
+    return History(root / CONTEXT, CONTEXT)
+
+
+def is_sound(root: Path) -> None:
+    report = verify_context(root / CONTEXT, CONTEXT)
+    assert report.ok, report.problems
+
+
+@pytest.mark.parametrize("at", [0, 1, 31, 32, 33, 1000, 1024, 1099, 1100, 1101, 1130, 1160])
+@pytest.mark.parametrize("sealed", [False, True])
+def test_a_fork_shares_what_is_before_it_and_goes_its_own_way(root: Path, at: int, sealed: bool) -> None:
+    with open_context(root, seal_in_background=False, segment_super_blocks=8) as writer:
+        write(writer, ONE, TWO)
+        if sealed:
+            writer.flush()
+        version = Branching(writer).fork("side", at_block=at)
+        assert (version.branch, version.num_blocks) == ("side", at)
+        shared = [clipped(ONE, min(at, 1100))] if at < 1100 else [ONE]
+        shared += [TWO] if at == 1160 else [clipped(TWO, at - 1100)] if at > 1100 else []
+        holds(root, "side", *[text for text in shared if text.num_blocks])
+        writer.switch("side")
+        growing = writer.open_document()
+        if growing is not None:
+            writer.close_document(growing.key)
+        write(writer, THREE)
+        shared = [text for text in shared if text.num_blocks]
+        holds(root, "side", *shared, THREE)
+        writer.flush()
+        holds(root, "side", *shared, THREE)
+        writer.switch("main")
+        write(writer, THREE)
+        writer.flush()
+    holds(root, "side", *shared, THREE)
+    holds(root, "main", ONE, TWO, THREE)
+    is_sound(root)
+
+
+def test_a_fork_costs_the_same_after_a_short_and_a_long_history(root: Path) -> None:
+    with open_context(root) as writer:
+        write(writer, TWO)
+        Branching(writer).fork("early")
+        write(writer, *(Text(f"long{n}", 500 * K + n) for n in range(8)))
+        Branching(writer).fork("late")
+    own = {branch.name: branch.own_bytes for branch in history(root).branches()}
+    group = K * (ENCODING.node_bytes + K * 4 + 9)
+    assert own["early"] < group
+    assert own["late"] < group + 2 * K * ENCODING.node_bytes
+
+
+def test_an_open_document_goes_on_differently_on_each_branch(root: Path) -> None:
+    with open_context(root) as writer:
+        text = Text("talk", 100 * K)
+        writer.append([text.span(ENCODING, 0, 40, ends=False)])
+        writer.append_tail(text.meta, 40 * K, text.tokens(40 * K, 40 * K + 7))
+        Branching(writer).fork("guess")
+        writer.append([text.span(ENCODING, 40, 50)])
+        writer.switch("guess")
+        with writer.reader() as reader:
+            tail = reader.tail()
+        assert tail is not None
+        np.testing.assert_array_equal(tail.tokens, text.tokens(40 * K, 40 * K + 7))
+        writer.close_document("talk")
+        write(writer, TWO)
+        writer.switch("main")
+        assert writer.document("talk").num_blocks == 50  # type: ignore[union-attr]
+    holds(root, "main", clipped(text, 50))
+    holds(root, "guess", clipped(text, 40), TWO)
+    is_sound(root)
+
+
+def test_a_document_of_an_ancestor_is_known_and_not_stored_again(root: Path) -> None:
+    with open_context(root) as writer:
+        write(writer, ONE, TWO)
+        Branching(writer).fork("side", at_block=1100)
+        writer.switch("side")
+        ack = writer.append([ONE.span(ENCODING)])
+        assert (ack.new_blocks, ack.skipped_blocks) == (0, 1100)
+        assert writer.marks(["one", "two"]).keys() == {"one"}
+        write(writer, TWO)
+    holds(root, "side", ONE, TWO)
+
+
+def test_forks_of_forks_share_with_the_right_ancestor(root: Path) -> None:
+    with open_context(root, seal_in_background=False) as writer:
+        write(writer, ONE)
+        for name, at in [("a", 70), ("b", 64), ("c", 66), ("d", 10)]:
+            Branching(writer).fork(name, at_block=at)
+            writer.switch(name)
+            end_what_is_open(writer)
+            write(writer, Text(name, 50 * K))
+            if name == "b":
+                writer.flush()
+        is_sound(root)
+    holds(root, "a", clipped(ONE, 70), Text("a", 50 * K))
+    holds(root, "b", clipped(ONE, 64), Text("b", 50 * K))
+    # At block 66 of b lies the third block of its own document.
+    holds(root, "c", clipped(ONE, 64), clipped(Text("b", 50 * K), 2), Text("c", 50 * K))
+    holds(root, "d", clipped(ONE, 10), Text("d", 50 * K))
+    assert next(c.branch for c in history(root).log("d")) == "d"
+    assert {c.branch for c in history(root).log("d")} == {"main", "a", "b", "c", "d"}
+
+
+def test_rolling_back_leaves_readers_tags_and_the_way_forward(root: Path) -> None:
+    with open_context(root) as writer:
+        write(writer, TWO)
+        before = Branching(writer).tag("before", message="all was well")
+        write(writer, THREE)
+        after = writer.version().seq
+        pinned = writer.reader()
+        Branching(writer).roll_back(before)
+        holds(root, "main", TWO)
+        write(writer, ONE)
+        holds(root, "main", TWO, ONE)
+        assert_holds(pinned, [TWO, THREE], ENCODING)
+        pinned.close()
+        assert history(root).resolve("before") == before
+        holds(root, "main", TWO, seq=before)
+        Branching(writer).roll_back(after, "it was not")
+        holds(root, "main", TWO, THREE)
+    log = history(root).log("main")
+    assert (log[0].request_id, log[0].message) == ("roll_back", "it was not")
+    assert next(c for c in log if c.seq == before).tags == ("before",)
+    assert [b.name for b in history(root).branches()] == ["main"]
+    assert len(history(root).branches(retired=True)) == 3
+    assert [entry.action for entry in history(root).audit()] == ["roll_back", "roll_back", "tag"]
+    is_sound(root)
+
+
+def test_a_branch_is_fast_forwarded_while_its_parent_stands_still(root: Path) -> None:
+    with open_context(root) as writer:
+        write(writer, TWO)
+        Branching(writer).fork("draft")
+        writer.switch("draft")
+        write(writer, THREE)
+        writer.switch("main")
+        merged = Branching(writer).merge("draft")
+        assert (merged.fast_forward, merged.documents, merged.blocks) == (True, 1, 45)
+        holds(root, "main", TWO, THREE)
+        write(writer, ONE)
+    holds(root, "main", TWO, THREE, ONE)
+    holds(root, "draft", TWO, THREE)
+    is_sound(root)
+
+
+def test_upper_nodes_that_came_since_do_not_hinder_a_fast_forward(root: Path) -> None:
+    with open_context(root) as writer:
+        writer.append([ONE.span(ENCODING)])
+        Branching(writer).fork("draft")
+        follow(writer, ENCODING)
+        writer.switch("draft")
+        write(writer, TWO)
+        writer.switch("main")
+        Branching(writer).fast_forward("draft")
+    holds(root, "main", ONE, TWO)
+    is_sound(root)
+
+
+def test_documents_of_a_branch_are_appended_where_the_parent_went_on(root: Path) -> None:
+    four = Text("four", 5000 * K)
+    with open_context(root) as writer:
+        write(writer, TWO)
+        Branching(writer).fork("side")
+        writer.switch("side")
+        write(writer, THREE)
+        writer.append([Text("gone", 20 * K).span(ENCODING, 0, 3)])
+        writer.close_document("gone")
+        write(writer, four)
+        writer.switch("main")
+        write(writer, ONE)
+        with pytest.raises(BranchConflictError, match="'main' has gone on since 'side' was forked from its block 60"):
+            Branching(writer).fast_forward("side")
+        merged = Branching(writer).merge("side")
+        assert (merged.fast_forward, merged.documents, merged.blocks) == (False, 3, 45 + 3 + 5000)
+        again = Branching(writer).merge("side")
+        assert (again.documents, again.blocks, again.skipped_documents) == (0, 0, 3)
+        follow(writer, ENCODING)
+    holds(root, "main", TWO, ONE, THREE, clipped(Text("gone", 20 * K), 3), four)
+    is_sound(root)
+
+
+def test_what_cannot_be_merged_is_said_before_anything_is_written(root: Path) -> None:
+    text = Text("talk", 100 * K)
+    with open_context(root) as writer:
+        writer.append([text.span(ENCODING, 0, 40, ends=False)])
+        branching = Branching(writer)
+        branching.fork("side")
+        writer.switch("side")
+        writer.append([text.span(ENCODING, 40, 45)])
+        writer.switch("main")
+        writer.append([text.span(ENCODING, 40, 50)])
+        before = writer.version()
+        with pytest.raises(BranchConflictError, match="'talk' is still open on 'main'"):
+            branching.merge("side")
+        writer.close_document("talk")
+        with pytest.raises(BranchConflictError, match="'talk' goes on across the fork at block 40"):
+            branching.merge("side")
+        branching.fork("other", at_block=50)
+        writer.switch("other")
+        end_what_is_open(writer)
+        writer.append([THREE.span(ENCODING, 0, 4)])
+        writer.switch("main")
+        write(writer, TWO)
+        with pytest.raises(BranchConflictError, match="'three' is still open on 'other'"):
+            branching.merge("other")
+        with pytest.raises(StorageError, match="into itself"):
+            branching.merge("main")
+        assert writer.version().num_blocks == before.num_blocks + 60
+    is_sound(root)
+
+
+def test_names_versions_and_blocks_that_there_are_not(root: Path) -> None:
+    with open_context(root) as writer:
+        write(writer, TWO)
+        branching = Branching(writer)
+        branching.fork("side")
+        for refused, match in [
+            (lambda: branching.fork("side"), "has a branch 'side' already"),
+            (lambda: branching.fork("a/b"), "names hold letters"),
+            (lambda: branching.fork("x", at_block=61), "it cannot be forked at block 61"),
+            (lambda: branching.fork("x", seq=99), "no version 99"),
+            (lambda: branching.roll_back(99), "no version 99"),
+            (lambda: branching.discard("main"), "is being written"),
+            (lambda: branching.discard("nobody"), "no branch 'nobody'"),
+            (lambda: branching.merge("nobody"), "no branch 'nobody'"),
+            (lambda: branching.delete_tag("nothing"), "no tag 'nothing'"),
+            (lambda: branching.tag("v 1"), "names hold letters"),
+            (lambda: writer.switch("nobody"), "no branch 'nobody'"),
+            (lambda: history(root).resolve("nothing"), r"give a branch \(main, side\), a tag \(none\)"),
+            (lambda: history(root).log("nobody"), "it has: main, side"),
+        ]:
+            with pytest.raises(StorageError, match=match):
+                refused()
+        branching.tag("v1")
+        with pytest.raises(StorageError, match="is there already"):
+            branching.tag("v1")
+        branching.delete_tag("v1")
+        assert history(root).tags() == []
+        branching.discard("side")
+        assert [b.name for b in history(root).branches()] == ["main"]
+        branching.fork("side")
+        write(writer, THREE)
+    holds(root, "main", TWO, THREE)
+    is_sound(root)
+
+
+def test_a_difference_names_what_each_side_has_alone(root: Path) -> None:
+    with open_context(root) as writer:
+        write(writer, TWO)
+        Branching(writer).fork("side")
+        write(writer, ONE)
+        writer.switch("side")
+        write(writer, THREE)
+    found = history(root).diff("main", "side")
+    assert found.shared_blocks == 60
+    assert [d.meta.key for d in found.only_left] == ["one"]
+    assert [d.meta.key for d in found.only_right] == ["three"]
+    assert (found.left_blocks, found.right_blocks) == (1100, 45)
+    assert (found.left_tokens, found.right_tokens) == (ONE.num_tokens, THREE.num_tokens)
+    node = ENCODING.node_bytes
+    assert found.right_bytes == 45 * (K * 4 + 9 + node) + 2 * node
+    nothing = history(root).diff("main", "main")
+    assert (nothing.left_blocks, nothing.right_blocks, nothing.only_left) == (0, 0, [])
+
+
+def test_another_encoding_of_a_branch_leaves_its_parent_alone(root: Path) -> None:
+    new = encoding_of("float32", width=6)
+    with open_context(root, seal_in_background=False) as writer:
+        write(writer, ONE)
+        Branching(writer).fork("side", at_block=1090)
+        writer.switch("side")
+        writer.close_document("one")
+        write(writer, TWO)
+        builder = EncodingBuilder(writer, new)
+        arrays = {spec.name: torch.cat([ONE.gists(0, 1090, spec), TWO.gists(0, 60, spec)]) for spec in new.arrays}
+        builder.put_nodes(1, 0, arrays)
+        assert builder.level_counts() == (1150,)
+        with pytest.raises(OutOfOrderError, match="run the same rebuild again"):
+            builder.activate()
+        builder.put_nodes(2, 0, {"gists": torch.ones(35, 6)})
+        builder.put_nodes(3, 0, {"gists": torch.ones(1, 6)})
+        builder.activate()
+        writer.flush()
+        with writer.reader() as reader:
+            assert_holds(reader, [clipped(ONE, 1090), TWO], new)
+        Branching(writer).fork("grandchild")
+        writer.switch("main")
+        write(writer, THREE)
+        with pytest.raises(BranchConflictError, match="rebuild one of them"):
+            Branching(writer).merge("side")
+    holds(root, "main", ONE, THREE)
+    with ContextReader(root / CONTEXT, CONTEXT, "grandchild") as reader:
+        assert_holds(reader, [clipped(ONE, 1090), TWO], new)
+    is_sound(root)
+
+
+def test_the_audit_log_cannot_be_edited(root: Path) -> None:
+    with open_context(root) as writer:
+        Branching(writer).tag("v1")
+        for statement in ("DELETE FROM audit", "UPDATE audit SET action = 'nothing'"):
+            with pytest.raises(sqlite3.IntegrityError, match="append-only"):
+                writer.connection.execute(statement)
+
+
+def test_a_tree_of_the_first_format_is_migrated_by_its_next_writer(root: Path, tmp_path: Path) -> None:
+    with open_context(root) as writer:
+        write(writer, TWO)
+    path = root / CONTEXT / catalogue.CATALOGUE_FILE
+    with sqlite3.connect(path, isolation_level=None) as db:
+        schema = {t: db.execute(f"PRAGMA table_info({t})").fetchall() for t in ("branches", "commits", "tags")}
+        for trigger in ("audit_is_not_changed", "audit_is_not_shortened"):
+            db.execute(f"DROP TRIGGER {trigger}")
+        later = {
+            "branches": "fork_seq fork_encoding_id bases documents_from state created_at retired_at",
+            "commits": "author job message",
+            "tags": "author message",
+        }
+        for table, columns in later.items():
+            for column in columns.split():
+                db.execute(f"ALTER TABLE {table} DROP COLUMN {column}")
+        db.execute("UPDATE meta SET value = '1' WHERE key = 'format_version'")
+    db.close()
+    with open_context(root) as writer:
+        for table, columns in schema.items():
+            assert writer.connection.execute(f"PRAGMA table_info({table})").fetchall() == columns
+        Branching(writer).fork("side", at_block=40)
+        write(writer, THREE)
+        with pytest.raises(sqlite3.IntegrityError, match="append-only"):
+            writer.connection.execute("DELETE FROM audit")
+    holds(root, "main", TWO, THREE)
+    holds(root, "side", clipped(TWO, 40))
