@@ -25,7 +25,7 @@ from storage.contract import DocumentInfo, SpanWrite, Version
 from storage.documents import OpenDocument, insert_document, open_document
 from storage.lineage import RETIRED, Lineage, find_branch, inherited_nodes, load_lineage
 from storage.reader import ContextReader
-from storage.writer import ContextWriter
+from storage.writer import MAIN_BRANCH, ContextWriter
 
 NAME_RULE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 MERGE_BLOCKS = 4096
@@ -105,10 +105,13 @@ class Branching:
         """Take a branch's name away; its versions stay until they are collected.
 
         Raises:
-            StorageError: no such branch, or the writer is on it.
+            StorageError: no such branch, the writer is on it, or it is `main`, which every job reads unless told
+                otherwise.
         """
         writer = self._writer
         with writer.lock:
+            if name == MAIN_BRANCH:
+                raise StorageError(f"branch {name!r} is what jobs read by default; roll it back instead")
             branch = self._tip(name).branch
             if branch.branch_id == writer.branch.branch_id:
                 raise StorageError(f"branch {name!r} is being written; switch to another one before it is discarded")

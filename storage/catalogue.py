@@ -25,7 +25,8 @@ CREATE TABLE encodings (encoding_id INTEGER PRIMARY KEY AUTOINCREMENT, body TEXT
 
 -- A branch is a movable tip. What it shares with its parent, the version fork_seq up to block fork_block, it has in
 -- encoding fork_encoding_id; all of that is NULL without a parent. bases: the first node of its own, of LOD0 (blocks),
--- LOD1, ... as JSON. documents_from: the first block of its own documents. state: live or retired.
+-- LOD1, ... as JSON. documents_from: the first block of its own documents. state: live, retired or
+-- collected.
 CREATE TABLE branches (
   branch_id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE, encoding_id INTEGER NOT NULL,
   parent_branch_id INTEGER, fork_block INTEGER, head_seq INTEGER NOT NULL, fork_seq INTEGER,

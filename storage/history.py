@@ -16,7 +16,7 @@ from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.errors import StorageError
 from storage import catalogue, journal
 from storage.contract import DocumentInfo
-from storage.lineage import LIVE, Branch, branches, find_branch, load_lineage
+from storage.lineage import COLLECTED, LIVE, Branch, branches, find_branch, load_lineage
 from storage.reader import ContextReader
 
 
@@ -117,7 +117,7 @@ class History:
             return [
                 _branch_info(db, branch, names.get(branch.parent_id or 0, ""))
                 for branch in found
-                if retired or branch.state == LIVE
+                if branch.state == LIVE or (retired and branch.state != COLLECTED)
             ]
 
     def tags(self) -> list[TagInfo]:

@@ -22,6 +22,8 @@ from storage.schema import Encoding
 LIVE = "live"
 RETIRED = "retired"
 """A branch that has lost its name to another, or was discarded: it keeps its versions until they are collected."""
+COLLECTED = "collected"
+"""A retired branch that has no version any more, only what its descendants share with it."""
 
 
 @dataclass(frozen=True)

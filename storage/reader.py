@@ -55,7 +55,7 @@ class ContextReader:
             folder: the context's folder.
             name: the context's name.
             branch: whose tip to pin.
-            seq: pin this version instead of the newest.
+            seq: pin this version instead, of whatever branch.
             encoding_id: read this encoding, which may be under construction, with the levels it has by now.
 
         Raises:
@@ -95,6 +95,20 @@ class ContextReader:
     def encoding_id(self) -> int:
         """The catalogue's number of the encoding that is read."""
         return self._encoding_id
+
+    def check_kept(self) -> None:
+        """Raise when the version is not in the catalogue any more.
+
+        Raises:
+            StorageError: it was collected.
+        """
+        with catalogue.translated(self.folder / catalogue.CATALOGUE_FILE):
+            row = self._connection.execute("SELECT 1 FROM commits WHERE seq = ?", (self._version.seq,)).fetchone()
+        if row is None:
+            raise StorageError(
+                f"version {self._version.seq} of context {self._version.context!r} was collected; tag a version, or "
+                "hold a lease on it, to keep it"
+            )
 
     # -- where nodes are -----------------------------------------------------------------------------------------
 
@@ -269,20 +283,21 @@ class ContextReader:
 
 
 def _load_version(db: sqlite3.Connection, name: str, branch_name: str, seq: int | None) -> tuple[Lineage, int, Version]:
-    branch = find_branch(db, branch_name)
-    if branch is None:
-        known = ", ".join(b.name for b in branches(db) if b.state == LIVE)
-        raise StorageError(f"context {name!r} has no branch {branch_name!r}; it has: {known}")
-    wanted = branch.head_seq if seq is None else seq
+    wanted = seq
+    if wanted is None:
+        branch = find_branch(db, branch_name)
+        if branch is None:
+            known = ", ".join(b.name for b in branches(db) if b.state == LIVE)
+            raise StorageError(f"context {name!r} has no branch {branch_name!r}; it has: {known}")
+        wanted = branch.head_seq
     commit = db.execute(
         "SELECT c.branch_id, c.encoding_id, e.body, c.num_tokens, c.level_counts FROM commits c "
         "JOIN encodings e USING (encoding_id) WHERE c.seq = ?",
         (wanted,),
     ).fetchone()
     if commit is None:
-        raise StorageError(
-            f"context {name!r} has no version {wanted}; the newest of branch {branch_name!r} is {branch.head_seq}"
-        )
+        newest = db.execute("SELECT max(seq) FROM commits").fetchone()[0]
+        raise StorageError(f"context {name!r} has no version {wanted}, or not any more; the newest is {newest}")
     # A version may be of an ancestor, or of a branch whose name went to another since.
     lineage = load_lineage(db, commit[0])
     counts = tuple(json.loads(commit[4]))

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from cluster.errors import ContextNotFoundError, DiskFullError, IncompatibleTreeError, WriterConflictError
 from storage import catalogue
+from storage.collect import Garbage, collect
 from storage.commits import Writing, insert_commit
 from storage.durable import fsync_folder
 from storage.reader import ContextReader
@@ -57,6 +58,8 @@ class PinnedReader(ContextReader):
         self._pin_id = uuid.uuid4().hex
         try:
             self.renew()
+            # Between our look at the catalogue and the lease it may have been collected.
+            self.check_kept()
         except BaseException:
             super().close()
             raise
@@ -238,6 +241,17 @@ class Store:
             ContextNotFoundError, StorageError: no such context, branch or version.
         """
         return PinnedReader(self, self.folder(name), name, branch, seq)
+
+    def collect(self, writer: ContextWriter, *, keep_s: float, dry_run: bool = False) -> Garbage:
+        """Remove what no branch, tag, lease or `keep_s` needs of a writer's context (`collect.collect`).
+
+        No lease can be taken meanwhile: who asks for one waits, and is then told when the version is gone.
+        """
+        with self._connect() as db, catalogue.transaction(db):
+            pins = db.execute(
+                "SELECT seq FROM pins WHERE context = ? AND expires_at >= ?", (writer.name, time.time())
+            ).fetchall()
+            return collect(writer, [row[0] for row in pins], keep_s=keep_s, dry_run=dry_run)
 
     # -- pins ----------------------------------------------------------------------------------------------------
 

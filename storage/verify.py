@@ -15,7 +15,7 @@ from cluster.errors import CorruptTreeError, StorageError
 from storage import catalogue, journal
 from storage.geometry import NO_TOKEN
 from storage.journal import Level
-from storage.lineage import Branch, branches, load_lineage
+from storage.lineage import COLLECTED, LIVE, Branch, branches, load_lineage
 from storage.reader import ContextReader
 from storage.schema import Encoding
 from storage.sealing import SEGMENT_FOLDER, array_spec
@@ -68,9 +68,10 @@ def verify_context(folder: Path, name: str) -> VerifyReport:
             stored: dict[tuple[int, int, int], int] = {}
             for branch in found_branches:
                 stored |= _check_levels(db, folder, branch, report)
-            for branch in found_branches:
+            readable = [branch for branch in found_branches if branch.state != COLLECTED]
+            for branch in readable:
                 _check_version(db, branch, stored, report)
-        for branch in found_branches if report.ok else ():
+        for branch in readable if report.ok else ():
             _check_timeline(folder, name, branch, report)
     return report
 
@@ -138,10 +139,10 @@ def _check_version(
         parts = lineage.parts(encoding_id, encoding, lod) if lod else lineage.block_parts()
         promised = counts[max(lod - 1, 0)] if max(lod, 1) <= len(counts) else 0
         for part in parts:
-            # A parent may have gone on since; the branch itself has no more than its newest version.
+            # Ancestors may have gone on since, and a retired branch may keep more for its descendants.
             stop = promised if part.stop is None else part.stop
             end = stored.get(part.level.key, part.level.base)
-            if end < stop or (part.stop is None and end > stop):
+            if end < stop or (branch.state == LIVE and part.stop is None and end > stop):
                 report.problems.append(
                     f"branch {branch.name!r}: LOD{lod}: the newest version has {stop} nodes, {end} are stored"
                 )

@@ -331,6 +331,10 @@ class ContextWriter:
             self.sealer.notify(nodes.first, nodes.count)
             return Ack(version, new_nodes=nodes.count)
 
+    def mark(self, db: sqlite3.Connection, request_id: str) -> None:
+        """Add a version that holds what the newest one does; inside `commit`, followed by `reload`."""
+        self._advance(db, request_id, self._version.num_tokens, self._version.level_counts)
+
     def switch_encoding(self, db: sqlite3.Connection, encoding_id: int, counts: tuple[int, ...]) -> None:
         """Give the branch another encoding in a new version; inside `commit`, followed by `reload`."""
         db.execute("UPDATE branches SET encoding_id = ? WHERE branch_id = ?", (encoding_id, self.branch.branch_id))

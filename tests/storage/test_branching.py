@@ -279,7 +279,7 @@ def test_names_versions_and_blocks_that_there_are_not(root: Path) -> None:
             (lambda: branching.fork("x", at_block=61), "it cannot be forked at block 61"),
             (lambda: branching.fork("x", seq=99), "no version 99"),
             (lambda: branching.roll_back(99), "no version 99"),
-            (lambda: branching.discard("main"), "is being written"),
+            (lambda: branching.discard("main"), "what jobs read by default"),
             (lambda: branching.discard("nobody"), "no branch 'nobody'"),
             (lambda: branching.merge("nobody"), "no branch 'nobody'"),
             (lambda: branching.delete_tag("nothing"), "no tag 'nothing'"),
@@ -294,6 +294,10 @@ def test_names_versions_and_blocks_that_there_are_not(root: Path) -> None:
         with pytest.raises(StorageError, match="is there already"):
             branching.tag("v1")
         branching.delete_tag("v1")
+        writer.switch("side")
+        with pytest.raises(StorageError, match="is being written"):
+            branching.discard("side")
+        writer.switch("main")
         assert history(root).tags() == []
         branching.discard("side")
         assert [b.name for b in history(root).branches()] == ["main"]

@@ -1,0 +1,276 @@
+"""Garbage collection: removes what no version needs that is named, tagged, pinned or young enough.
+
+Nodes of a branch are a run from its base on, so what its kept versions and its kept descendants need of a level is a
+prefix of it, and all behind that prefix can go. A segment goes when none of its nodes is needed. First the catalogue
+forgets, in one transaction, then the files are removed; a crash between leaves folders that no row names, which the
+next writer removes.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sqlite3
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from storage import journal
+from storage.durable import fsync_folder
+from storage.lineage import COLLECTED, LIVE, RETIRED, Branch, branches, load_lineage
+from storage.schema import Encoding
+from storage.sealing import SEGMENT_FOLDER
+from storage.writer import ContextWriter
+
+KEEP_DAYS = 14.0
+"""How long a version can be gone back to by default, once its branch was retired or its gists were replaced."""
+
+_ALL = 2**62
+
+LevelKey = tuple[int, int, int]
+"""Branch, encoding and LOD: `Level.key`."""
+
+
+@dataclass
+class Garbage:
+    """What a collection removes, or would."""
+
+    segments: list[str] = field(default_factory=list)
+    """Folders."""
+    segment_bytes: int = 0
+    journal_rows: int = 0
+    journal_bytes: int = 0
+    """Their pages are used again; the catalogue's file does not shrink."""
+    versions: int = 0
+    documents: int = 0
+    """Rows of retired branches."""
+    branches: list[str] = field(default_factory=list)
+    kept_versions: int = 0
+    """Versions that had to be looked at because something needs them: a branch, a tag, a pin or their age."""
+
+    def __bool__(self) -> bool:
+        """Whether there is any."""
+        return bool(self.segments or self.journal_rows or self.versions or self.documents or self.branches)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """The versions of one branch that read one encoding: they share their nodes, and the newest has all of them."""
+
+    branch_id: int
+    encoding_id: int
+    newest: int
+    ended_at: float | None
+    """When another encoding or branch took its place; None for what a live branch shows."""
+
+
+def collect(
+    writer: ContextWriter, pins: Iterable[int], *, keep_s: float, dry_run: bool = False, now: float | None = None
+) -> Garbage:
+    """Collect a context's garbage. `Store.collect` calls it with the leases there are, and lets none be taken.
+
+    Args:
+        writer: of the context.
+        pins: versions that readers hold.
+        keep_s: how long a version can be gone back to once its branch was retired or its gists replaced, in seconds.
+        dry_run: only look.
+        now: unix seconds; None asks the clock.
+
+    Raises:
+        StaleWriterError, DiskFullError: nothing was removed.
+    """
+    now = time.time() if now is None else now
+    with writer.lock:
+        if dry_run:
+            return _Collection(writer.connection, writer, pins, now - keep_s).look()
+        with writer.commit() as db:
+            collection = _Collection(db, writer, pins, now - keep_s)
+            garbage = collection.look()
+            if not garbage:
+                return garbage
+            collection.forget()
+            # The newest row of the versions may have been among what goes, and no number may come twice.
+            writer.mark(db, "collect")
+            writer.audit(
+                db,
+                "collect",
+                {
+                    "keep_s": keep_s,
+                    "segments": len(garbage.segments),
+                    "bytes": garbage.segment_bytes + garbage.journal_bytes,
+                    "versions": garbage.versions,
+                },
+            )
+        writer.reload()
+    folder = writer.folder / SEGMENT_FOLDER
+    for name in garbage.segments:
+        shutil.rmtree(folder / name, ignore_errors=True)
+    if garbage.segments:
+        fsync_folder(folder)
+    return garbage
+
+
+class _Collection:
+    """One look at a catalogue; call inside a transaction."""
+
+    def __init__(self, db: sqlite3.Connection, writer: ContextWriter, pins: Iterable[int], oldest: float) -> None:
+        self._db = db
+        self._branches = {branch.branch_id: branch for branch in branches(db)}
+        self._encodings = {
+            row[0]: Encoding.from_json(row[1]) for row in db.execute("SELECT encoding_id, body FROM encodings")
+        }
+        groups = self._groups()
+        young = [g for g in groups if g.ended_at is None or g.ended_at > oldest]
+        named = {row[0] for row in db.execute("SELECT seq FROM tags")} | set(pins)
+        self._kept = {group.newest for group in young} | named
+        self._kept_groups = {(group.branch_id, group.encoding_id) for group in young}
+        self._needed: dict[LevelKey, int] = {}
+        for seq in self._kept:
+            self._need_version(seq)
+        self._need_unfinished_encodings(groups)
+        self._extents: list[tuple[LevelKey, int]] = []
+        self._rows: list[int] = []
+        self._segments: list[int] = []
+
+    def _groups(self) -> list[_Group]:
+        found = self._db.execute(
+            "SELECT branch_id, encoding_id, max(seq) FROM commits GROUP BY branch_id, encoding_id"
+        ).fetchall()
+        groups = []
+        for branch_id, encoding_id, newest in found:
+            branch = self._branches[branch_id]
+            if branch.state == LIVE and encoding_id == branch.encoding_id:
+                groups.append(_Group(branch_id, encoding_id, newest, None))
+                continue
+            next_at = self._db.execute(
+                "SELECT created_at FROM commits WHERE branch_id = ? AND seq > ? ORDER BY seq LIMIT 1",
+                (branch_id, newest),
+            ).fetchone()
+            retired_at = self._db.execute(
+                "SELECT retired_at FROM branches WHERE branch_id = ?", (branch_id,)
+            ).fetchone()
+            groups.append(_Group(branch_id, encoding_id, newest, (next_at or retired_at)[0] or 0.0))
+        return groups
+
+    def _need(self, key: LevelKey, stop: int) -> None:
+        self._needed[key] = max(self._needed.get(key, 0), stop)
+
+    def _need_version(self, seq: int) -> None:
+        row = self._db.execute(
+            "SELECT branch_id, encoding_id, level_counts FROM commits WHERE seq = ?", (seq,)
+        ).fetchone()
+        if row is None:
+            # A lease on what an earlier collection took; its reader was told.
+            return
+        branch_id, encoding_id, counts = row[0], row[1], json.loads(row[2])
+        lineage = load_lineage(self._db, branch_id)
+        for lod, count in enumerate((*counts[:1], *counts)):
+            parts = lineage.parts(encoding_id, self._encodings[encoding_id], lod) if lod else lineage.block_parts()
+            for part in parts:
+                self._need(part.level.key, count if part.stop is None else part.stop)
+
+    def _need_unfinished_encodings(self, groups: list[_Group]) -> None:
+        """Gists that are being made on a live branch, and that no version shows yet."""
+        shown = {(group.branch_id, group.encoding_id) for group in groups}
+        for table in ("journal", "extents"):
+            for key in self._db.execute(f"SELECT DISTINCT branch_id, encoding_id, lod FROM {table}").fetchall():
+                unfinished = key[1] != journal.BLOCKS and key[:2] not in shown
+                if unfinished and self._branches[key[0]].state == LIVE:
+                    self._need(key, _ALL)
+
+    # -- what goes ---------------------------------------------------------------------------------------------------
+
+    def look(self) -> Garbage:
+        """Find what nothing needs."""
+        garbage = Garbage(kept_versions=len(self._kept))
+        extents = self._db.execute("SELECT branch_id, encoding_id, lod, first, segment_id FROM extents").fetchall()
+        needed_segments = set()
+        for *key, first, segment_id in extents:
+            if first < self._needed.get(tuple(key), 0):
+                needed_segments.add(segment_id)
+            else:
+                self._extents.append((tuple(key), first))
+        for segment_id, folder, size in self._db.execute("SELECT segment_id, folder, stored_bytes FROM segments"):
+            if segment_id not in needed_segments:
+                self._segments.append(segment_id)
+                garbage.segments.append(folder)
+                garbage.segment_bytes += size
+        rows = self._db.execute("SELECT row_id, branch_id, encoding_id, lod, first, length(payload) FROM journal")
+        for row_id, *key, first, size in rows:
+            if first >= self._needed.get(tuple(key), 0):
+                self._rows.append(row_id)
+                garbage.journal_rows += 1
+                garbage.journal_bytes += size
+        self._gone_versions = self._unneeded_versions()
+        garbage.versions = len(self._gone_versions)
+        self._gone_branches, self._collected = self._unneeded_branches()
+        garbage.branches = [branch.name for branch in (*self._gone_branches, *self._collected)]
+        garbage.documents = sum(self._count_documents(branch) for branch in self._branches.values())
+        return garbage
+
+    def _unneeded_versions(self) -> list[int]:
+        return [
+            seq
+            for seq, *group in self._db.execute("SELECT seq, branch_id, encoding_id FROM commits")
+            if tuple(group) not in self._kept_groups and seq not in self._kept
+        ]
+
+    def _unneeded_branches(self) -> tuple[list[Branch], list[Branch]]:
+        """Retired branches without a version, those that others descend from apart."""
+        left = {
+            row[0] for row in self._db.execute("SELECT DISTINCT branch_id FROM commits").fetchall()
+        } - self._branches_without_versions()
+        empty = [branch for branch in self._branches.values() if branch.branch_id not in left and branch.state != LIVE]
+        gone: list[Branch] = []
+        # Children have higher ids than their parents, so from the newest on each finds its own gone already.
+        for branch in sorted(empty, key=lambda b: -b.branch_id):
+            remaining = (b for b in self._branches.values() if b not in gone)
+            if not any(b.parent_id == branch.branch_id for b in remaining):
+                gone.append(branch)
+        return gone, [branch for branch in empty if branch not in gone and branch.state != COLLECTED]
+
+    def _branches_without_versions(self) -> set[int]:
+        gone = set(self._gone_versions)
+        counts: dict[int, int] = {}
+        for seq, branch_id in self._db.execute("SELECT seq, branch_id FROM commits"):
+            counts[branch_id] = counts.get(branch_id, 0) + (seq not in gone)
+        return {branch_id for branch_id, count in counts.items() if count == 0}
+
+    def _document_stop(self, branch: Branch) -> int:
+        """Documents of a retired branch that begin here or later are of no version."""
+        if branch.state == LIVE:
+            return _ALL
+        return self._needed.get((branch.branch_id, journal.BLOCKS, 0), 0)
+
+    def _count_documents(self, branch: Branch) -> int:
+        return self._db.execute(
+            "SELECT count(*) FROM documents WHERE branch_id = ? AND first_block >= ?",
+            (branch.branch_id, self._document_stop(branch)),
+        ).fetchone()[0]
+
+    def forget(self) -> None:
+        """Delete the rows of what `look` found."""
+        db = self._db
+        db.executemany(
+            "DELETE FROM extents WHERE branch_id = ? AND encoding_id = ? AND lod = ? AND first = ?",
+            [(*key, first) for key, first in self._extents],
+        )
+        db.executemany("DELETE FROM segments WHERE segment_id = ?", [(number,) for number in self._segments])
+        db.executemany("DELETE FROM journal WHERE row_id = ?", [(number,) for number in self._rows])
+        for branch in self._branches.values():
+            db.execute(
+                "DELETE FROM documents WHERE branch_id = ? AND first_block >= ?",
+                (branch.branch_id, self._document_stop(branch)),
+            )
+        db.execute("DELETE FROM tails WHERE document_id NOT IN (SELECT document_id FROM documents)")
+        db.executemany("DELETE FROM commits WHERE seq = ?", [(seq,) for seq in self._gone_versions])
+        # A retired branch whose newest version went stands at the newest that is kept.
+        db.execute(
+            "UPDATE branches SET head_seq = coalesce((SELECT max(seq) FROM commits c WHERE c.branch_id = "
+            "branches.branch_id), head_seq) WHERE state = ?",
+            (RETIRED,),
+        )
+        db.executemany("DELETE FROM branches WHERE branch_id = ?", [(b.branch_id,) for b in self._gone_branches])
+        db.executemany(
+            "UPDATE branches SET state = ? WHERE branch_id = ?", [(COLLECTED, b.branch_id) for b in self._collected]
+        )

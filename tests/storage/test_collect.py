@@ -1,0 +1,207 @@
+"""Garbage collection removes what nothing needs, and nothing else."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from cluster.config import TOKENS_PER_BLOCK as K
+from cluster.errors import StorageError
+from storage.branching import Branching
+from storage.collect import Garbage
+from storage.history import History
+from storage.reader import ContextReader
+from storage.rebuild import EncodingBuilder
+from storage.store import Store
+from storage.verify import verify_context
+from storage.writer import ContextWriter
+from tests.storage.support import CONTEXT, Text, assert_holds, encoding_of, follow, new_store, open_context
+
+ENCODING = encoding_of("float16")
+ONE, TWO, THREE = Text("one", 100 * K), Text("two", 60 * K - 7), Text("three", 45 * K)
+DAY_S = 86400.0
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    new_store(tmp_path, ENCODING)
+    return tmp_path
+
+
+def write(writer: ContextWriter, *texts: Text) -> None:
+    for text in texts:
+        writer.append([text.span(ENCODING)])
+    follow(writer, ENCODING)
+    writer.flush()
+
+
+def collect(root: Path, writer: ContextWriter, *, keep_s: float = 0.0, dry_run: bool = False) -> Garbage:
+    return Store(root).collect(writer, keep_s=keep_s, dry_run=dry_run)
+
+
+def holds(root: Path, *texts: Text, branch: str = "main", seq: int | None = None) -> None:
+    with ContextReader(root / CONTEXT, CONTEXT, branch, seq) as reader:
+        assert_holds(reader, texts, ENCODING)
+
+
+def folders(root: Path) -> set[str]:
+    return {path.name for path in (root / CONTEXT / "segments").iterdir()}
+
+
+def is_sound(root: Path) -> None:
+    report = verify_context(root / CONTEXT, CONTEXT)
+    assert report.ok, report.problems
+
+
+def test_a_context_without_history_has_no_garbage(root: Path) -> None:
+    with open_context(root, seal_in_background=False) as writer:
+        write(writer, ONE, TWO)
+        before = folders(root)
+        found = collect(root, writer)
+        assert (found.segments, found.journal_rows, found.versions, found.branches) == ([], 0, 0, [])
+        assert folders(root) == before
+    holds(root, ONE, TWO)
+
+
+def test_what_was_rolled_back_goes_when_its_time_is_over(root: Path) -> None:
+    with open_context(root, seal_in_background=False) as writer:
+        write(writer, ONE)
+        before = writer.version().seq
+        write(writer, TWO, THREE)
+        after = writer.version().seq
+        branching = Branching(writer)
+        branching.roll_back(before)
+        write(writer, THREE)
+        assert collect(root, writer, keep_s=DAY_S).segments == []
+        holds(root, ONE, TWO, THREE, seq=after)
+        size = len(folders(root))
+        looked = collect(root, writer, dry_run=True)
+        assert len(folders(root)) == size
+        done = collect(root, writer)
+        assert looked == done
+        # Blocks 96 to 204 of the old branch: segments of 32 blocks each with their gists, and what lay in the journal.
+        assert len(done.segments) == size - len(folders(root)) == 3
+        assert done.documents == 2
+        assert done.journal_rows > 0
+        holds(root, ONE, THREE)
+        with pytest.raises(StorageError, match=f"no version {after}"):
+            ContextReader(root / CONTEXT, CONTEXT, seq=after)
+        assert collect(root, writer).segments == []
+        assert [entry.action for entry in History(root / CONTEXT, CONTEXT).audit(1)] == ["collect"]
+    is_sound(root)
+
+
+@pytest.mark.parametrize("held_by", ["tag", "lease", "fork"])
+def test_what_is_held_stays_until_it_is_let_go(root: Path, held_by: str) -> None:
+    store = Store(root)
+    with open_context(root, seal_in_background=False) as writer:
+        write(writer, ONE)
+        before = writer.version().seq
+        write(writer, TWO)
+        branching = Branching(writer)
+        lease = None
+        if held_by == "tag":
+            branching.tag("release")
+        elif held_by == "lease":
+            lease = store.open_reader(CONTEXT)
+        else:
+            branching.fork("side")
+        held = writer.version().seq
+        branching.roll_back(before)
+        write(writer, THREE)
+        collect(root, writer)
+        if lease is not None:
+            assert_holds(lease, [ONE, TWO], ENCODING)
+            lease.close()
+        elif held_by == "tag":
+            holds(root, ONE, TWO, seq=held)
+            branching.delete_tag("release")
+        else:
+            holds(root, ONE, TWO, branch="side")
+            branching.discard("side")
+        is_sound(root)
+        assert collect(root, writer).segments
+        holds(root, ONE, THREE)
+    is_sound(root)
+
+
+def test_a_lease_on_what_was_just_collected_is_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(root)
+    with open_context(root, seal_in_background=False) as writer:
+        write(writer, ONE)
+        before = writer.version().seq
+        write(writer, TWO)
+        after = writer.version().seq
+        Branching(writer).roll_back(before)
+        take = store.set_pin
+
+        def too_late(*pin) -> None:
+            collect(root, writer)
+            take(*pin)
+
+        monkeypatch.setattr(store, "set_pin", too_late)
+        with pytest.raises(StorageError, match=f"version {after} of context 'ctx' was collected"):
+            store.open_reader(CONTEXT, seq=after)
+
+
+def test_replaced_gists_go_and_unfinished_ones_stay(root: Path) -> None:
+    new, newer = encoding_of("float32", width=6), encoding_of("float32", width=8)
+    with open_context(root, seal_in_background=False) as writer:
+        write(writer, ONE)
+        builder = EncodingBuilder(writer, new)
+        builder.put_nodes(1, 0, {"gists": ONE.gists(0, 100, new.arrays[0])})
+        builder.put_nodes(2, 0, {"gists": torch.ones(3, 6)})
+        builder.activate()
+        unfinished = EncodingBuilder(writer, newer)
+        unfinished.put_nodes(1, 0, {"gists": ONE.gists(0, 70, newer.arrays[0])})
+        writer.flush()
+        done = collect(root, writer)
+        # Tokens share segments with the first gists, so those stay; the rest of them was in the journal.
+        assert done.segments == []
+        assert done.journal_rows == 2
+        assert unfinished.level_counts() == (70,)
+        with writer.reader() as reader:
+            assert_holds(reader, [ONE], new)
+    is_sound(root)
+
+
+def test_files_that_a_crash_left_are_removed_by_the_next_writer(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_context(root, seal_in_background=False) as writer:
+        write(writer, ONE)
+        before = writer.version().seq
+        write(writer, TWO)
+        Branching(writer).roll_back(before)
+        with monkeypatch.context() as patch:
+            patch.setattr(shutil, "rmtree", lambda *_, **__: None)
+            left = collect(root, writer).segments
+        assert set(left) <= folders(root)
+    with open_context(root):
+        assert not set(left) & folders(root)
+    holds(root, ONE)
+
+
+def test_branches_that_others_descend_from_keep_what_is_shared(root: Path) -> None:
+    with open_context(root, seal_in_background=False) as writer:
+        branching = Branching(writer)
+        write(writer, ONE)
+        for name in ("a", "b", "c"):
+            branching.fork(name)
+            writer.switch(name)
+            write(writer, Text(name, 70 * K))
+        texts = [ONE, *(Text(name, 70 * K) for name in "abc")]
+        branching.discard("a")
+        branching.discard("b")
+        collect(root, writer)
+        is_sound(root)
+        holds(root, *texts, branch="c")
+        states = {b.name: b.state for b in History(root / CONTEXT, CONTEXT).branches(retired=True)}
+        assert states == {"main": "live", "c": "live"}
+        writer.switch("main")
+        branching.discard("c")
+        assert len(collect(root, writer).branches) == 3
+        assert folders(root) == {name for name in folders(root) if "branch1_" in name}
+        holds(root, ONE)
+    is_sound(root)
