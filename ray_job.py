@@ -21,6 +21,15 @@ from cluster.paper_config import PaperJob
 from cluster.session_config import ChatJob
 from cluster.task_evaluation_config import EvaluateTasksJob
 from cluster.training_config import TrainGistNetJob
+from cluster.tree_config import (
+    TreeBranchJob,
+    TreeDiffJob,
+    TreeGcJob,
+    TreeLogJob,
+    TreeRollbackJob,
+    TreeShowJob,
+    TreeTagJob,
+)
 from cluster.tuning_config import EvaluateRetrievalJob
 
 JOBS = (
@@ -41,6 +50,13 @@ JOBS = (
     Job("paper 0", PaperJob, "pipelines.paper:run"),
     Job("tree verify", TreeVerifyJob, "pipelines.tree:verify"),
     Job("tree rebuild-gists", TreeRebuildGistsJob, "pipelines.tree:rebuild_gists"),
+    Job("tree log", TreeLogJob, "pipelines.tree_versions:log"),
+    Job("tree show", TreeShowJob, "pipelines.tree_versions:show"),
+    Job("tree branch", TreeBranchJob, "pipelines.tree_versions:branch"),
+    Job("tree tag", TreeTagJob, "pipelines.tree_versions:tag"),
+    Job("tree diff", TreeDiffJob, "pipelines.tree_versions:diff"),
+    Job("tree rollback", TreeRollbackJob, "pipelines.tree_versions:rollback"),
+    Job("tree gc", TreeGcJob, "pipelines.tree_versions:gc"),
 )
 
 if __name__ == "__main__":

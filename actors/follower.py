@@ -23,6 +23,7 @@ from storage.codec import encode_arrays
 from storage.contract import Ack, Version
 from storage.reader import ContextReader
 from storage.schema import GISTS, KEYS
+from storage.writer import MAIN_BRANCH
 
 GROUPS_AT_A_TIME = 64
 """Sibling groups read and written at once: about 5 MB at d = 576 with keys."""
@@ -50,6 +51,7 @@ class FollowerSpec:
     num_threads: int
     encoding_id: int | None = None
     """An encoding under construction; None follows the branch's own."""
+    branch: str = MAIN_BRANCH
 
 
 class LevelFollower:
@@ -67,7 +69,8 @@ class LevelFollower:
         made = 0
         while True:
             # A fresh pin for every round: new blocks and new levels become visible.
-            with ContextReader(self._spec.folder, self._spec.context, encoding_id=self._spec.encoding_id) as reader:
+            spec = self._spec
+            with ContextReader(spec.folder, spec.context, spec.branch, encoding_id=spec.encoding_id) as reader:
                 missing = next_missing(reader.version)
                 if missing is None:
                     return made

@@ -29,6 +29,12 @@ class LexicalIndexerSpec:
     """Blocks of a transaction; what a killed indexer does again."""
 
 
+def has_index(store: StoreConfig) -> bool:
+    """Whether what a job reads has a lexical index: `main` has. Other versions are searched in the tree itself, slower
+    and with the same results."""
+    return store.version == MAIN_BRANCH
+
+
 def check_tokenizer(store: StoreConfig, tokenizer: Tokenizer) -> None:
     """Refuse to read a context's tokens with a tokenizer that did not make them.
 

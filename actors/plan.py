@@ -96,7 +96,7 @@ def check_encoding(plan: CompactionPlan, store: StoreConfig) -> None:
 
 def _existing(store: StoreConfig) -> tuple[TreeIdentity, Encoding] | None:
     try:
-        return Store(store.root).identity(store.context)
+        return Store(store.root).identity(store.context, store.version)
     except ContextNotFoundError:
         return None
 

@@ -17,7 +17,7 @@ import torch
 
 from actors.compactor import Compactor
 from actors.follower import FollowerSpec, LevelFollower, next_missing
-from actors.lexical_indexer import LexicalIndexer, LexicalIndexerSpec
+from actors.lexical_indexer import LexicalIndexer, LexicalIndexerSpec, has_index
 from actors.plan import CompactionPlan
 from actors.streaming import DocumentStream
 from cluster.config import TOKENS_PER_BLOCK as K
@@ -98,6 +98,7 @@ class SessionMemory:
             plan.identity,
             plan.encoding,
             create=True,
+            branch=store.version,
             segment_super_blocks=store.segment_super_blocks,
             owner=owner,
         )
@@ -106,7 +107,7 @@ class SessionMemory:
             self._renewed_at = time.monotonic()
             self._read_histories = [self._history(reader) for reader in self._readers]
             self._follower = LevelFollower(
-                FollowerSpec(self._writer.folder, self._writer.name, torch.get_num_threads()),
+                FollowerSpec(self._writer.folder, self._writer.name, torch.get_num_threads(), branch=store.version),
                 plan.gistnet,
                 self._writer.put_nodes,
             )
@@ -122,6 +123,8 @@ class SessionMemory:
             raise
 
     def _index(self, store: StoreConfig) -> LexicalIndexer | None:
+        if not has_index(store):
+            return None
         try:
             return LexicalIndexer(LexicalIndexerSpec(store, self._plan.base_lm), self._plan.tokenizer)
         except WriterConflictError as error:

@@ -80,6 +80,7 @@ class TreeStore:
                 spec.identity,
                 spec.encoding,
                 create=spec.encoding is not None,
+                branch=spec.store.version,
                 segment_super_blocks=spec.store.segment_super_blocks,
                 owner=spec.owner,
             )

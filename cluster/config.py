@@ -255,6 +255,10 @@ class StoreConfig:
     context: str = "default"
     """Name of the context (one tree) in the store."""
 
+    version: str = "main"
+    """What is read: a branch, a tag, or the number of a version that `tree log` shows. What is written goes to a
+    branch."""
+
     gist_dtype: GistDtype = "float16"
     """How gists and routing keys are stored. int8 has one scale per 64 dimensions: half of float16."""
 

@@ -18,7 +18,7 @@ import ray
 from actors.crew import Crew, plan_workers
 from actors.feeds import PACKER_CPUS, run_actor_feed, run_ray_data_feed
 from actors.follower import FollowerSpec
-from actors.lexical_indexer import LexicalIndexerSpec
+from actors.lexical_indexer import LexicalIndexerSpec, has_index
 from actors.packing import PackedItem, Skipped
 from actors.plan import CompactionPlan, Feed, check_encoding, check_space, choose_feed, estimate_tokens, plan_models
 from actors.tree_store import StoreStatus, TreeStoreSpec
@@ -162,8 +162,10 @@ def _run_crew(
         workers = plan_workers(job.compaction, cpus, reserved_cpus=PACKER_CPUS if bulk else 0.0)
         folder = Store(job.store.root).folder(job.store.context)
         crew.bring_gistnet(plan.gistnet)
-        crew.hire_follower(FollowerSpec(folder, job.store.context, job.compaction.follower_threads))
-        if job.compaction.lexical:
+        crew.hire_follower(
+            FollowerSpec(folder, job.store.context, job.compaction.follower_threads, branch=job.store.version)
+        )
+        if job.compaction.lexical and has_index(job.store):
             crew.hire_indexer(LexicalIndexerSpec(job.store, plan.base_lm))
 
         def acknowledged(ack: Ack) -> None:

@@ -67,7 +67,7 @@ def run(job: DemoJob) -> None:
 
         lm = BaseLM.load(plan.base_lm)
         with (
-            Store(job.store.root).open_reader(job.store.context) as reader,
+            Store(job.store.root).open_reader(job.store.context, job.store.version) as reader,
             job_run.progress(job.read_back.num_samples, "places", "reading back") as progress,
         ):
             reading = read_back(lm, reader, job.read_back, on_place=progress.advance)
@@ -97,7 +97,7 @@ def compare_focus(job: DemoJob, plan: CompactionPlan, lm: BaseLM, job_run: JobRu
         return None
     index_text(job.store, plan, job_run)
     store = Store(job.store.root)
-    with store.open_reader(job.store.context) as reader:
+    with store.open_reader(job.store.context, job.store.version) as reader:
         try:
             config, left_out = what_fits(job.focus.evaluation(), plan)
             places = choose_focus_places(reader, config)

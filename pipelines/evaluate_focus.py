@@ -38,7 +38,10 @@ def run(job: EvaluateFocusJob) -> None:
     config, left_out = what_fits(with_lensnet(job.evaluation, plan), plan)
     rivals.conditions(config.rivals, config.forms)
     store = Store(job.store.root)
-    with store.open_reader(job.store.context) as reader, JobRun.start("evaluate focus", job) as job_run:
+    with (
+        store.open_reader(job.store.context, job.store.version) as reader,
+        JobRun.start("evaluate focus", job) as job_run,
+    ):
         places = choose_focus_places(reader, config)
         check_budgets(config, plan, reader, places)
         if left_out:

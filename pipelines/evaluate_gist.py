@@ -44,7 +44,10 @@ def run(job: EvaluateGistJob) -> None:
     plan = plan_models(_absolute(job.base_lm), GistNetConfig(kind="last_token"), job.store)
     nets = build_nets(job.evaluation.gistnets, job.gistnet, plan)
     adapter = load_adapter(plan)
-    with Store(job.store.root).open_reader(job.store.context) as reader, JobRun.start("evaluate gist", job) as job_run:
+    with (
+        Store(job.store.root).open_reader(job.store.context, job.store.version) as reader,
+        JobRun.start("evaluate gist", job) as job_run,
+    ):
         places = choose(reader, job.evaluation)
         digests = {**plan.digests(), "gistnet": reader.version.encoding.gistnet_digest}
         if adapter is not None:

@@ -34,7 +34,7 @@ def run(job: EvaluateRetrievalJob) -> None:
     plan = plan_models(job.base_lm, job.gistnet, job.store)
     check_encoding(plan, job.store)
     store = Store(job.store.root)
-    with store.open_reader(job.store.context) as reader:
+    with store.open_reader(job.store.context, job.store.version) as reader:
         check_places([found.place for found in gains], reader, file)
         with JobRun.start("evaluate retrieval", job) as job_run:
             job_run.log_digests(plan.digests())

@@ -36,7 +36,10 @@ def run(job: EvaluateTasksJob) -> None:
     config = with_lensnet(job.evaluation, plan)
     check_encoding(plan, job.store)
     store = Store(job.store.root)
-    with store.open_reader(job.store.context) as reader, JobRun.start("evaluate tasks", job) as job_run:
+    with (
+        store.open_reader(job.store.context, job.store.version) as reader,
+        JobRun.start("evaluate tasks", job) as job_run,
+    ):
         places = choose_task_places(
             reader,
             tasks,

@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeVar
 
 from actors.evaluation.samples import Numbered, SampleLog
 from actors.evaluation.workers import EvaluatorSpec, measure_groups
-from actors.lexical_indexer import LexicalIndexer, LexicalIndexerSpec
+from actors.lexical_indexer import LexicalIndexer, LexicalIndexerSpec, has_index
 from actors.plan import CompactionPlan
 from cluster.config import RayConfig, StoreConfig
 from cluster.environment import base_folder
@@ -32,7 +32,10 @@ class Sharing(Protocol):
 
 
 def index_text(store: StoreConfig, plan: CompactionPlan, job_run: JobRun) -> None:
-    """Bring the context's lexical index up to date."""
+    """Bring the context's lexical index up to date, where what is read has one."""
+    if not has_index(store):
+        job_run.log.info("version %s has no lexical index: its text is searched in the tree", store.version)
+        return
     indexer = LexicalIndexer(LexicalIndexerSpec(store, plan.base_lm), plan.tokenizer)
     try:
         if num_indexed := indexer.advance():

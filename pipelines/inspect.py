@@ -57,8 +57,8 @@ def show_context(job: InspectJob) -> None:
     store = Store(job.store.root)
     name = job.store.context
     tree = measure_tree(job.store)
-    identity, encoding = store.identity(name)
-    with store.open_reader(name) as reader:
+    identity, encoding = store.identity(name, job.store.version)
+    with store.open_reader(name, job.store.version) as reader:
         documents = reader.documents()
         tail = reader.tail()
     shown = documents[::-1][: job.documents]
@@ -95,7 +95,7 @@ def show_node(job: InspectJob) -> None:
     """One node: its span, its documents, its vectors' sizes, its text."""
     lod, index = _parse_node(job.node)
     store = Store(job.store.root)
-    with store.open_reader(job.store.context) as reader:
+    with store.open_reader(job.store.context, job.store.version) as reader:
         version = reader.version
         if not 0 <= index < version.num_nodes(lod):
             raise ConfigError(

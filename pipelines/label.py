@@ -47,7 +47,10 @@ def run(job: LabelJob) -> None:
     plan = plan_models(job.base_lm, job.gistnet, job.store)
     check_encoding(plan, job.store)
     tasks_of(job.labels.tasks)
-    with Store(job.store.root).open_reader(job.store.context) as reader, JobRun.start("label", job) as job_run:
+    with (
+        Store(job.store.root).open_reader(job.store.context, job.store.version) as reader,
+        JobRun.start("label", job) as job_run,
+    ):
         of = _of_tasks(job, plan, reader) if job.labels.tasks else _of_text(job, plan, reader)
         job_run.log_digests(plan.digests())
         job_run.log.info("%d places in %d documents", len(of.places), len({of.uri(place) for place in of.places}))

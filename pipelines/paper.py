@@ -271,7 +271,7 @@ class Chain:
         lm = BaseLM.load(plan.base_lm)
         store = self.store(self.texts[0][0])
         size = max(paper.latency_tokens) + QUESTION_TOKENS + NUM_DECODED
-        with Store(store.root).open_reader(store.context) as reader:
+        with Store(store.root).open_reader(store.context, store.version) as reader:
             num_blocks = min(reader.version.num_blocks, 2 * -(-size // 32))
             tokens, counts = reader.tokens(0, num_blocks)
         ids = tokens[np.arange(tokens.shape[1]) < counts[:, None]].astype(np.int64)

@@ -75,7 +75,7 @@ def rebuild_gists(job: TreeRebuildGistsJob) -> None:
     plan = plan_models(job.base_lm, job.gistnet, job.store)
     store = Store(job.store.root)
     folder = store.folder(job.store.context)
-    with store.open_reader(job.store.context) as reader:
+    with store.open_reader(job.store.context, job.store.version) as reader:
         num_tokens = reader.version.num_tokens
     check_space(job.store, plan, num_tokens)
     with JobRun.start("tree rebuild-gists", job) as job_run:
@@ -86,11 +86,13 @@ def rebuild_gists(job: TreeRebuildGistsJob) -> None:
             encoding_id, counts = crew.call(crew.store.begin_rebuild.remote(plan.encoding), "starting the rebuild")
             workers = plan_workers(job.compaction, ray.cluster_resources().get("CPU", 1.0))
             crew.bring_gistnet(plan.gistnet)
-            crew.hire_follower(FollowerSpec(folder, job.store.context, job.compaction.follower_threads, encoding_id))
+            crew.hire_follower(
+                FollowerSpec(folder, job.store.context, job.compaction.follower_threads, encoding_id, job.store.version)
+            )
             crew.hire_compactors(plan.compactor_spec(workers.threads, job.compaction.window_batch), workers)
             done = counts[0] if counts else 0
             with (
-                store.open_reader(job.store.context) as reader,
+                store.open_reader(job.store.context, job.store.version) as reader,
                 job_run.progress(reader.version.num_blocks, "blocks", "rebuilding") as progress,
             ):
                 progress.advance(done)

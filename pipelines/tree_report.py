@@ -55,7 +55,7 @@ def measure_tree(store: StoreConfig) -> TreeSize:
         StorageError: it cannot be opened.
     """
     folder = Store(store.root).folder(store.context)
-    with Store(store.root).open_reader(store.context) as reader:
+    with Store(store.root).open_reader(store.context, store.version) as reader:
         version = reader.version
         num_documents = len(reader.documents())
     with contextlib.closing(catalogue.connect(folder, read_only=True)) as db:

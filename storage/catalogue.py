@@ -114,6 +114,10 @@ def _add_forks_and_authors(db: sqlite3.Connection) -> None:
         ("tags", "message TEXT NOT NULL DEFAULT ''"),
     ):
         db.execute(f"ALTER TABLE {table} ADD COLUMN {column}")
+    db.execute(
+        "UPDATE branches SET created_at = coalesce("
+        "(SELECT min(created_at) FROM commits c WHERE c.branch_id = branches.branch_id), 0)"
+    )
     _run(db, _AUDIT_GUARDS)
 
 
@@ -216,7 +220,7 @@ def _check_format(path: Path, found: int, read_only: bool, connection: sqlite3.C
     if found < FORMAT_VERSION and read_only:
         raise IncompatibleTreeError(
             f"{path} has format {found}, this program writes {FORMAT_VERSION}. Open it once for writing "
-            "(any `compact` into the context) to migrate it."
+            "(`tree gc`, or any `compact` into the context) to migrate it."
         )
     for version in range(found, FORMAT_VERSION):
         with transaction(connection):

@@ -179,20 +179,7 @@ class History:
             StorageError: it is none of them.
         """
         with self._snapshot() as db:
-            branch = find_branch(db, version)
-            if branch is not None:
-                return branch.head_seq
-            row = db.execute("SELECT seq FROM tags WHERE name = ?", (version,)).fetchone()
-            if row is None and version.isdigit():
-                row = db.execute("SELECT seq FROM commits WHERE seq = ?", (int(version),)).fetchone()
-            if row is None:
-                live = ", ".join(b.name for b in branches(db) if b.state == LIVE)
-                tags = ", ".join(name for (name,) in db.execute("SELECT name FROM tags ORDER BY name")) or "none"
-                raise StorageError(
-                    f"context {self._name!r} has no version {version!r}: give a branch ({live}), a tag ({tags}) or a "
-                    "number that `tree log` shows"
-                )
-            return int(row[0])
+            return find_version(db, self._name, version)
 
     def diff(self, left: str, right: str) -> Difference:
         """How two versions differ, each given as `resolve` takes it.
@@ -216,6 +203,28 @@ class History:
             known = ", ".join(b.name for b in branches(db) if b.state == LIVE)
             raise StorageError(f"context {self._name!r} has no branch {name!r}; it has: {known}")
         return branch
+
+
+def find_version(db: sqlite3.Connection, context: str, version: str) -> int:
+    """The seq of a version given as a branch's name, a tag, or its number.
+
+    Raises:
+        StorageError: it is none of them.
+    """
+    branch = find_branch(db, version)
+    if branch is not None:
+        return branch.head_seq
+    row = db.execute("SELECT seq FROM tags WHERE name = ?", (version,)).fetchone()
+    if row is None and version.isdigit():
+        row = db.execute("SELECT seq FROM commits WHERE seq = ?", (int(version),)).fetchone()
+    if row is None:
+        live = ", ".join(b.name for b in branches(db) if b.state == LIVE)
+        tags = ", ".join(name for (name,) in db.execute("SELECT name FROM tags ORDER BY name")) or "none"
+        raise StorageError(
+            f"context {context!r} has no version {version!r}: give a branch ({live}), a tag ({tags}) or a number that "
+            "`tree log` shows"
+        )
+    return int(row[0])
 
 
 def _branch_info(db: sqlite3.Connection, branch: Branch, parent: str) -> BranchInfo:

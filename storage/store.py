@@ -21,6 +21,7 @@ from storage import catalogue
 from storage.collect import Garbage, collect
 from storage.commits import Writing, insert_commit
 from storage.durable import fsync_folder
+from storage.history import History, find_version
 from storage.reader import ContextReader
 from storage.schema import Encoding, TreeIdentity, check_same
 from storage.sealing import SEGMENT_FOLDER
@@ -165,8 +166,8 @@ class Store:
         with self._connect() as db:
             db.execute("INSERT OR IGNORE INTO contexts VALUES (?, ?, ?, '', 0)", (name, name, time.time()))
 
-    def identity(self, name: str) -> tuple[TreeIdentity, Encoding]:
-        """What made a context's tokens and the gists of its newest version."""
+    def identity(self, name: str, version: str = MAIN_BRANCH) -> tuple[TreeIdentity, Encoding]:
+        """What made a context's tokens and the gists of a version: a branch, a tag or a number."""
         folder = self.folder(name)
         with (
             contextlib.closing(catalogue.connect(folder, read_only=True)) as db,
@@ -176,8 +177,8 @@ class Store:
                 **json.loads(db.execute("SELECT value FROM meta WHERE key = 'identity'").fetchone()[0])
             )
             body = db.execute(
-                "SELECT e.body FROM branches b JOIN encodings e USING (encoding_id) WHERE b.name = ?",
-                (MAIN_BRANCH,),
+                "SELECT e.body FROM commits c JOIN encodings e USING (encoding_id) WHERE c.seq = ?",
+                (find_version(db, name, version),),
             ).fetchone()[0]
         return identity, Encoding.from_json(body)
 
@@ -188,6 +189,7 @@ class Store:
         encoding: Encoding | None = None,
         *,
         create: bool = False,
+        branch: str = MAIN_BRANCH,
         segment_super_blocks: int = 32,
         owner: str = "",
     ) -> ContextWriter:
@@ -198,6 +200,7 @@ class Store:
             identity: what the tokens to be written are; must match the context's.
             encoding: what the gists to be written are; None skips the check (rebuilding brings its own).
             create: make the context when there is none (needs `encoding`).
+            branch: which tip to move.
             segment_super_blocks: see `ContextWriter`.
             owner: see `ContextWriter`.
 
@@ -207,7 +210,7 @@ class Store:
         """
         if create and encoding is not None and not self.has_context(name):
             self.create_context(name, identity, encoding)
-        found_identity, found_encoding = self.identity(name)
+        found_identity, found_encoding = self.identity(name, branch)
         check_same(
             f"context {name!r}",
             found_identity,
@@ -222,7 +225,9 @@ class Store:
                 "Use the GistNet it was made with, write to another context with --store.context, or re-derive its "
                 "gists with `tree rebuild-gists`",
             )
-        writer = ContextWriter(self.folder(name), name, segment_super_blocks=segment_super_blocks, owner=owner)
+        writer = ContextWriter(
+            self.folder(name), name, segment_super_blocks=segment_super_blocks, branch=branch, owner=owner
+        )
         try:
             if encoding is not None and writer.encoding != found_encoding:
                 raise WriterConflictError(f"context {name!r} was given another encoding meanwhile; run the job again")
@@ -234,13 +239,30 @@ class Store:
             raise
         return writer
 
-    def open_reader(self, name: str, branch: str = MAIN_BRANCH, seq: int | None = None) -> PinnedReader:
+    def open_maintenance(self, name: str, branch: str = MAIN_BRANCH, owner: str = "") -> ContextWriter:
+        """Become a context's writer in order to care for it: whoever made it, and without sealing behind its back.
+
+        Raises:
+            ContextNotFoundError, StorageError: no such context or branch.
+            WriterConflictError: another live writer holds it.
+        """
+        return ContextWriter(self.folder(name), name, branch=branch, owner=owner, seal_in_background=False)
+
+    def open_reader(self, name: str, version: str = MAIN_BRANCH, seq: int | None = None) -> PinnedReader:
         """A reader pinned to a version; the pin is a lease of `LEASE_S` seconds.
+
+        Args:
+            name: the context.
+            version: a branch, whose newest version is read, a tag or a number.
+            seq: the number, where it is known.
 
         Raises:
             ContextNotFoundError, StorageError: no such context, branch or version.
         """
-        return PinnedReader(self, self.folder(name), name, branch, seq)
+        folder = self.folder(name)
+        if seq is None and version != MAIN_BRANCH:
+            seq = History(folder, name).resolve(version)
+        return PinnedReader(self, folder, name, MAIN_BRANCH, seq)
 
     def collect(self, writer: ContextWriter, *, keep_s: float, dry_run: bool = False) -> Garbage:
         """Remove what no branch, tag, lease or `keep_s` needs of a writer's context (`collect.collect`).

@@ -5,19 +5,24 @@ from __future__ import annotations
 import importlib.util
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import ray_job
 from cluster.config import BaseLMConfig, validate_sections
 from cluster.config_parser import parse_job
+from storage.branching import Branching
+from storage.contract import TreeReader
+from storage.history import History
 from storage.sealing import SEGMENT_FOLDER
 from storage.store import Store
+from storage.writer import ContextWriter
 from tests.actors.helpers import follow, ingest, make_compactor, make_documents, open_context, tiny_plan
 
 ROOT = Path(__file__).parents[1]
@@ -200,7 +205,17 @@ def test_the_reader_of_the_storage_page_reads_every_level(tree_folder: Path) -> 
     assert any((context / SEGMENT_FOLDER).iterdir()), "both ways of storing must be there"
     with Store(Path("data/store")).open_reader("stdlib") as reader:
         assert reader.version.max_lod == 2
-        for lod in range(1, reader.version.max_lod + 1):
-            for array in reader.version.encoding.arrays:
-                read = torch.from_numpy(names["read_level"](context, lod, array.name))
-                assert torch.equal(read, reader.read(array.name, lod, range(reader.version.num_nodes(lod))))
+        every_level_is_read(reader, names["read_level"])
+    with ContextWriter(context, "stdlib") as writer:
+        Branching(writer).fork("side", at_block=40)
+        Branching(writer).roll_back(History(context, "stdlib").resolve("side"))
+    with Store(Path("data/store")).open_reader("stdlib") as reader:
+        assert reader.version.num_blocks == 40
+        every_level_is_read(reader, names["read_level"])
+
+
+def every_level_is_read(reader: TreeReader, read_level: Callable[[Path, int, str], np.ndarray]) -> None:
+    for lod in range(1, reader.version.max_lod + 1):
+        for array in reader.version.encoding.arrays:
+            read = torch.from_numpy(read_level(Path("data/store/stdlib"), lod, array.name))
+            assert torch.equal(read, reader.read(array.name, lod, range(reader.version.num_nodes(lod))))

@@ -39,6 +39,13 @@ def test_every_job_is_there_and_accepts_its_configuration() -> None:
         "paper 0",
         "tree verify",
         "tree rebuild-gists",
+        "tree log",
+        "tree show",
+        "tree branch",
+        "tree tag",
+        "tree diff",
+        "tree rollback",
+        "tree gc",
     ]
     for job in ray_job.JOBS:
         module, _, function = job.target.partition(":")
