@@ -228,6 +228,7 @@ def gc(job: TreeGcJob) -> None:
         found = store.collect(writer, keep_s=job.keep_days * DAY_S, dry_run=not job.apply)
     rows = [
         {"what": "segments", "number": len(found.segments), "bytes": human_bytes(found.segment_bytes)},
+        {"what": "segments shortened", "number": len(found.shortened), "bytes": human_bytes(found.shortened_bytes)},
         {"what": "journal rows", "number": found.journal_rows, "bytes": human_bytes(found.journal_bytes)},
         {"what": "versions", "number": found.versions},
         {"what": "documents of retired branches", "number": found.documents},

@@ -12,7 +12,7 @@ import json
 import re
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -45,7 +45,7 @@ class MergeResult:
 
 
 class Branching:
-    """Operations on the branches of a writer's context. They take the writer's lock."""
+    """Operations on the branches of a writer's context."""
 
     def __init__(self, writer: ContextWriter) -> None:
         self._writer = writer
@@ -100,6 +100,21 @@ class Branching:
         with self._writer.lock:
             self._check_fast_forward(source)
             return self._move("fast_forward", self._tip(source).branch.head_seq, message or f"fast-forward to {source}")
+
+    def take_over(self, source: str, action: str, message: str) -> Version:
+        """Give the name of the writer's branch to another branch; the one that had it is retired.
+
+        Raises:
+            StorageError: no such branch.
+        """
+        writer = self._writer
+        with writer.lock:
+            old, new = writer.version(), self._tip(source).branch
+            with writer.commit() as db:
+                _retire(db, writer.branch.branch_id, old.branch)
+                db.execute("UPDATE branches SET name = ? WHERE branch_id = ?", (old.branch, new.branch_id))
+                writer.audit(db, action, {"branch": old.branch, "from": old.seq, "to": new.head_seq})
+            return writer.switch(old.branch)
 
     def discard(self, name: str) -> None:
         """Take a branch's name away; its versions stay until they are collected.
@@ -172,18 +187,16 @@ class Branching:
             StorageError: no such branch.
         """
         writer = self._writer
-        with writer.lock:
-            before = writer.version().num_blocks
-            tip = self._tip(source)
-            if tip.branch.branch_id == writer.branch.branch_id:
-                raise StorageError(f"branch {source!r} cannot be merged into itself")
-            try:
-                version = self.fast_forward(source, message)
-            except BranchConflictError:
-                return self._append_all(source, message)
-            with writer.reader() as reader:
-                new = _behind(reader, before)
-            return MergeResult(version, True, len(new), version.num_blocks - before)
+        before = writer.version().num_blocks
+        if self._tip(source).branch.branch_id == writer.branch.branch_id:
+            raise StorageError(f"branch {source!r} cannot be merged into itself")
+        try:
+            version = self.fast_forward(source, message)
+        except BranchConflictError:
+            return self._append_all(source, message)
+        with writer.reader() as reader:
+            new = _behind(reader, before)
+        return MergeResult(version, True, len(new), version.num_blocks - before)
 
     def _append_all(self, source: str, message: str) -> MergeResult:
         writer = self._writer
@@ -193,15 +206,28 @@ class Branching:
             )
             new, skipped = self._mergeable(source, reader, shared)
             message = message or f"merge {source} at version {reader.version.seq}"
-            blocks = 0
-            for batch in _batches(new):
-                spans = [_span_of(reader, document) for document in batch]
-                blocks += writer.append(spans, f"merge {source}", message).new_blocks
-                if batch[-1].state == "cut":
-                    writer.close_document(batch[-1].meta.key)
+            blocks = self.append_documents(reader, new, f"merge {source}", message)
         with writer.commit() as db:
             writer.audit(db, "merge", {"branch": source, "head": reader.version.seq, "blocks": blocks})
         return MergeResult(writer.version(), False, len(new), blocks, skipped)
+
+    def append_documents(
+        self, reader: ContextReader, documents: Sequence[DocumentInfo], request_id: str, message: str
+    ) -> int:
+        """Append documents of another version with the gists they have, in commits of at most `MERGE_BLOCKS` blocks or
+        one document, and seal behind them. Returns how many blocks that were.
+
+        Not to be called with the writer's lock held.
+        """
+        writer = self._writer
+        blocks = 0
+        for batch in _batches(documents):
+            spans = [_span_of(reader, document) for document in batch]
+            blocks += writer.append(spans, request_id, message).new_blocks
+            if batch[-1].state == "cut":
+                writer.close_document(batch[-1].meta.key)
+            writer.flush()
+        return blocks
 
     def _mergeable(self, source: str, reader: ContextReader, shared: int) -> tuple[list[DocumentInfo], int]:
         """The documents to append, checked before the first is, and how many are there already."""
@@ -425,7 +451,7 @@ def _behind(reader: ContextReader, block: int) -> list[DocumentInfo]:
     return [d for d in reader.documents() if d.first_block + d.num_blocks > block]
 
 
-def _batches(documents: list[DocumentInfo]) -> Iterator[list[DocumentInfo]]:
+def _batches(documents: Sequence[DocumentInfo]) -> Iterator[list[DocumentInfo]]:
     batch: list[DocumentInfo] = []
     for document in documents:
         if batch and sum(d.num_blocks for d in batch) + document.num_blocks > MERGE_BLOCKS:

@@ -1,22 +1,26 @@
 """Garbage collection: removes what no version needs that is named, tagged, pinned or young enough.
 
 Nodes of a branch are a run from its base on, so what its kept versions and its kept descendants need of a level is a
-prefix of it, and all behind that prefix can go. A segment goes when none of its nodes is needed. First the catalogue
-forgets, in one transaction, then the files are removed; a crash between leaves folders that no row names, which the
-next writer removes.
+prefix of it, and all behind that prefix can go. A segment goes when none of its nodes is needed, and is replaced by a
+shorter one when few are. First the shorter ones are written, then the catalogue forgets, in one transaction, then the
+files are removed; a crash between leaves folders that no row names, which the next writer removes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import sqlite3
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from storage import journal
+from cluster.config import TOKENS_PER_BLOCK as K
+from storage import journal, sealing
 from storage.durable import fsync_folder
+from storage.journal import Level
 from storage.lineage import COLLECTED, LIVE, RETIRED, Branch, branches, load_lineage
 from storage.schema import Encoding
 from storage.sealing import SEGMENT_FOLDER
@@ -24,6 +28,9 @@ from storage.writer import ContextWriter
 
 KEEP_DAYS = 14.0
 """How long a version can be gone back to by default, once its branch was retired or its gists were replaced."""
+
+CLIP_SHARE = 0.5
+"""A segment is replaced by a shorter one when so much of it is not needed."""
 
 _ALL = 2**62
 
@@ -38,6 +45,10 @@ class Garbage:
     segments: list[str] = field(default_factory=list)
     """Folders."""
     segment_bytes: int = 0
+    shortened: list[str] = field(default_factory=list)
+    """Folders that are replaced by shorter ones."""
+    shortened_bytes: int = 0
+    """What that saves of payload."""
     journal_rows: int = 0
     journal_bytes: int = 0
     """Their pages are used again; the catalogue's file does not shrink."""
@@ -50,7 +61,9 @@ class Garbage:
 
     def __bool__(self) -> bool:
         """Whether there is any."""
-        return bool(self.segments or self.journal_rows or self.versions or self.documents or self.branches)
+        return bool(
+            self.segments or self.shortened or self.journal_rows or self.versions or self.documents or self.branches
+        )
 
 
 @dataclass(frozen=True)
@@ -65,7 +78,13 @@ class _Group:
 
 
 def collect(
-    writer: ContextWriter, pins: Iterable[int], *, keep_s: float, dry_run: bool = False, now: float | None = None
+    writer: ContextWriter,
+    pins: Iterable[int],
+    *,
+    keep_s: float,
+    clip_share: float = CLIP_SHARE,
+    dry_run: bool = False,
+    now: float | None = None,
 ) -> Garbage:
     """Collect a context's garbage. `Store.collect` calls it with the leases there are, and lets none be taken.
 
@@ -73,6 +92,8 @@ def collect(
         writer: of the context.
         pins: versions that readers hold.
         keep_s: how long a version can be gone back to once its branch was retired or its gists replaced, in seconds.
+        clip_share: which share of a segment must be unneeded for it to be replaced by a shorter one; 0 leaves no
+            byte behind that nothing needs.
         dry_run: only look.
         now: unix seconds; None asks the clock.
 
@@ -82,13 +103,16 @@ def collect(
     now = time.time() if now is None else now
     with writer.lock:
         if dry_run:
-            return _Collection(writer.connection, writer, pins, now - keep_s).look()
-        with writer.commit() as db:
-            collection = _Collection(db, writer, pins, now - keep_s)
+            return _Collection(writer.connection, pins, now - keep_s, clip_share).look()
+        with contextlib.ExitStack() as stack, writer.commit() as db:
+            collection = _Collection(db, pins, now - keep_s, clip_share)
             garbage = collection.look()
             if not garbage:
                 return garbage
+            shorter = [stack.enter_context(writer.sealer.written(parts)) for parts in collection.shorter(writer.folder)]
             collection.forget()
+            for sealed in shorter:
+                sealed.record(db)
             # The newest row of the versions may have been among what goes, and no number may come twice.
             writer.mark(db, "collect")
             writer.audit(
@@ -103,18 +127,18 @@ def collect(
             )
         writer.reload()
     folder = writer.folder / SEGMENT_FOLDER
-    for name in garbage.segments:
+    for name in (*garbage.segments, *garbage.shortened):
         shutil.rmtree(folder / name, ignore_errors=True)
-    if garbage.segments:
-        fsync_folder(folder)
+    fsync_folder(folder)
     return garbage
 
 
 class _Collection:
     """One look at a catalogue; call inside a transaction."""
 
-    def __init__(self, db: sqlite3.Connection, writer: ContextWriter, pins: Iterable[int], oldest: float) -> None:
+    def __init__(self, db: sqlite3.Connection, pins: Iterable[int], oldest: float, clip_share: float) -> None:
         self._db = db
+        self._clip_share = clip_share
         self._branches = {branch.branch_id: branch for branch in branches(db)}
         self._encodings = {
             row[0]: Encoding.from_json(row[1]) for row in db.execute("SELECT encoding_id, body FROM encodings")
@@ -125,12 +149,14 @@ class _Collection:
         self._kept = {group.newest for group in young} | named
         self._kept_groups = {(group.branch_id, group.encoding_id) for group in young}
         self._needed: dict[LevelKey, int] = {}
+        self._needed_documents: dict[int, int] = {}
         for seq in self._kept:
             self._need_version(seq)
         self._need_unfinished_encodings(groups)
         self._extents: list[tuple[LevelKey, int]] = []
         self._rows: list[int] = []
         self._segments: list[int] = []
+        self._shorter: list[tuple[int, str, list[tuple[Level, int, int, int]]]] = []
 
     def _groups(self) -> list[_Group]:
         found = self._db.execute(
@@ -149,7 +175,8 @@ class _Collection:
             retired_at = self._db.execute(
                 "SELECT retired_at FROM branches WHERE branch_id = ?", (branch_id,)
             ).fetchone()
-            groups.append(_Group(branch_id, encoding_id, newest, (next_at or retired_at)[0] or 0.0))
+            ends = [row[0] for row in (next_at, retired_at) if row is not None and row[0] is not None]
+            groups.append(_Group(branch_id, encoding_id, newest, min(ends, default=0.0)))
         return groups
 
     def _need(self, key: LevelKey, stop: int) -> None:
@@ -168,6 +195,11 @@ class _Collection:
             parts = lineage.parts(encoding_id, self._encodings[encoding_id], lod) if lod else lineage.block_parts()
             for part in parts:
                 self._need(part.level.key, count if part.stop is None else part.stop)
+        # Documents are shared up to another block than nodes: a fork copies the group it cuts, not the rows of those
+        # documents that end in it.
+        for part in lineage.document_parts():
+            stop = _ALL if part.stop is None else part.stop
+            self._needed_documents[part.branch_id] = max(self._needed_documents.get(part.branch_id, 0), stop)
 
     def _need_unfinished_encodings(self, groups: list[_Group]) -> None:
         """Gists that are being made on a live branch, and that no version shows yet."""
@@ -183,18 +215,32 @@ class _Collection:
     def look(self) -> Garbage:
         """Find what nothing needs."""
         garbage = Garbage(kept_versions=len(self._kept))
-        extents = self._db.execute("SELECT branch_id, encoding_id, lod, first, segment_id FROM extents").fetchall()
-        needed_segments = set()
-        for *key, first, segment_id in extents:
-            if first < self._needed.get(tuple(key), 0):
-                needed_segments.add(segment_id)
-            else:
-                self._extents.append((tuple(key), first))
+        extents = self._db.execute(
+            "SELECT branch_id, encoding_id, lod, first, count, segment_id FROM extents"
+        ).fetchall()
+        held: dict[int, list[tuple[LevelKey, int, int]]] = {}
+        for *key, first, count, segment_id in extents:
+            held.setdefault(segment_id, []).append((tuple(key), first, count))
         for segment_id, folder, size in self._db.execute("SELECT segment_id, folder, stored_bytes FROM segments"):
-            if segment_id not in needed_segments:
+            kept = [
+                (self._level(key), first, count, min(count, self._needed.get(key, 0) - first))
+                for key, first, count in held.get(segment_id, [])
+            ]
+            # A base is a multiple of 32, and so is what is needed of a segment; at the tip all of it is.
+            kept = [(level, first, count, -(-needed // K) * K) for level, first, count, needed in kept if needed > 0]
+            unneeded = size - sum(level.node_bytes * needed for level, _, _, needed in kept)
+            whole = len(kept) == len(held.get(segment_id, [])) and all(n == needed for _, _, n, needed in kept)
+            if not kept:
                 self._segments.append(segment_id)
                 garbage.segments.append(folder)
                 garbage.segment_bytes += size
+            elif not whole and unneeded >= self._clip_share * size:
+                self._shorter.append((segment_id, folder, kept))
+                garbage.shortened.append(folder)
+                garbage.shortened_bytes += unneeded
+            else:
+                continue
+            self._extents += [(key, first) for key, first, _ in held.get(segment_id, [])]
         rows = self._db.execute("SELECT row_id, branch_id, encoding_id, lod, first, length(payload) FROM journal")
         for row_id, *key, first, size in rows:
             if first >= self._needed.get(tuple(key), 0):
@@ -238,15 +284,27 @@ class _Collection:
 
     def _document_stop(self, branch: Branch) -> int:
         """Documents of a retired branch that begin here or later are of no version."""
-        if branch.state == LIVE:
-            return _ALL
-        return self._needed.get((branch.branch_id, journal.BLOCKS, 0), 0)
+        return _ALL if branch.state == LIVE else self._needed_documents.get(branch.branch_id, 0)
 
     def _count_documents(self, branch: Branch) -> int:
         return self._db.execute(
             "SELECT count(*) FROM documents WHERE branch_id = ? AND first_block >= ?",
             (branch.branch_id, self._document_stop(branch)),
         ).fetchone()[0]
+
+    def _level(self, key: LevelKey) -> Level:
+        branch_id, encoding_id, lod = key
+        if encoding_id == journal.BLOCKS:
+            return journal.block_level(branch_id)
+        return journal.gist_level(branch_id, encoding_id, self._encodings[encoding_id], lod)
+
+    def shorter(self, folder: Path) -> Iterator[list[sealing.Part]]:
+        """What is needed of the segments that are to be shortened, one after the other."""
+        for _, name, kept in self._shorter:
+            yield [
+                sealing.Part(level, first, needed, sealing.read_part(folder, name, level, count, needed))
+                for level, first, count, needed in kept
+            ]
 
     def forget(self) -> None:
         """Delete the rows of what `look` found."""
@@ -255,7 +313,8 @@ class _Collection:
             "DELETE FROM extents WHERE branch_id = ? AND encoding_id = ? AND lod = ? AND first = ?",
             [(*key, first) for key, first in self._extents],
         )
-        db.executemany("DELETE FROM segments WHERE segment_id = ?", [(number,) for number in self._segments])
+        segments = [*self._segments, *(segment_id for segment_id, _, _ in self._shorter)]
+        db.executemany("DELETE FROM segments WHERE segment_id = ?", [(number,) for number in segments])
         db.executemany("DELETE FROM journal WHERE row_id = ?", [(number,) for number in self._rows])
         for branch in self._branches.values():
             db.execute(

@@ -11,11 +11,12 @@ missing, damaged, or made for another branch or another past of the context is r
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import logging
 import sqlite3
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Self
@@ -313,6 +314,17 @@ def _checked(db: sqlite3.Connection) -> IndexState:
     if len(lengths) != state.num_blocks or int(lengths.sum(dtype=np.int64)) != state.num_terms:
         raise no_index("lengths of its blocks are missing")
     return state
+
+
+@contextlib.contextmanager
+def lexical_lock(folder: Path) -> Iterator[None]:
+    """Keep everybody from writing a context's index.
+
+    Raises:
+        WriterConflictError: another live process builds it.
+    """
+    with contextlib.closing(_take_lock(folder)):
+        yield
 
 
 def _take_lock(folder: Path) -> IO[str]:

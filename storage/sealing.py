@@ -15,7 +15,7 @@ from cluster.config import TOKENS_PER_BLOCK as K
 from storage import journal
 from storage.journal import Arrays, Level
 from storage.schema import StoredArray
-from storage.segment import SegmentArraySpec, write_segment
+from storage.segment import SegmentArray, SegmentArraySpec, write_segment
 
 SEGMENT_FOLDER = "segments"
 
@@ -46,6 +46,20 @@ def array_spec(level: Level, stored: StoredArray, count: int) -> SegmentArraySpe
     rows = stored.rows_per_node
     logical = stored.logical_dtype if stored.logical_dtype == "bfloat16" else ""
     return SegmentArraySpec(path, stored.dtype, count * rows, stored.width, K * rows, logical)
+
+
+def read_part(context_folder: Path, segment: str, level: Level, count: int, wanted: int) -> Arrays:
+    """The first `wanted` of the `count` nodes that a segment holds of a level, as `Part.arrays`.
+
+    Raises:
+        CorruptTreeError: a checksum does not match.
+    """
+    arrays: Arrays = {}
+    for stored in level.layout:
+        array = SegmentArray(context_folder / SEGMENT_FOLDER / segment, array_spec(level, stored, count))
+        rows = array.rows(0, wanted * array.spec.num_rows // count)
+        arrays[stored.name] = rows.reshape(-1, stored.width)
+    return arrays
 
 
 @dataclass(frozen=True)

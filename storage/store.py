@@ -18,7 +18,7 @@ from pathlib import Path
 
 from cluster.errors import ContextNotFoundError, DiskFullError, IncompatibleTreeError, WriterConflictError
 from storage import catalogue
-from storage.collect import Garbage, collect
+from storage.collect import CLIP_SHARE, Garbage, collect
 from storage.commits import Writing, insert_commit
 from storage.durable import fsync_folder
 from storage.history import History, find_version
@@ -264,7 +264,9 @@ class Store:
             seq = History(folder, name).resolve(version)
         return PinnedReader(self, folder, name, MAIN_BRANCH, seq)
 
-    def collect(self, writer: ContextWriter, *, keep_s: float, dry_run: bool = False) -> Garbage:
+    def collect(
+        self, writer: ContextWriter, *, keep_s: float, clip_share: float = CLIP_SHARE, dry_run: bool = False
+    ) -> Garbage:
         """Remove what no branch, tag, lease or `keep_s` needs of a writer's context (`collect.collect`).
 
         No lease can be taken meanwhile: who asks for one waits, and is then told when the version is gone.
@@ -273,7 +275,8 @@ class Store:
             pins = db.execute(
                 "SELECT seq FROM pins WHERE context = ? AND expires_at >= ?", (writer.name, time.time())
             ).fetchall()
-            return collect(writer, [row[0] for row in pins], keep_s=keep_s, dry_run=dry_run)
+            held = [row[0] for row in pins]
+            return collect(writer, held, keep_s=keep_s, clip_share=clip_share, dry_run=dry_run)
 
     # -- pins ----------------------------------------------------------------------------------------------------
 

@@ -87,7 +87,8 @@ class StoredNodes:
 
     def refresh(self) -> None:
         """Learn of segments sealed since."""
-        known = {extent.first: extent for extent in self._extents}
+        # A segment that was replaced by a shorter one stays mapped for those who read it already.
+        known = {extent.first: extent for extent in self._extents if extent.array is not None}
         found = self._places.extents(self._level)
         self._extents = [known.get(extent.first) or _MappedExtent(extent) for extent in found]
         self._starts = [extent.first for extent in self._extents]
@@ -119,9 +120,19 @@ class StoredNodes:
 
     def _map(self, mapped: _MappedExtent) -> SegmentArray:
         if mapped.array is None:
-            extent = mapped.extent
-            mapped.array = SegmentArray(extent.folder, array_spec(self._level, self._stored, extent.count))
+            try:
+                mapped.array = self._opened(mapped.extent)
+            except CorruptTreeError:
+                if mapped.extent.folder.exists():
+                    raise
+                # Since our look at the extents a shorter one may have taken its place.
+                found = self._places.extents(self._level)
+                mapped.extent = next((e for e in found if e.first == mapped.first), mapped.extent)
+                mapped.array = self._opened(mapped.extent)
         return mapped.array
+
+    def _opened(self, extent: Extent) -> SegmentArray:
+        return SegmentArray(extent.folder, array_spec(self._level, self._stored, extent.count))
 
     def _check(self, first: int, count: int) -> None:
         if first < 0 or count < 0 or first + count > self.num_nodes:

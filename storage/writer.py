@@ -335,6 +335,20 @@ class ContextWriter:
         """Add a version that holds what the newest one does; inside `commit`, followed by `reload`."""
         self._advance(db, request_id, self._version.num_tokens, self._version.level_counts)
 
+    def scrub(self) -> None:
+        """Leave nothing of deleted rows in the catalogue's file and log.
+
+        Raises:
+            StorageError: a reader is in the middle of a transaction, so that the log could not be emptied.
+        """
+        with self.lock, catalogue.translated(self._catalogue_path):
+            self.connection.execute("VACUUM")
+            busy = self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
+        if busy:
+            raise StorageError(
+                f"{self._catalogue_path} is being read, so its log still holds deleted rows; run it again"
+            )
+
     def switch_encoding(self, db: sqlite3.Connection, encoding_id: int, counts: tuple[int, ...]) -> None:
         """Give the branch another encoding in a new version; inside `commit`, followed by `reload`."""
         db.execute("UPDATE branches SET encoding_id = ? WHERE branch_id = ?", (encoding_id, self.branch.branch_id))

@@ -183,6 +183,47 @@ def test_files_that_a_crash_left_are_removed_by_the_next_writer(root: Path, monk
     holds(root, ONE)
 
 
+def test_a_segment_of_which_little_is_needed_is_replaced_by_a_shorter_one(root: Path) -> None:
+    with open_context(root, seal_in_background=False, segment_super_blocks=4) as writer:
+        text = Text("long", 300 * K)
+        write(writer, text)
+        branching = Branching(writer)
+        branching.fork("side", at_block=40)
+        branching.tag("all")
+        side = ContextReader(root / CONTEXT, CONTEXT, "side")
+        reading = ContextReader(root / CONTEXT, CONTEXT, "side")
+        reading.tokens(0, 40)
+        branching.roll_back(History(root / CONTEXT, CONTEXT).resolve("side"))
+        found = collect(root, writer)
+        assert (found.segments, found.shortened, found.journal_rows) == ([], [], 0)
+        branching.delete_tag("all")
+        looked = collect(root, writer, dry_run=True)
+        done = collect(root, writer)
+        assert looked == done
+        assert (len(done.segments), len(done.shortened)) == (1, 1)
+        node = ENCODING.node_bytes + K * 4 + 9
+        assert done.shortened_bytes >= (128 - 32) * node
+        clipped = Text("long", 40 * K, size_bytes=text.num_tokens)
+        for reader in (side, reading):
+            assert_holds(reader, [clipped], ENCODING)
+            reader.close()
+        holds(root, clipped)
+        assert len(folders(root)) == 1
+    is_sound(root)
+
+
+def test_documents_that_end_in_a_group_cut_by_a_fork_stay(root: Path) -> None:
+    with open_context(root, seal_in_background=False) as writer:
+        texts = [Text(f"short{n}", 5 * K) for n in range(9)]
+        write(writer, *texts)
+        Branching(writer).fork("side", at_block=40)
+        Branching(writer).roll_back(History(root / CONTEXT, CONTEXT).resolve("side"))
+        assert collect(root, writer).documents == 1
+        holds(root, *texts[:8])
+        holds(root, *texts[:8], branch="side")
+    is_sound(root)
+
+
 def test_branches_that_others_descend_from_keep_what_is_shared(root: Path) -> None:
     with open_context(root, seal_in_background=False) as writer:
         branching = Branching(writer)

@@ -1,0 +1,179 @@
+"""Documents that are taken out, and documents that are erased."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cluster.config import TOKENS_PER_BLOCK as K
+from cluster.errors import BranchConflictError, StorageError
+from storage.branching import Branching
+from storage.history import History
+from storage.lexical_index import LexicalWriter
+from storage.reader import ContextReader
+from storage.removal import erase_documents, remove_documents
+from storage.store import Store
+from storage.verify import verify_context
+from storage.writer import ContextWriter
+from tests.storage.support import CONTEXT, Text, assert_holds, encoding_of, follow, new_store, open_context
+
+ENCODING = encoding_of("float16", width=8, key_width=6)
+TEXTS = [Text("one", 90 * K), Text("secret", 70 * K - 5), Text("two", 300 * K), Text("three", 41 * K + 3)]
+KEPT = [TEXTS[0], TEXTS[2], TEXTS[3]]
+NEVER_S = 1e9
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    new_store(tmp_path, ENCODING)
+    return tmp_path
+
+
+def write(writer: ContextWriter, *texts: Text) -> None:
+    for text in texts:
+        writer.append([text.span(ENCODING)])
+    follow(writer, ENCODING)
+
+
+def holds(root: Path, *texts: Text, branch: str = "main", seq: int | None = None) -> None:
+    with ContextReader(root / CONTEXT, CONTEXT, branch, seq) as reader:
+        assert_holds(reader, texts, ENCODING)
+
+
+def is_sound(root: Path) -> None:
+    report = verify_context(root / CONTEXT, CONTEXT)
+    assert report.ok, report.problems
+
+
+def traces(root: Path, text: Text) -> set[str]:
+    """Files of the context that hold tokens, gists, keys or words of a document, or its name."""
+    tokens, _ = text.packed(0, text.num_blocks)
+    arrays = {spec.name: text.gists(0, text.num_blocks, spec).half().numpy() for spec in ENCODING.arrays}
+    needles = [text.meta.uri.encode(), word(int(tokens[3, 5])).encode()]
+    for block in range(0, text.num_blocks, 7):
+        needles += [tokens[block].astype("<u4").tobytes(), *(values[block].tobytes() for values in arrays.values())]
+    found = set()
+    for path in (root / CONTEXT).rglob("*"):
+        if path.is_file():
+            data = path.read_bytes()
+            if any(needle in data for needle in needles):
+                found.add(str(path.relative_to(root / CONTEXT)))
+    return found
+
+
+def word(token: int) -> str:
+    return f"w{token}x"
+
+
+def decode(texts: Sequence[np.ndarray]) -> list[str]:
+    return [" ".join(word(int(token)) for token in tokens) for tokens in texts]
+
+
+def test_what_is_taken_out_can_be_had_back(root: Path) -> None:
+    with open_context(root) as writer:
+        write(writer, *TEXTS)
+        before = writer.version().seq
+        done = remove_documents(writer, ["secret"], "not wanted")
+        assert (done.documents, done.blocks, done.moved_blocks) == (1, 70, 342)
+        holds(root, *KEPT)
+        write(writer, Text("four", 33 * K))
+        holds(root, *KEPT, Text("four", 33 * K))
+        holds(root, *TEXTS, seq=before)
+        assert History(root / CONTEXT, CONTEXT).log("main", 3)[-1].message == "not wanted"
+        Branching(writer).roll_back(before)
+        holds(root, *TEXTS)
+    is_sound(root)
+
+
+def test_several_documents_and_the_last_one(root: Path) -> None:
+    with open_context(root) as writer:
+        write(writer, *TEXTS)
+        remove_documents(writer, ["one", "three", "secret"])
+        holds(root, TEXTS[2])
+        remove_documents(writer, ["two"])
+        assert writer.version().num_blocks == 0
+        write(writer, *TEXTS)
+    holds(root, *TEXTS)
+    is_sound(root)
+
+
+def test_an_interrupted_removal_changes_nothing_and_is_done_again(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_context(root) as writer:
+        write(writer, *TEXTS)
+        with monkeypatch.context() as patch:
+            patch.setattr(Branching, "take_over", lambda *_: (_ for _ in ()).throw(OSError("the power went")))
+            with pytest.raises(OSError, match="the power went"):
+                remove_documents(writer, ["secret"])
+        assert writer.version().branch == "main"
+        holds(root, *TEXTS)
+    with open_context(root) as writer:
+        remove_documents(writer, ["secret"])
+    holds(root, *KEPT)
+    is_sound(root)
+
+
+@pytest.mark.parametrize("sealed", [False, True])
+def test_of_an_erased_document_no_byte_is_left(root: Path, sealed: bool) -> None:
+    store = Store(root)
+    with open_context(root, seal_in_background=False, segment_super_blocks=4) as writer:
+        write(writer, *TEXTS)
+        if sealed:
+            writer.flush()
+        Branching(writer).fork("side", at_block=95)
+        before = writer.version().seq
+        remove_documents(writer, ["three"])
+        Branching(writer).roll_back(before)
+        with LexicalWriter(writer.folder, decode) as index, writer.reader() as reader:
+            index.advance(reader)
+        assert {"catalogue.sqlite", "lexical.sqlite"} <= {name.removesuffix("-wal") for name in traces(root, TEXTS[1])}
+        with pytest.raises(BranchConflictError, match="branch 'side' still show"):
+            erase_documents(store, writer, ["secret"], keep_s=NEVER_S)
+        holds(root, *TEXTS)
+        Branching(writer).discard("side")
+        # A branch that parts before the document keeps its share of the segment the document began in.
+        Branching(writer).fork("early", seq=before, at_block=90)
+        done = erase_documents(store, writer, ["secret"], keep_s=NEVER_S)
+        assert (done.documents, done.blocks) == (1, 70)
+        holds(root, *KEPT)
+        holds(root, TEXTS[0], branch="early")
+        assert traces(root, TEXTS[1]) == set()
+        assert traces(root, TEXTS[3])
+        entry = History(root / CONTEXT, CONTEXT).audit(2)[-1]
+        assert (entry.action, entry.detail["documents"]) == ("erase", 1)
+        assert "secret" not in str(entry)
+    is_sound(root)
+
+
+@pytest.mark.parametrize("held_by", ["a reader", "tag"])
+def test_what_is_still_shown_is_not_erased(root: Path, held_by: str) -> None:
+    store = Store(root)
+    with open_context(root) as writer:
+        write(writer, *TEXTS)
+        before = writer.version().seq
+        reader = store.open_reader(CONTEXT) if held_by == "a reader" else None
+        if reader is None:
+            Branching(writer).tag("v1")
+        with pytest.raises(BranchConflictError, match=held_by):
+            erase_documents(store, writer, ["secret"], keep_s=0.0)
+        assert writer.version().seq == before
+        if reader is not None:
+            reader.close()
+        else:
+            Branching(writer).delete_tag("v1")
+        erase_documents(store, writer, ["secret"], keep_s=0.0)
+        assert traces(root, TEXTS[1]) == set()
+
+
+def test_what_is_not_there_or_still_open_is_refused(root: Path) -> None:
+    with open_context(root) as writer:
+        write(writer, TEXTS[0])
+        with pytest.raises(StorageError, match="has no document 'nobody'"):
+            remove_documents(writer, ["one", "nobody"])
+        writer.append([TEXTS[1].span(ENCODING, 0, 4)])
+        with pytest.raises(BranchConflictError, match="'secret' is still open"):
+            remove_documents(writer, ["one"])
+        assert writer.version().num_blocks == 94
+    is_sound(root)
