@@ -23,6 +23,7 @@ from cluster.task_evaluation_config import EvaluateTasksJob
 from cluster.training_config import TrainGistNetJob
 from cluster.tree_config import (
     TreeBranchJob,
+    TreeDeleteJob,
     TreeDiffJob,
     TreeGcJob,
     TreeLogJob,
@@ -57,6 +58,7 @@ JOBS = (
     Job("tree diff", TreeDiffJob, "pipelines.tree_versions:diff"),
     Job("tree rollback", TreeRollbackJob, "pipelines.tree_versions:rollback"),
     Job("tree gc", TreeGcJob, "pipelines.tree_versions:gc"),
+    Job("tree delete", TreeDeleteJob, "pipelines.tree_removal:run"),
 )
 
 if __name__ == "__main__":

@@ -131,3 +131,31 @@ class TreeGcJob:
 
     def validate(self) -> None:
         require(self.keep_days >= 0, f"keep_days={self.keep_days} must be 0 or more")
+
+
+@dataclass(frozen=True)
+class TreeDeleteJob:
+    """Take documents out of a branch (`store.version`), so that rolling back brings them back; or `erase` them, so that
+    nothing does. Only looks unless `apply`."""
+
+    store: StoreConfig = field(default_factory=StoreConfig)
+    """Which store, context and branch."""
+    documents: list[str] = field(default_factory=list)
+    """Their URIs as `inspect` shows them, or shell patterns of those."""
+    superseded: bool = False
+    """Take out, of documents with the same URI, all but the newest: what an updated file left behind."""
+    erase: bool = False
+    """Remove tokens, gists, keys, words and rows from every version, and scrub the files. What lies outside the store
+    (backups, exported bundles, reports of runs) is not touched."""
+    keep_days: float = 14.0
+    """With `erase`: how long other versions can be gone back to, as in `tree gc`."""
+    message: str = ""
+    """Kept with the new version."""
+    apply: bool = False
+    """Do it. Without, the job lists what it would take out, and who still shows it."""
+    json: bool = False
+    """Print JSON instead of tables."""
+
+    def validate(self) -> None:
+        require(bool(self.documents) or self.superseded, "documents is empty; give URIs or patterns, or superseded")
+        require(self.keep_days >= 0, f"keep_days={self.keep_days} must be 0 or more")

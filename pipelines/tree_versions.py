@@ -42,7 +42,7 @@ def log(job: TreeLogJob) -> None:
         rows = [
             {"when": _when(e.at), "who": e.actor, "what": e.action, "detail": json.dumps(e.detail)} for e in entries
         ]
-        _emit(
+        emit(
             job.json, {"audit": [asdict(entry) for entry in entries]}, Table(rows, f"Audit log of {job.store.context}")
         )
         return
@@ -62,7 +62,7 @@ def log(job: TreeLogJob) -> None:
         for commit in commits
     ]
     title = f"Versions of branch {job.store.version} of {job.store.context}, newest first"
-    _emit(job.json, {"versions": [asdict(commit) for commit in commits]}, Table(rows, title))
+    emit(job.json, {"versions": [asdict(commit) for commit in commits]}, Table(rows, title))
 
 
 def show(job: TreeShowJob) -> None:
@@ -93,13 +93,13 @@ def show(job: TreeShowJob) -> None:
         "nodes_by_lod": list(version.level_counts),
         "payload_bytes": payload,
         "num_documents": len(documents),
-        "documents": _documents_json(newest),
+        "documents": documents_json(newest),
     }
-    _emit(
+    emit(
         job.json,
         report,
         Table(rows, f"Version {version.seq} of {job.store.context}"),
-        Table(_document_rows(newest), f"Documents, newest {len(newest)} of {len(documents)}"),
+        Table(document_rows(newest), f"Documents, newest {len(newest)} of {len(documents)}"),
     )
 
 
@@ -109,10 +109,10 @@ def branch(job: TreeBranchJob) -> None:
     if job.create:
         seq = history.resolve(job.store.version)
         at_block = None if job.at_block < 0 else job.at_block
-        with _maintained(job.store, "main") as writer:
+        with maintained(job.store, "main") as writer:
             Branching(writer).fork(job.create, seq=seq, at_block=at_block, message=job.message)
     elif job.merge:
-        with _maintained(job.store) as writer:
+        with maintained(job.store) as writer:
             done = Branching(writer).merge(job.merge, job.message)
         how = "fast-forward" if done.fast_forward else "documents appended"
         rows = [
@@ -127,10 +127,10 @@ def branch(job: TreeBranchJob) -> None:
             }
         ]
         report = {**asdict(done), "version": done.version.seq}
-        _emit(job.json, {"merge": report}, Table(rows, "Merged"))
+        emit(job.json, {"merge": report}, Table(rows, "Merged"))
         return
     elif job.discard:
-        with _maintained(job.store, "main") as writer:
+        with maintained(job.store, "main") as writer:
             Branching(writer).discard(job.discard)
     found = history.branches(retired=job.retired)
     rows = [
@@ -146,7 +146,7 @@ def branch(job: TreeBranchJob) -> None:
         }
         for info in found
     ]
-    _emit(job.json, {"branches": [asdict(info) for info in found]}, Table(rows, f"Branches of {job.store.context}"))
+    emit(job.json, {"branches": [asdict(info) for info in found]}, Table(rows, f"Branches of {job.store.context}"))
 
 
 def tag(job: TreeTagJob) -> None:
@@ -154,10 +154,10 @@ def tag(job: TreeTagJob) -> None:
     history = _history(job.store)
     if job.create:
         seq = history.resolve(job.store.version)
-        with _maintained(job.store, "main") as writer:
+        with maintained(job.store, "main") as writer:
             Branching(writer).tag(job.create, seq, job.message)
     elif job.delete:
-        with _maintained(job.store, "main") as writer:
+        with maintained(job.store, "main") as writer:
             Branching(writer).delete_tag(job.delete)
     found = history.tags()
     rows = [
@@ -171,7 +171,7 @@ def tag(job: TreeTagJob) -> None:
         }
         for info in found
     ]
-    _emit(job.json, {"tags": [asdict(info) for info in found]}, Table(rows, f"Tags of {job.store.context}"))
+    emit(job.json, {"tags": [asdict(info) for info in found]}, Table(rows, f"Tags of {job.store.context}"))
 
 
 def diff(job: TreeDiffJob) -> None:
@@ -199,18 +199,18 @@ def diff(job: TreeDiffJob) -> None:
     tables = [Table(rows, f"{found.shared_blocks:,} blocks are shared")]
     for name, only in ((job.store.version, found.only_left), (job.other, found.only_right)):
         if only:
-            tables.append(Table(_document_rows(only[: job.documents]), f"Only in {name}, first {job.documents}"))
+            tables.append(Table(document_rows(only[: job.documents]), f"Only in {name}, first {job.documents}"))
     report = asdict(found) | {
-        "only_left": _documents_json(found.only_left),
-        "only_right": _documents_json(found.only_right),
+        "only_left": documents_json(found.only_left),
+        "only_right": documents_json(found.only_right),
     }
-    _emit(job.json, report, *tables)
+    emit(job.json, report, *tables)
 
 
 def rollback(job: TreeRollbackJob) -> None:
     """Let a branch stand at another version again."""
     seq = _history(job.store).resolve(job.to)
-    with _maintained(job.store) as writer:
+    with maintained(job.store) as writer:
         before = writer.version()
         after = Branching(writer).roll_back(seq, job.message)
     rows = [
@@ -218,13 +218,13 @@ def rollback(job: TreeRollbackJob) -> None:
         {"what": "is now", "version": str(after.seq), "tokens": after.num_tokens, "blocks": after.num_blocks},
     ]
     report = {"branch": after.branch, "from": before.seq, "to": seq, "version": after.seq}
-    _emit(job.json, report, Table(rows, f"Branch {after.branch}; `tree rollback --to {before.seq}` undoes this"))
+    emit(job.json, report, Table(rows, f"Branch {after.branch}; `tree rollback --to {before.seq}` undoes this"))
 
 
 def gc(job: TreeGcJob) -> None:
     """Collect garbage, or say what there is."""
     store = Store(job.store.root)
-    with _maintained(job.store, "main") as writer:
+    with maintained(job.store, "main") as writer:
         found = store.collect(writer, keep_s=job.keep_days * DAY_S, dry_run=not job.apply)
     rows = [
         {"what": "segments", "number": len(found.segments), "bytes": human_bytes(found.segment_bytes)},
@@ -235,7 +235,7 @@ def gc(job: TreeGcJob) -> None:
         {"what": "retired branches", "number": len(found.branches)},
     ]
     done = "Removed" if job.apply else "Would be removed with --apply true"
-    _emit(job.json, {"applied": job.apply, **asdict(found)}, Table(rows, f"{done}, from {job.store.context}"))
+    emit(job.json, {"applied": job.apply, **asdict(found)}, Table(rows, f"{done}, from {job.store.context}"))
 
 
 def _history(store: StoreConfig) -> History:
@@ -243,14 +243,15 @@ def _history(store: StoreConfig) -> History:
 
 
 @contextlib.contextmanager
-def _maintained(store: StoreConfig, branch: str = "") -> Iterator[ContextWriter]:
+def maintained(store: StoreConfig, branch: str = "") -> Iterator[ContextWriter]:
     """The context's writer, on a branch."""
     owner = f"{Path(sys.argv[0]).name} {' '.join(sys.argv[1:3])}"
     with Store(store.root).open_maintenance(store.context, branch or store.version, owner) as writer:
         yield writer
 
 
-def _document_rows(documents: Sequence[DocumentInfo]) -> list[dict[str, Any]]:
+def document_rows(documents: Sequence[DocumentInfo]) -> list[dict[str, Any]]:
+    """Documents for a table."""
     return [
         {
             "document": document.meta.uri,
@@ -263,7 +264,8 @@ def _document_rows(documents: Sequence[DocumentInfo]) -> list[dict[str, Any]]:
     ]
 
 
-def _documents_json(documents: Sequence[DocumentInfo]) -> list[dict[str, Any]]:
+def documents_json(documents: Sequence[DocumentInfo]) -> list[dict[str, Any]]:
+    """Documents for JSON."""
     return [asdict(document) for document in documents]
 
 
@@ -271,7 +273,8 @@ def _when(at: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
 
 
-def _emit(as_json: bool, report: Mapping[str, Any], *tables: Table) -> None:
+def emit(as_json: bool, report: Mapping[str, Any], *tables: Table) -> None:
+    """Print a report as JSON, or its tables."""
     if as_json:
         sys.stdout.write(json.dumps(report, indent=1) + "\n")
         return

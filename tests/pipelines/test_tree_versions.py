@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,37 @@ def test_garbage_is_shown_before_it_is_removed(root: Path, capsys: pytest.Captur
     assert run(root, "tree", "verify") == 0
 
 
+def test_documents_are_taken_out_and_had_back_or_erased(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    delete = ["tree", "delete", "--documents", '["*one"]']
+    looked = asked(root, capsys, *delete)
+    assert ([d["meta"]["key"] for d in looked["documents"]], looked["applied"]) == (["one"], False)
+    before = asked(root, capsys, "tree", "show")["version"]
+    done = asked(root, capsys, *delete, "--apply", "true")
+    assert (done["blocks"], done["moved_blocks"]) == (100, 60)
+    assert asked(root, capsys, "tree", "show")["num_documents"] == 1
+    assert run(root, "tree", "rollback", "--to", str(before)) == 0
+    assert asked(root, capsys, "tree", "show")["num_documents"] == 2
+    assert run(root, "tree", "tag", "--create", "held") == 0
+    assert asked(root, capsys, *delete, "--erase", "true")["still_shown_by"] == ["tag 'held'"]
+    assert run(root, *delete, "--erase", "true", "--apply", "true") == 5
+    assert "tag 'held' still show" in capsys.readouterr().err
+    assert run(root, "tree", "tag", "--delete", "held") == 0
+    assert asked(root, capsys, *delete, "--erase", "true", "--apply", "true")["erased"]
+    assert run(root, "tree", "rollback", "--to", str(before)) == 5
+    assert run(root, "tree", "verify") == 0
+
+
+def test_what_an_updated_file_left_behind_goes(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with open_context(root) as writer:
+        newer = Text("one", 30 * K)
+        span = newer.span(ENCODING)
+        writer.append([replace(span, document=replace(newer.meta, key="one@newer"))])
+    done = asked(root, capsys, "tree", "delete", "--superseded", "true", "--apply", "true")
+    assert [d["meta"]["key"] for d in done["documents"]] == ["one"]
+    with Store(root).open_reader(CONTEXT) as reader:
+        assert [d.meta.key for d in reader.documents()] == ["two", "one@newer"]
+
+
 @pytest.mark.parametrize("job", ["log", "show", "branch", "tag", "diff", "gc"])
 def test_people_get_tables(root: Path, capsys: pytest.CaptureFixture[str], job: str) -> None:
     assert run(root, "tree", job) == 0
@@ -105,6 +137,8 @@ def test_people_get_tables(root: Path, capsys: pytest.CaptureFixture[str], job: 
         (["show", "--store.version", "v9"], 5, "has no version 'v9'"),
         (["log", "--limit", "0"], 2, "must be at least 1"),
         (["tag", "--delete", "v9"], 5, "no tag 'v9'"),
+        (["delete"], 2, "documents is empty"),
+        (["delete", "--documents", "[nothing]"], 2, "fits 'nothing'"),
     ],
 )
 def test_what_cannot_be_done_is_said(
