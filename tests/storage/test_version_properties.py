@@ -14,6 +14,7 @@ from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.errors import BranchConflictError
 from storage.branching import Branching
 from storage.reader import ContextReader
+from storage.removal import remove_documents
 from storage.store import Store
 from storage.verify import verify_context
 from tests.storage.support import CONTEXT, Text, assert_holds, encoding_of, follow, new_store, open_context
@@ -130,8 +131,11 @@ class Versions(RuleBasedStateMachine):
         seq, texts = self.tags[data.draw(st.sampled_from(sorted(self.tags)))]
         Branching(self.writer).roll_back(seq)
         self.shown[self.branch] = texts
+        self.moved()
+
+    def moved(self) -> None:
+        """The name stands on another branch now: what was forked from it before has another parent."""
         self.moves[self.branch] = self.moves.get(self.branch, 0) + 1
-        # The name stands on another branch now: what was forked from it before has another parent.
         self.forked = {name: entry for name, entry in self.forked.items() if entry[0] != self.branch}
 
     @precondition(lambda self: len(self.shown) > 1)
@@ -146,14 +150,22 @@ class Versions(RuleBasedStateMachine):
                 return
             Branching(self.writer).fast_forward(name)
             self.shown[self.branch] = self.shown[name]
-            self.forked = {other: entry for other, entry in self.forked.items() if entry[0] != self.branch}
-            self.moves[self.branch] = self.moves.get(self.branch, 0) + 1
+            self.moved()
         elif parent == self.branch:
             try:
                 Branching(self.writer).fast_forward(name)
             except BranchConflictError:
                 return
             raise AssertionError("a branch that had gone on was fast-forwarded")
+
+    @precondition(lambda self: bool(self.shown[self.branch]))
+    @rule(data=st.data())
+    def remove(self, data: st.DataObject) -> None:
+        self.end_what_is_open()
+        text = data.draw(st.sampled_from(self.shown[self.branch]))
+        remove_documents(self.writer, [text.key])
+        self.shown[self.branch] = tuple(t for t in self.shown[self.branch] if t.key != text.key)
+        self.moved()
 
     @precondition(lambda self: len(self.pinned) < 3)
     @rule()
