@@ -22,6 +22,7 @@ from cluster.session_config import ChatJob
 from cluster.task_evaluation_config import EvaluateTasksJob
 from cluster.training_config import TrainGistNetJob
 from cluster.tree_config import (
+    TreeBackupJob,
     TreeBranchJob,
     TreeDeleteJob,
     TreeDiffJob,
@@ -58,6 +59,7 @@ JOBS = (
     Job("tree diff", TreeDiffJob, "pipelines.tree_versions:diff"),
     Job("tree rollback", TreeRollbackJob, "pipelines.tree_versions:rollback"),
     Job("tree gc", TreeGcJob, "pipelines.tree_versions:gc"),
+    Job("tree backup", TreeBackupJob, "pipelines.tree_backup:run"),
     Job("tree delete", TreeDeleteJob, "pipelines.tree_removal:run"),
 )
 

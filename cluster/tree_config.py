@@ -159,3 +159,18 @@ class TreeDeleteJob:
     def validate(self) -> None:
         require(bool(self.documents) or self.superseded, "documents is empty; give URIs or patterns, or superseded")
         require(self.keep_days >= 0, f"keep_days={self.keep_days} must be 0 or more")
+
+
+@dataclass(frozen=True)
+class TreeBackupJob:
+    """Copy a context into another store while it is used; the next backup copies what is new."""
+
+    store: StoreConfig = field(default_factory=StoreConfig)
+    """Which store and context; every version of it is copied."""
+    to: str = ""
+    """Folder of the store that takes the copy, best on another disk; made when there is none."""
+    json: bool = False
+    """Print JSON instead of tables."""
+
+    def validate(self) -> None:
+        require(bool(self.to), "to is empty; give the folder that takes the backup")

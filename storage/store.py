@@ -163,6 +163,10 @@ class Store:
                 fsync_folder(self.root)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
+        self.register(name)
+
+    def register(self, name: str) -> None:
+        """List a context whose folder is there."""
         with self._connect() as db:
             db.execute("INSERT OR IGNORE INTO contexts VALUES (?, ?, ?, '', 0)", (name, name, time.time()))
 

@@ -381,6 +381,17 @@ class ContextWriter:
         self.close()
 
 
+@contextlib.contextmanager
+def writer_lock(folder: Path, name: str) -> Iterator[None]:
+    """Keep everybody from writing to a context.
+
+    Raises:
+        WriterConflictError: another live process does.
+    """
+    with contextlib.closing(_take_lock(folder, name)):
+        yield
+
+
 def _take_lock(folder: Path, name: str) -> IO[str]:
     """The context's lock file, held until closed; the kernel frees it when the process dies, however it dies."""
     try:

@@ -46,6 +46,7 @@ def test_every_job_is_there_and_accepts_its_configuration() -> None:
         "tree diff",
         "tree rollback",
         "tree gc",
+        "tree backup",
         "tree delete",
     ]
     for job in ray_job.JOBS:

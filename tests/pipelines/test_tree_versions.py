@@ -120,6 +120,15 @@ def test_what_an_updated_file_left_behind_goes(root: Path, capsys: pytest.Captur
         assert [d.meta.key for d in reader.documents()] == ["two", "one@newer"]
 
 
+def test_a_backup_is_verified_and_read_where_it_is(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = root / "elsewhere"
+    assert asked(root, capsys, "tree", "backup", "--to", str(target))["copied_segments"] == 4
+    assert run(root, "tree", "backup", "--to", str(target)) == 0
+    assert "elsewhere" in capsys.readouterr().out
+    assert run(target, "tree", "verify") == 0
+    assert asked(target, capsys, "tree", "show")["num_documents"] == 2
+
+
 @pytest.mark.parametrize("job", ["log", "show", "branch", "tag", "diff", "gc"])
 def test_people_get_tables(root: Path, capsys: pytest.CaptureFixture[str], job: str) -> None:
     assert run(root, "tree", job) == 0
@@ -137,6 +146,7 @@ def test_people_get_tables(root: Path, capsys: pytest.CaptureFixture[str], job: 
         (["show", "--store.version", "v9"], 5, "has no version 'v9'"),
         (["log", "--limit", "0"], 2, "must be at least 1"),
         (["tag", "--delete", "v9"], 5, "no tag 'v9'"),
+        (["backup"], 2, "to is empty"),
         (["delete"], 2, "documents is empty"),
         (["delete", "--documents", "[nothing]"], 2, "fits 'nothing'"),
     ],
