@@ -122,7 +122,8 @@ def test_what_an_updated_file_left_behind_goes(root: Path, capsys: pytest.Captur
 
 def test_a_backup_is_verified_and_read_where_it_is(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = root / "elsewhere"
-    assert asked(root, capsys, "tree", "backup", "--to", str(target))["copied_segments"] == 4
+    first = asked(root, capsys, "tree", "backup", "--to", str(target))
+    assert first["segments"] == first["copied_segments"] > 0
     assert run(root, "tree", "backup", "--to", str(target)) == 0
     assert "elsewhere" in capsys.readouterr().out
     assert run(target, "tree", "verify") == 0
