@@ -1,0 +1,122 @@
+"""kill -9, at random moments and at named write points, of every workload in turn.
+
+The program's part of a failure is repeated by its seed, a random moment is not: a kill at a write point is exact.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from tests.torture.counts import Counts
+from tests.torture.interposer import Action, Kind, Plan, arm, processes
+from tests.torture.oracle import Oracle
+from tests.torture.workloads import WORKLOADS, go_on
+
+LONGEST_LIFE_S = 0.3
+KILLS_A_STORE = 20
+"""Then a new one begins, lest inspections take ever longer."""
+
+WRITE_POINTS: dict[str, tuple[Kind, str, int]] = {
+    "log write": (Kind.WRITE, "*/catalogue.sqlite-wal", 60),
+    "log sync": (Kind.SYNC, "*/catalogue.sqlite-wal", 20),
+    "log folded in": (Kind.WRITE, "*/catalogue.sqlite", 8),
+    "catalogue sync": (Kind.SYNC, "*/catalogue.sqlite", 2),
+    "log removed": (Kind.REMOVE, "*/catalogue.sqlite-wal", 2),
+    "segment folder": (Kind.MKDIR, "*/segments/*", 12),
+    "segment write": (Kind.WRITE, "*/segments/*", 20),
+    "segment sync": (Kind.SYNC, "*/segments/*", 20),
+    "segment folder sync": (Kind.SYNC_FOLDER, "*/segments*", 12),
+    "segment rename": (Kind.RENAME, "*/segments/*", 3),
+    "orphan removed": (Kind.REMOVE, "*/segments/*", 6),
+}
+"""Name: what is done, to which files, and how many of these a life sees at least."""
+
+DIED_BY_KILL = -9
+
+
+def _work(root: Path, name: str, seed: int, plan: Plan | None, acknowledge: Connection) -> None:
+    if plan is not None:
+        arm(plan)
+    WORKLOADS[name](root, seed, acknowledge.send)
+
+
+class KillDrill:
+    """Stores, their killers, and what was promised."""
+
+    def __init__(self, folder: Path, seed: int, counts: Counts) -> None:
+        self._folder = folder
+        self._seed = seed
+        self._counts = counts
+        self._num_kills = 0
+        self._oracle = Oracle()
+        self._root = folder
+
+    def run(self, num_kills: int) -> None:
+        """Kill so many times, then let the last store come to its end."""
+        for _ in range(num_kills):
+            if self._num_kills % KILLS_A_STORE == 0:
+                self._finish()
+                self._root = self._folder / f"store{self._num_kills}"
+                self._oracle = Oracle()
+            self._kill_once()
+            self._num_kills += 1
+        self._finish()
+
+    def _finish(self) -> None:
+        """Recover a store, go on, and read all of it once more."""
+        if self._num_kills:
+            go_on(self._root, 2, self._oracle.hear)
+            self._counts.add(self._oracle.inspect(self._root), f"seed {self._seed}, after kill {self._num_kills}")
+
+    def _kill_once(self) -> None:
+        number = self._num_kills
+        chance = random.Random(f"{self._seed}/{number}")
+        name = list(WORKLOADS)[number % len(WORKLOADS)]
+        point, plan = "", None
+        # Two of three at a write point, of the others half while they open or soon after.
+        if chance.random() < 2 / 3:
+            point = chance.choice(list(WRITE_POINTS))
+            kinds, pattern, most = WRITE_POINTS[point]
+            plan = Plan(self._root, action=Action.KILL, kinds=kinds, pattern=pattern, first=chance.randint(1, most))
+        from_birth = chance.random() < 0.5
+        self._live(name, number, plan, chance.uniform(0, LONGEST_LIFE_S), from_birth, point)
+        where = f"seed {self._seed}, kill {number} ({name}{', ' + point if point else ''})"
+        self._counts.add(self._oracle.inspect(self._root), where)
+
+    def _live(self, name: str, seed: int, plan: Plan | None, life_s: float, from_birth: bool, point: str) -> None:
+        """Let a workload live until its plan kills it, or we do: after a while from its start or its first word."""
+        receive, send = processes().Pipe(duplex=False)
+        child = processes().Process(target=_work, args=(self._root, name, seed, plan, send))
+        child.start()
+        send.close()
+        killed_by_us = False
+        try:
+            if plan is None and not from_birth:
+                assert receive.poll(60), f"{name} said nothing for a minute"
+            deadline = time.monotonic() + (life_s if plan is None else 4 * LONGEST_LIFE_S)
+            while (left := deadline - time.monotonic()) > 0:
+                if receive.poll(left):
+                    self._hear(receive)
+            killed_by_us = True
+            child.kill()
+            # What it said before it died counts, also when nobody had listened yet.
+            while True:
+                self._hear(receive)
+        except EOFError:
+            pass
+        finally:
+            child.kill()
+            child.join()
+            receive.close()
+        assert child.exitcode == DIED_BY_KILL, f"{name} ended by itself; its traceback is in the output"
+        child.close()
+        self._counts.kills[name] += 1
+        if point and not killed_by_us:
+            self._counts.points[point] += 1
+
+    def _hear(self, receive: Connection) -> None:
+        self._oracle.hear(receive.recv())
+        self._counts.acknowledged += 1
