@@ -21,3 +21,15 @@ def fsync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def make_folder_durably(folder: Path) -> None:
+    """Make a folder, and those above it that are missing, so that a power cut does not take their names away.
+
+    One that is there already may be what a killed process made and did not come to sync, so it is synced too.
+    """
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    for path in reversed(missing):
+        path.mkdir(exist_ok=True)
+    for path in missing or [folder]:
+        fsync_folder(path.parent)

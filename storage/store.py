@@ -18,7 +18,7 @@ from pathlib import Path
 
 from cluster.errors import ContextNotFoundError, DiskFullError, IncompatibleTreeError, WriterConflictError
 from storage import catalogue
-from storage.durable import fsync_folder
+from storage.durable import fsync_folder, make_folder_durably
 from storage.reader import ContextReader
 from storage.schema import Encoding, TreeIdentity, check_same
 from storage.sealing import SEGMENT_FOLDER
@@ -91,7 +91,7 @@ class Store:
                 raise ContextNotFoundError(
                     f"there is no store at {self.root}; set --store.root, or run `compact` to make one"
                 )
-            self.root.mkdir(parents=True, exist_ok=True)
+            make_folder_durably(self.root)
         with self._connect() as db:
             db.execute("PRAGMA journal_mode=WAL")
             for statement in _SCHEMA.split(";\n"):
@@ -155,9 +155,10 @@ class Store:
                 # SQLite makes its files durable, not the folders they are in.
                 fsync_folder(temporary)
                 temporary.rename(folder)
-                fsync_folder(self.root)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
+        # Also where the folder was there: who made it may have been killed before this.
+        fsync_folder(self.root)
         with self._connect() as db:
             db.execute("INSERT OR IGNORE INTO contexts VALUES (?, ?, ?, '', 0)", (name, name, time.time()))
 

@@ -6,14 +6,14 @@ The program's part of a failure is repeated by its seed, a random moment is not:
 from __future__ import annotations
 
 import random
-import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from tests.torture.children import DIED_BY_KILL, PATIENCE_S, Child, finish
 from tests.torture.counts import Counts
-from tests.torture.interposer import Action, Kind, Plan, arm, processes
+from tests.torture.interposer import Action, Kind, Plan, arm
 from tests.torture.oracle import Oracle
-from tests.torture.workloads import WORKLOADS, go_on
+from tests.torture.workloads import WORKLOADS
 
 LONGEST_LIFE_S = 0.3
 KILLS_A_STORE = 20
@@ -34,13 +34,9 @@ WRITE_POINTS: dict[str, tuple[Kind, str, int]] = {
 }
 """Name: what is done, to which files, and how many of these a life sees at least."""
 
-DIED_BY_KILL = -9
-
-
-def _work(root: Path, name: str, seed: int, plan: Plan | None, acknowledge: Connection) -> None:
-    if plan is not None:
-        arm(plan)
-    WORKLOADS[name](root, seed, acknowledge.send)
+def _work(connection: Connection, root: Path, name: str, seed: int, plan: Plan) -> None:
+    arm(plan)
+    WORKLOADS[name](root, seed, connection.send)
 
 
 class KillDrill:
@@ -68,14 +64,14 @@ class KillDrill:
     def _finish(self) -> None:
         """Recover a store, go on, and read all of it once more."""
         if self._num_kills:
-            go_on(self._root, 2, self._oracle.hear)
+            finish(self._root, 2, self._oracle)
             self._counts.add(self._oracle.inspect(self._root), f"seed {self._seed}, after kill {self._num_kills}")
 
     def _kill_once(self) -> None:
         number = self._num_kills
         chance = random.Random(f"{self._seed}/{number}")
         name = list(WORKLOADS)[number % len(WORKLOADS)]
-        point, plan = "", None
+        point, plan = "", Plan(self._root)
         # Two of three at a write point, of the others half while they open or soon after.
         if chance.random() < 2 / 3:
             point = chance.choice(list(WRITE_POINTS))
@@ -86,37 +82,21 @@ class KillDrill:
         where = f"seed {self._seed}, kill {number} ({name}{', ' + point if point else ''})"
         self._counts.add(self._oracle.inspect(self._root), where)
 
-    def _live(self, name: str, seed: int, plan: Plan | None, life_s: float, from_birth: bool, point: str) -> None:
+    def _live(self, name: str, seed: int, plan: Plan, life_s: float, from_birth: bool, point: str) -> None:
         """Let a workload live until its plan kills it, or we do: after a while from its start or its first word."""
-        receive, send = processes().Pipe(duplex=False)
-        child = processes().Process(target=_work, args=(self._root, name, seed, plan, send))
-        child.start()
-        send.close()
-        killed_by_us = False
-        try:
-            if plan is None and not from_birth:
-                assert receive.poll(60), f"{name} said nothing for a minute"
-            deadline = time.monotonic() + (life_s if plan is None else 4 * LONGEST_LIFE_S)
-            while (left := deadline - time.monotonic()) > 0:
-                if receive.poll(left):
-                    self._hear(receive)
-            killed_by_us = True
+        with Child(_work, self._root, name, seed, plan) as child:
+            if not (point or from_birth):
+                child.wait_for_a_word()
+            self._hear(child, 4 * LONGEST_LIFE_S if point else life_s)
+            by_us = not child.has_ended
             child.kill()
             # What it said before it died counts, also when nobody had listened yet.
-            while True:
-                self._hear(receive)
-        except EOFError:
-            pass
-        finally:
-            child.kill()
-            child.join()
-            receive.close()
-        assert child.exitcode == DIED_BY_KILL, f"{name} ended by itself; its traceback is in the output"
-        child.close()
+            self._hear(child)
+            assert child.end() == DIED_BY_KILL, f"{name} ended by itself; its traceback is in the output"
         self._counts.kills[name] += 1
-        if point and not killed_by_us:
-            self._counts.points[point] += 1
+        self._counts.points[point] += bool(point) and not by_us
 
-    def _hear(self, receive: Connection) -> None:
-        self._oracle.hear(receive.recv())
-        self._counts.acknowledged += 1
+    def _hear(self, child: Child, seconds: float = PATIENCE_S) -> None:
+        for ack in child.words(seconds):
+            self._oracle.hear(ack)
+            self._counts.acknowledged += 1

@@ -16,6 +16,7 @@ import torch
 from cluster.errors import MegaContextError
 from storage import catalogue
 from storage.reader import ContextReader
+from storage.store import Store
 from storage.verify import verify_context
 from tests.storage.support import CONTEXT, Text, assert_holds, vectors
 from tests.torture.workloads import ENCODINGS, Acknowledged, expected_texts, text_number
@@ -53,6 +54,8 @@ class Oracle:
         self.num_blocks = 0
         self.last: Acknowledged | None = None
         """That promised tokens of a document."""
+        self._contradictions = Findings()
+        """Between what was heard and what was heard later."""
 
     def copy(self) -> Self:
         """One that goes on by itself."""
@@ -63,25 +66,29 @@ class Oracle:
         self.num_heard += 1
         digest = ack.encoding.gistnet_digest
         before = self.level_counts.get(digest, ())
-        assert all(now >= old for now, old in zip(ack.level_counts, before, strict=False)), "a level shrank"
-        assert ack.seq >= self.seq, "a version came twice"
+        if any(now < old for now, old in zip(ack.level_counts, before, strict=False)):
+            self._contradictions.lost.append(f"{before} nodes of {digest} were promised, then {ack.level_counts}")
+        if ack.seq < self.seq:
+            self._contradictions.doubled.append(f"version {ack.seq} came after version {self.seq}")
         self.level_counts[digest] = ack.level_counts
         self.seq = ack.seq
         if ack.active:
             self.encoding = ack.encoding
-            self.num_blocks = max(self.num_blocks, *ack.level_counts[:1])
+            self.num_blocks = max([self.num_blocks, *ack.level_counts[:1]])
         if ack.num_tokens:
             self.last = ack
 
     def inspect(self, root: Path) -> Findings:
         """Read everything of a store, before anybody repairs anything."""
-        findings = Findings()
+        findings = copy.deepcopy(self._contradictions)
         folder = root / CONTEXT
         if not folder.exists():
             if self.num_heard:
                 findings.lost.append("the context")
             return findings
         try:
+            if self.num_heard and not Store(root).has_context(CONTEXT):
+                findings.lost.append("the store's entry of the context")
             findings.torn += verify_context(folder, CONTEXT).problems
             if findings.ok:
                 with ContextReader(folder, CONTEXT) as reader:

@@ -11,21 +11,23 @@ import pickle
 import random
 import shutil
 from collections.abc import Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 
+from tests.torture.children import DIED_BY_KILL, Child, finish
 from tests.torture.counts import Counts
 from tests.torture.crash_image import Disk, Fate, Operation, read_log
-from tests.torture.interposer import Action, Kind, Plan, arm, note, processes
+from tests.torture.interposer import Action, Kind, Plan, arm, note
 from tests.torture.oracle import Findings, Oracle
-from tests.torture.workloads import WORKLOADS, Acknowledged, go_on
+from tests.torture.workloads import WORKLOADS, Acknowledged
 
 CUTS_A_RUN = 6
 RUNS_A_STORE = 5
 FATES: tuple[Fate, ...] = ("mixed", "mixed", "lost", "kept")
-LONGEST_RUN_S = 60.0
 
 
-def _work(plan: Plan, name: str, seed: int) -> None:
+def _work(connection: Connection, plan: Plan, name: str, seed: int) -> None:
+    connection.close()
     arm(plan)
     WORKLOADS[name](plan.root / "store", seed, lambda ack: note(pickle.dumps(ack)))
 
@@ -48,13 +50,8 @@ class Recording:
         log = folder / "operations.log"
         log.unlink(missing_ok=True)
         plan = Plan(self._live, log, Action.KILL, first=num_points, unsynced=unsynced)
-        child = processes().Process(target=_work, args=(plan, name, seed))
-        child.start()
-        child.join(LONGEST_RUN_S)
-        child.kill()
-        child.join()
-        assert child.exitcode == -9, f"{name} ended by itself; its traceback is in the output"
-        child.close()
+        with Child(_work, plan, name, seed) as child:
+            assert child.end() == DIED_BY_KILL, f"{name} ended by itself; its traceback is in the output"
         self.operations = read_log(log, self._live)
 
     def acknowledged(self, stop: int) -> list[Acknowledged]:
@@ -87,10 +84,10 @@ def cut_and_inspect(
         shutil.rmtree(recovered, ignore_errors=True)
         shutil.copytree(image, recovered)
         try:
-            go_on(recovered / "store", 1, (after := oracle.copy()).hear)
+            finish(recovered / "store", 1, after := oracle.copy())
             findings = after.inspect(recovered / "store")
-        except Exception as error:
-            findings.torn.append(f"recovery failed: {error!r}")
+        except RuntimeError as error:
+            findings.torn.append(str(error))
     return findings
 
 
@@ -103,6 +100,8 @@ class PowerDrill:
         self._counts = counts
         self._oracle = Oracle()
         self._num_runs = 0
+        self._is_new = True
+        """Whether the next run begins on an empty disk."""
 
     def run(self, num_cuts: int) -> None:
         """Cut so many times."""
@@ -110,13 +109,15 @@ class PowerDrill:
         while left > 0:
             left -= self._run_once(min(left, CUTS_A_RUN))
             self._num_runs += 1
+            self._is_new = self._is_new or self._num_runs % RUNS_A_STORE == 0
 
     def _run_once(self, num_cuts: int) -> int:
         number = self._num_runs
         chance = random.Random(f"{self._seed}/{number}")
         name = list(WORKLOADS)[number % len(WORKLOADS)]
         live, image = self._folder / "live", self._folder / "image"
-        is_new = number % RUNS_A_STORE == 0
+        is_new = self._is_new
+        self._is_new = False
         if is_new:
             shutil.rmtree(live, ignore_errors=True)
             live.mkdir(parents=True)
@@ -131,6 +132,7 @@ class PowerDrill:
             self._counts.cuts_in_recovery += not is_new and stop <= recording.first_word()
             self._counts.add(findings, f"seed {self._seed}, run {number} ({name}) cut before operation {stop}, {fate}")
             if not findings.ok:
+                self._is_new = True
                 self._keep(image, number, stop)
             if stop == max(stops):
                 self._counts.acknowledged += oracle.num_heard - self._oracle.num_heard
