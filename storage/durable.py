@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+from collections.abc import Iterator
 from pathlib import Path
+
+from cluster.errors import DiskFullError, StorageError
 
 
 def write_file_durably(path: Path, data: bytes) -> None:
@@ -33,3 +38,14 @@ def make_folder_durably(folder: Path) -> None:
         path.mkdir(exist_ok=True)
     for path in missing or [folder]:
         fsync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def disk_errors(doing: str) -> Iterator[None]:
+    """Turn the operating system's errors into ours. `doing` begins the message: "cannot make the store at ..."."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+            raise DiskFullError(f"{doing}: the disk (or quota) is full. Free space and run it again.") from error
+        raise StorageError(f"{doing}: {error}. Check the disk and the folder's permissions.") from error

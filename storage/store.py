@@ -18,7 +18,7 @@ from pathlib import Path
 
 from cluster.errors import ContextNotFoundError, DiskFullError, IncompatibleTreeError, WriterConflictError
 from storage import catalogue
-from storage.durable import fsync_folder, make_folder_durably
+from storage.durable import disk_errors, fsync_folder, make_folder_durably
 from storage.reader import ContextReader
 from storage.schema import Encoding, TreeIdentity, check_same
 from storage.sealing import SEGMENT_FOLDER
@@ -91,7 +91,8 @@ class Store:
                 raise ContextNotFoundError(
                     f"there is no store at {self.root}; set --store.root, or run `compact` to make one"
                 )
-            make_folder_durably(self.root)
+            with disk_errors(f"cannot make a store at {self.root}"):
+                make_folder_durably(self.root)
         with self._connect() as db:
             db.execute("PRAGMA journal_mode=WAL")
             for statement in _SCHEMA.split(";\n"):
@@ -141,26 +142,31 @@ class Store:
             StorageError: the disk refused.
         """
         folder = self.root / name
-        temporary = self.root / f".{name}.tmp-{uuid.uuid4().hex[:8]}"
-        if not folder.exists():
-            temporary.mkdir()
-            try:
-                (temporary / SEGMENT_FOLDER).mkdir()
-                catalogue.create(temporary, {"name": name, "identity": json.dumps(asdict(identity), sort_keys=True)})
-                with (
-                    contextlib.closing(catalogue.connect(temporary, read_only=False)) as db,
-                    catalogue.transaction(db),
-                ):
-                    _create_main_branch(db, encoding)
-                # SQLite makes its files durable, not the folders they are in.
-                fsync_folder(temporary)
-                temporary.rename(folder)
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
-        # Also where the folder was there: who made it may have been killed before this.
-        fsync_folder(self.root)
+        with disk_errors(f"cannot make context {name!r} in {self.root}"):
+            if not folder.exists():
+                self._make_folder(folder, name, identity, encoding)
+            # Also where it was there: who made it may have been killed before this.
+            fsync_folder(self.root)
         with self._connect() as db:
             db.execute("INSERT OR IGNORE INTO contexts VALUES (?, ?, ?, '', 0)", (name, name, time.time()))
+
+    def _make_folder(self, folder: Path, name: str, identity: TreeIdentity, encoding: Encoding) -> None:
+        temporary = self.root / f".{name}.tmp-{uuid.uuid4().hex[:8]}"
+        temporary.mkdir()
+        try:
+            (temporary / SEGMENT_FOLDER).mkdir()
+            catalogue.create(temporary, {"name": name, "identity": json.dumps(asdict(identity), sort_keys=True)})
+            with (
+                catalogue.translated(temporary / catalogue.CATALOGUE_FILE),
+                contextlib.closing(catalogue.connect(temporary, read_only=False)) as db,
+                catalogue.transaction(db),
+            ):
+                _create_main_branch(db, encoding)
+            # SQLite makes its files durable, not the folders they are in.
+            fsync_folder(temporary)
+            temporary.rename(folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
     def identity(self, name: str) -> tuple[TreeIdentity, Encoding]:
         """What made a context's tokens and the gists of its newest version."""
