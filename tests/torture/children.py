@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
@@ -27,7 +28,7 @@ class Child:
     ) -> None:
         ours, theirs = processes().Pipe()
         self._connection = ours
-        self._process = processes().Process(target=function, args=(theirs, *args), kwargs=kwargs)
+        self._process = processes().Process(target=_quietly, args=(function, theirs, *args), kwargs=kwargs)
         self._process.start()
         self.has_ended = False
         """Whether all it ever said was heard."""
@@ -69,6 +70,12 @@ class Child:
         self._process.join()
         self._process.close()
         self._connection.close()
+
+
+def _quietly(function: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    # What recoveries remove and why sealing waits is said in every life.
+    logging.getLogger("megacontext.storage").setLevel(logging.CRITICAL)
+    function(*args, **kwargs)
 
 
 def finish(root: Path, num_documents: int, oracle: Oracle) -> None:

@@ -94,7 +94,8 @@ class KillDrill:
             self._hear(child)
             assert child.end() == DIED_BY_KILL, f"{name} ended by itself; its traceback is in the output"
         self._counts.kills[name] += 1
-        self._counts.points[point] += bool(point) and not by_us
+        if point and not by_us:
+            self._counts.points[point] += 1
 
     def _hear(self, child: Child, seconds: float = PATIENCE_S) -> None:
         for ack in child.words(seconds):

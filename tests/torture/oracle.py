@@ -15,11 +15,12 @@ import torch
 
 from cluster.errors import MegaContextError
 from storage import catalogue
+from storage.focus_events import read_focus_events
 from storage.reader import ContextReader
 from storage.store import Store
 from storage.verify import verify_context
 from tests.storage.support import CONTEXT, Text, assert_holds, vectors
-from tests.torture.workloads import ENCODINGS, Acknowledged, expected_texts, text_number
+from tests.torture.workloads import ENCODINGS, Acknowledged, EventsKept, event_number, expected_texts, text_number
 
 
 @dataclass
@@ -54,6 +55,7 @@ class Oracle:
         self.num_blocks = 0
         self.last: Acknowledged | None = None
         """That promised tokens of a document."""
+        self.num_events = 0
         self._contradictions = Findings()
         """Between what was heard and what was heard later."""
 
@@ -61,9 +63,12 @@ class Oracle:
         """One that goes on by itself."""
         return copy.deepcopy(self)
 
-    def hear(self, ack: Acknowledged) -> None:
+    def hear(self, ack: Acknowledged | EventsKept) -> None:
         """Remember a promise."""
         self.num_heard += 1
+        if isinstance(ack, EventsKept):
+            self.num_events = ack.num_events
+            return
         digest = ack.encoding.gistnet_digest
         before = self.level_counts.get(digest, ())
         if any(now < old for now, old in zip(ack.level_counts, before, strict=False)):
@@ -96,6 +101,7 @@ class Oracle:
                     self._inspect_upper_levels(reader, findings)
                     self._inspect_tail(reader, findings)
                     self._inspect_encodings(folder, reader, findings)
+                self._inspect_events(folder, findings)
         except MegaContextError as error:
             findings.torn.append(f"{type(error).__name__}: {error}")
         except AssertionError as error:
@@ -164,6 +170,15 @@ class Oracle:
                 if any(have < want for have, want in zip((*counts, *[0] * len(promised)), promised, strict=False)):
                     findings.lost.append(f"nodes of encoding {digest}: {promised} promised, {counts} there")
                 self._inspect_gists(other, findings)
+
+    def _inspect_events(self, folder: Path, findings: Findings) -> None:
+        found = read_focus_events(folder)
+        wanted = [event_number(number) for number in range(found.num_rows)]
+        if found.num_rows < self.num_events:
+            findings.lost.append(f"focus events {found.num_rows}-{self.num_events - 1}")
+        for name in ("number", "num_tokens", "cost", "time"):
+            if found[name].to_pylist() != [getattr(event, name) for event in wanted]:
+                findings.torn.append(f"{name} of focus events")
 
     def _inspect_gists(self, reader: ContextReader, findings: Findings) -> None:
         texts: list[Text] = expected_texts(reader.version.num_blocks)

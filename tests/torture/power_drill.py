@@ -19,10 +19,11 @@ from tests.torture.counts import Counts
 from tests.torture.crash_image import Disk, Fate, Operation, read_log
 from tests.torture.interposer import Action, Kind, Plan, arm, note
 from tests.torture.oracle import Findings, Oracle
-from tests.torture.workloads import WORKLOADS, Acknowledged
+from tests.torture.workloads import WORKLOADS, Acknowledged, EventsKept
 
 CUTS_A_RUN = 6
 RUNS_A_STORE = 5
+"""Not a divisor of the number of workloads, so that each has its turn at an empty disk."""
 FATES: tuple[Fate, ...] = ("mixed", "mixed", "lost", "kept")
 
 
@@ -54,7 +55,7 @@ class Recording:
             assert child.end() == DIED_BY_KILL, f"{name} ended by itself; its traceback is in the output"
         self.operations = read_log(log, self._live)
 
-    def acknowledged(self, stop: int) -> list[Acknowledged]:
+    def acknowledged(self, stop: int) -> list[Acknowledged | EventsKept]:
         """What was acknowledged before operation `stop`."""
         return [pickle.loads(each.data) for each in self.operations[:stop] if each.kind == Kind.NOTE]
 

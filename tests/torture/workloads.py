@@ -20,6 +20,7 @@ import torch
 from cluster.config import TOKENS_PER_BLOCK as K
 from storage.bulk_writer import BulkWriter
 from storage.contract import Ack, TreeWriter
+from storage.focus_events import FocusEvent, FocusEventLog, read_focus_events
 from storage.geometry import complete_nodes, deepest_lod
 from storage.rebuild import EncodingBuilder
 from storage.schema import Encoding
@@ -47,7 +48,14 @@ class Acknowledged:
     """Of the document, its tail included."""
 
 
-Say = Callable[[Acknowledged], None]
+@dataclass(frozen=True)
+class EventsKept:
+    """Focus events `[0, num_events)` that a returned flush promised to keep."""
+
+    num_events: int
+
+
+Say = Callable[[Acknowledged | EventsKept], None]
 
 
 class Workload(Protocol):
@@ -83,6 +91,28 @@ def expected_texts(num_blocks: int) -> list[Text]:
         texts.append(text)
         num_blocks -= text.num_blocks
     return texts
+
+
+def event_number(number: int) -> FocusEvent:
+    """The endless sequence of focus events."""
+    return FocusEvent(
+        session="torture",
+        number=number,
+        reason="question",
+        policy="{}",
+        contexts=[(CONTEXT, number)],
+        num_tokens=number * 7919,
+        budget=480,
+        cost=number % 480,
+        entries=[(0, number, 0)],
+        scores={(number, 0): number / 4},
+        found=[],
+        pinned=[],
+        added=[],
+        dropped=[],
+        num_aged=0,
+        time=float(number),
+    )
 
 
 def first_unfinished(tree: TreeWriter) -> int:
@@ -210,6 +240,19 @@ def reopening(root: Path, seed: int, say: Say) -> None:
         with open_or_create(root) as writer:
             number = first_unfinished(writer)
             write_document(writer, writer.encoding, number, chance, say, tails=True)
+
+
+@workload
+def events(root: Path, seed: int, say: Say) -> None:
+    """A session's focus events, in small files that are merged."""
+    chance = random.Random(seed)
+    open_or_create(root).close()
+    log = FocusEventLog(root / CONTEXT)
+    for number in itertools.count(read_focus_events(root / CONTEXT).num_rows):
+        log.add(event_number(number))
+        if chance.random() < 0.3:
+            log.flush()
+            say(EventsKept(number + 1))
 
 
 def _ingest(tree: TreeWriter, encoding: Encoding, seed: int, say: Say, *, tails: bool) -> None:
