@@ -17,6 +17,7 @@ from pathlib import Path
 
 from cluster.errors import StorageError
 from storage.bulk_writer import BulkWriter
+from storage.focus_events import FocusEventLog, read_focus_events
 from storage.writer import ContextWriter
 from tests.torture.children import Child
 from tests.torture.counts import Counts
@@ -27,6 +28,7 @@ from tests.torture.workloads import (
     Acknowledged,
     Say,
     derive,
+    event_number,
     first_unfinished,
     open_or_create,
     put_all,
@@ -51,7 +53,7 @@ class Outcome:
 
 
 class Story:
-    """A context is made, streamed to, sealed, written in bulk, and given another encoding. Told again, it goes on."""
+    """A context is made, streamed to, sealed, written in bulk, and given another encoding and an event. Told again, it goes on."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -72,6 +74,9 @@ class Story:
             put_all(bulk, writer.encoding, NUM_DOCUMENTS - 1, say)
         derive(writer, ENCODINGS[1], say)
         writer.flush()
+        log = FocusEventLog(writer.folder)
+        log.add(event_number(read_focus_events(writer.folder).num_rows))
+        log.flush()
         writer.close()
         self._writer = None
 
