@@ -16,6 +16,7 @@ from tests.torture.counts import Counts
 from tests.torture.fault_drill import ERRORS, FaultDrill
 from tests.torture.kill_drill import KillDrill
 from tests.torture.power_drill import PowerDrill
+from tests.torture.scratch import scratch_parent
 
 WAYS_TO_FAIL = 2 * len(ERRORS)
 
@@ -24,7 +25,7 @@ def main() -> int:
     """Run the drills that were asked for; returns the exit code."""
     options = _options()
     logging.getLogger("megacontext.storage").setLevel(logging.ERROR)
-    folder = Path(tempfile.mkdtemp(prefix="torture-", dir=options.folder))
+    folder = Path(tempfile.mkdtemp(prefix="torture-", dir=options.folder or scratch_parent()))
     counts = Counts()
     print(f"seed {options.seed}, in {folder}", flush=True)
 
@@ -65,7 +66,7 @@ def _options() -> argparse.Namespace:
         "--faults", type=int, default=200, help="writes refused by the disk; %(default)s of about 5,500 by default"
     )
     parser.add_argument("--seed", type=int, default=int(time.time()), help="of everything; repeats a failure")
-    parser.add_argument("--folder", type=Path, help="where the stores lie meanwhile (default: the temporary folder)")
+    parser.add_argument("--folder", type=Path, help="where the stores lie meanwhile (default: a disk in memory, if there is one)")
     return parser.parse_args()
 
 

@@ -21,8 +21,8 @@ def new_file(path: str, inode: int, data: bytes, *, synced: bool = True) -> list
 
 
 @pytest.fixture
-def base(tmp_path: Path) -> Path:
-    folder = tmp_path / "base"
+def base(scratch: Path) -> Path:
+    folder = scratch / "base"
     folder.mkdir()
     (folder / "old").write_bytes(b"old")
     return folder

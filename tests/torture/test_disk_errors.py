@@ -15,9 +15,9 @@ NUM_POINTS = 4
 
 
 @pytest.mark.timeout(180)
-def test_what_is_refused_is_said_and_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_refused_is_said_and_resumes(scratch: Path, capsys: pytest.CaptureFixture[str]) -> None:
     seed, counts = int(time.time()), Counts()
-    drill = FaultDrill(tmp_path, counts)
+    drill = FaultDrill(scratch, counts)
     num_points = drill.count_points()
     assert num_points > 500
     points = random.Random(seed).sample(range(1, num_points), NUM_POINTS)

@@ -15,9 +15,9 @@ NUM_KILLS = 2 * len(WORKLOADS)
 
 
 @pytest.mark.timeout(180)
-def test_nothing_acknowledged_is_lost_or_doubled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_acknowledged_is_lost_or_doubled(scratch: Path, capsys: pytest.CaptureFixture[str]) -> None:
     counts = Counts()
-    KillDrill(tmp_path, int(time.time()), counts).run(NUM_KILLS)
+    KillDrill(scratch, int(time.time()), counts).run(NUM_KILLS)
     with capsys.disabled():
         print(f"\n{counts.table()}")
     assert counts.ok, counts.failures

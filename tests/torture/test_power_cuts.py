@@ -28,9 +28,9 @@ PLANTED = {
 
 
 @pytest.mark.timeout(180)
-def test_nothing_acknowledged_is_lost_or_doubled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_acknowledged_is_lost_or_doubled(scratch: Path, capsys: pytest.CaptureFixture[str]) -> None:
     counts = Counts()
-    PowerDrill(tmp_path, int(time.time()), counts).run(NUM_CUTS)
+    PowerDrill(scratch, int(time.time()), counts).run(NUM_CUTS)
     with capsys.disabled():
         print(f"\n{counts.table()}")
     assert counts.ok, counts.failures
@@ -40,10 +40,10 @@ def test_nothing_acknowledged_is_lost_or_doubled(tmp_path: Path, capsys: pytest.
 
 
 @pytest.mark.parametrize("what", PLANTED)
-def test_a_missing_fsync_is_found(tmp_path: Path, what: str) -> None:
+def test_a_missing_fsync_is_found(scratch: Path, what: str) -> None:
     name, unsynced = PLANTED[what]
-    assert not any_finding(tmp_path / "sound", name, "")
-    assert any_finding(tmp_path / "planted", name, unsynced)
+    assert not any_finding(scratch / "sound", name, "")
+    assert any_finding(scratch / "planted", name, unsynced)
 
 
 def any_finding(folder: Path, name: str, unsynced: str) -> list[str]:
