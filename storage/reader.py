@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from cluster.config import TOKENS_PER_BLOCK as K
-from cluster.errors import NodeMissingError, StorageError
+from cluster.errors import CorruptTreeError, NodeMissingError, StorageError
 from storage import catalogue, journal
 from storage.codec import decode_array
 from storage.contract import DocumentInfo, Tail, Version
@@ -98,7 +98,13 @@ class ContextReader:
         """The journal's run that holds a node, or None when the journal does not hold it (any more)."""
         with catalogue.translated(self.folder / catalogue.CATALOGUE_FILE):
             found = journal.find(self._connection, level, index)
-            return None if found is None else self._cached_run(level, found[0])
+            run = None if found is None else self._cached_run(level, found[0])
+        if run is not None and not run.first <= index < run.first + run.count:
+            raise CorruptTreeError(
+                f"the journal's index and its row of LOD{level.lod} nodes {run.first}-{run.first + run.count - 1} do not "
+                "agree. Run `tree verify` and restore the catalogue from a backup."
+            )
+        return run
 
     def _load_run(self, level: Level, row_id: int) -> Run | None:
         return journal.load(self._connection, level, row_id)
@@ -175,6 +181,11 @@ class ContextReader:
         if 0 <= block < self._version.num_blocks:
             with catalogue.translated(self.folder / catalogue.CATALOGUE_FILE):
                 found = document_info_at(self._connection, self._branch_id, block)
+            if found is not None and not found.first_block <= block < found.first_block + found.num_blocks:
+                raise CorruptTreeError(
+                    f"the catalogue's row of document {found.meta.key!r} is damaged: it does not hold block {block}. Run "
+                    "`tree verify` and restore the catalogue from a backup."
+                )
             if found is not None:
                 return self._clipped(found)
         raise NodeMissingError(

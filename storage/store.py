@@ -114,7 +114,7 @@ class Store:
         """All contexts, by name."""
         with self._connect() as db:
             rows = db.execute("SELECT name, folder, created_at, owner, epoch FROM contexts ORDER BY name").fetchall()
-        return [ContextInfo(row[0], self.root / row[1], row[2], row[3], row[4]) for row in rows]
+        return [ContextInfo(row[0], self.root / str(row[1]), row[2], row[3], row[4]) for row in rows]
 
     def has_context(self, name: str) -> bool:
         """Whether the store lists a context."""

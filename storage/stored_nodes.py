@@ -69,6 +69,14 @@ class StoredNodes:
         """Learn of segments sealed since."""
         known = {extent.first: extent for extent in self._extents}
         found = self._places.extents(self._level)
+        stop = 0
+        for first, count, folder in found:
+            if first < stop or first % K or count % K or count <= 0:
+                raise CorruptTreeError(
+                    f"the catalogue's row of segment {folder.name} is damaged: it says LOD{self._level.lod} nodes {first} "
+                    f"to {first + count - 1}. Run `tree verify` and restore the catalogue from a backup."
+                )
+            stop = first + count
         self._extents = [known.get(first) or _Extent(first, count, folder) for first, count, folder in found]
         self._starts = [extent.first for extent in self._extents]
         self._start_column = np.array(self._starts, np.int64)
