@@ -184,7 +184,7 @@ def _read(path: Path, filters: list[tuple[str, str, str]] | None = None) -> pa.T
     data = path.read_bytes()
     checksum = _CHECKSUM.search(path.name)
     if checksum is not None and int(checksum[1], 16) != google_crc32c.value(data):
-        raise CorruptTreeError(f"{path} is damaged: its checksum does not match. Restore it, or move it away to read on.")
+        raise CorruptTreeError(f"{path} is damaged: its checksum does not match. Restore it or move it away.")
     return pq.read_table(pa.BufferReader(data), schema=SCHEMA, filters=filters)
 
 

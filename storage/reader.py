@@ -101,8 +101,8 @@ class ContextReader:
             run = None if found is None else self._cached_run(level, found[0])
         if run is not None and not run.first <= index < run.first + run.count:
             raise CorruptTreeError(
-                f"the journal's index and its row of LOD{level.lod} nodes {run.first}-{run.first + run.count - 1} do not "
-                "agree. Run `tree verify` and restore the catalogue from a backup."
+                f"the journal's index and its row of LOD{level.lod} nodes {run.first}-{run.first + run.count - 1} do "
+                "not agree. Run `tree verify` and restore the catalogue from a backup."
             )
         return run
 
@@ -183,8 +183,8 @@ class ContextReader:
                 found = document_info_at(self._connection, self._branch_id, block)
             if found is not None and not found.first_block <= block < found.first_block + found.num_blocks:
                 raise CorruptTreeError(
-                    f"the catalogue's row of document {found.meta.key!r} is damaged: it does not hold block {block}. Run "
-                    "`tree verify` and restore the catalogue from a backup."
+                    f"the catalogue's row of document {found.meta.key!r} is damaged: it does not hold block {block}. "
+                    "Run `tree verify` and restore the catalogue from a backup."
                 )
             if found is not None:
                 return self._clipped(found)

@@ -73,8 +73,8 @@ class StoredNodes:
         for first, count, folder in found:
             if first < stop or first % K or count % K or count <= 0:
                 raise CorruptTreeError(
-                    f"the catalogue's row of segment {folder.name} is damaged: it says LOD{self._level.lod} nodes {first} "
-                    f"to {first + count - 1}. Run `tree verify` and restore the catalogue from a backup."
+                    f"the catalogue's row of segment {folder.name} is damaged: it says LOD{self._level.lod} nodes "
+                    f"{first} to {first + count - 1}. Run `tree verify` and restore the catalogue from a backup."
                 )
             stop = first + count
         self._extents = [known.get(first) or _Extent(first, count, folder) for first, count, folder in found]

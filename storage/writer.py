@@ -36,7 +36,6 @@ from storage import catalogue, journal, sealing
 from storage.accept import accept_spans, accept_tail, ended_document
 from storage.codec import Values
 from storage.contract import Ack, DocumentMark, DocumentMeta, SpanWrite, Version
-from storage.commit_log import check_log
 from storage.documents import OpenDocument, find_document, insert_document, open_document, update_document
 from storage.durable import disk_errors
 from storage.levels import fresh_nodes, sealed_nodes
@@ -90,8 +89,6 @@ class ContextWriter:
         try:
             self.connection = catalogue.connect(folder, read_only=False)
             try:
-                # What lies behind the log's end is overwritten by the first commit.
-                check_log(self._catalogue_path)
                 self._epoch = self._take_epoch(owner)
                 # A reader may hold the id of a row that was sealed since, so no id ever comes twice: epochs do not.
                 self.row_ids = itertools.count(self._epoch << ROW_ID_BITS)

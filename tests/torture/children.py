@@ -23,9 +23,7 @@ DIED_BY_KILL = -9
 class Child:
     """Runs `function(connection, ...)` in a process of its own; killed at the end of the `with`, if it still lives."""
 
-    def __init__(
-        self, function: Callable[Concatenate[Connection, P], None], *args: P.args, **kwargs: P.kwargs
-    ) -> None:
+    def __init__(self, function: Callable[Concatenate[Connection, P], None], *args: P.args, **kwargs: P.kwargs) -> None:
         ours, theirs = processes().Pipe()
         self._connection = ours
         self._process = processes().Process(target=_quietly, args=(function, theirs, *args), kwargs=kwargs)

@@ -23,7 +23,7 @@ class Counts:
     faults: Counter[str] = field(default_factory=Counter)
     """By errno, and once or for ever."""
     refused: Counter[str] = field(default_factory=Counter)
-    """Of `faults`, those a caller saw, by the error's name; the others met work that is tried again behind the calls."""
+    """Of `faults`, those a caller saw, by the error's name; the others met work that is tried again."""
     acknowledged: int = 0
     lost: int = 0
     doubled: int = 0

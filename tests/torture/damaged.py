@@ -32,7 +32,7 @@ def decode(rows: object) -> list[str]:
 
 
 def make_stores(folder: Path) -> None:
-    """`before`: everything folded in; `open`: as a killed writer leaves it, with a log of versions 0 to 2 and its own."""
+    """`before`: everything folded in; `open`: as a killed writer leaves it, with all versions in its log."""
     root = folder / "closed"
     new_store(root, ENCODING)
     with open_context(root, seal_in_background=False) as writer:
@@ -98,8 +98,9 @@ def _of_version(reader: ContextReader) -> Iterator[tuple[str, Callable[[], objec
     for lod in range(1, version.max_lod + 1):
         for spec in version.encoding.arrays:
             nodes = np.arange(version.num_nodes(lod))
-            yield f"LOD{lod} {spec.name}", lambda spec=spec, lod=lod, nodes=nodes: (
-                reader.read(spec.name, lod, nodes).numpy().tobytes()
+            yield (
+                f"LOD{lod} {spec.name}",
+                lambda spec=spec, lod=lod, nodes=nodes: reader.read(spec.name, lod, nodes).numpy().tobytes(),
             )
 
 

@@ -11,7 +11,7 @@ import random
 import shutil
 import traceback
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from storage.writer import ContextWriter
 from tests.torture.children import Child
 from tests.torture.counts import Counts
 from tests.torture.interposer import FOR_EVER, Action, Plan, arm, heal, num_points
+from tests.torture.kill_drill import WRITE_POINTS
 from tests.torture.oracle import Oracle
 from tests.torture.workloads import (
     ENCODINGS,
@@ -52,8 +53,12 @@ class Outcome:
     """Traceback of an error that is not ours."""
 
 
+DEAD = Outcome(0, bug="the process died or hangs")
+
+
 class Story:
-    """A context is made, streamed to, sealed, written in bulk, and given another encoding and an event. Told again, it goes on."""
+    """A context is made, streamed to, sealed, written in bulk, given another encoding and an event. Told again, it goes
+    on."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -103,38 +108,53 @@ class FaultDrill:
     """Tells the story on disks that fail."""
 
     def __init__(self, folder: Path, counts: Counts) -> None:
-        self._folder = folder
+        self._root = folder
         self._counts = counts
 
     def count_points(self) -> int:
         """Operations of an undisturbed telling; threads make it vary by a few."""
-        num_points, _ = self._tell("undisturbed", Plan(self._fresh()))
+        num_points, _ = self._tell("undisturbed", Plan(self._root))
         return num_points
 
     def run(self, points: Iterable[int]) -> None:
         """Fail each of these operations, in every way."""
         for point in points:
             for error in ERRORS:
-                for last in (point, FOR_EVER):
-                    self._fail(point, last, error)
+                self._fail(Plan(self._root, first=point, last=point), error, f"operation {point}")
+                self._fail(Plan(self._root, first=point), error, f"operation {point} and all that follow")
 
-    def _fail(self, point: int, last: int, error: int) -> None:
-        way = f"{errno.errorcode[error]} {'once' if last == point else 'from then on'}"
-        plan = Plan(self._fresh(), action=Action.FAIL, first=point, last=last, error=error)
-        _, refusal = self._tell(f"operation {point} fails with {way}", plan)
-        self._counts.faults[way] += 1
+    def run_at_write_points(self, chance: random.Random, num_faults: int) -> None:
+        """Fail the named write points, which are few among all operations; a broken sync is the worst of them."""
+        for _ in range(num_faults):
+            name = chance.choice(list(WRITE_POINTS))
+            kinds, pattern, most = WRITE_POINTS[name]
+            point = chance.randint(1, most)
+            last = chance.choice([point, point + 2, FOR_EVER])
+            plan = Plan(self._root, kinds=kinds, pattern=pattern, first=point, last=last)
+            self._fail(plan, chance.choice(ERRORS), f"{name} {point} to {last}")
+
+    def _fail(self, plan: Plan, error: int, where: str) -> None:
+        plan = replace(plan, action=Action.FAIL, error=error)
+        _, refusal = self._tell(f"{where}: {errno.errorcode[error]}", plan)
+        once = plan.first == plan.last
+        self._counts.faults[f"{errno.errorcode[error]} {'once' if once else 'for longer'}"] += 1
         if refusal:
             self._counts.refused[refusal] += 1
 
     def _tell(self, what: str, plan: Plan) -> tuple[int, str]:
         """Tell it under a plan and once more when the disk is sound; `(points, refusal)` of the first time."""
+        shutil.rmtree(self._root, ignore_errors=True)
+        self._root.mkdir(parents=True)
         oracle = Oracle()
         with Child(_work, plan) as child:
             first = self._hear(child, oracle)
             self._judge(f"{what}, meanwhile", plan, oracle, first)
+            if first is DEAD:
+                return 0, ""
             child.answer("go on")
             second = self._hear(child, oracle)
-            child.answer("that is all")
+            if second is not DEAD:
+                child.answer("that is all")
         if second.refusal:
             second = Outcome(second.num_points, bug=f"the writer was refused on a sound disk: {second.refusal}")
         elif oracle.num_blocks != NUM_BLOCKS:
@@ -149,15 +169,9 @@ class FaultDrill:
                 return word
             assert isinstance(word, Acknowledged)
             oracle.hear(word)
-        return Outcome(0, bug="the process died or hangs")
+        return DEAD
 
     def _judge(self, where: str, plan: Plan, oracle: Oracle, outcome: Outcome) -> None:
         if outcome.bug:
             self._counts.failures.append(f"{where}: {outcome.bug}")
         self._counts.add(oracle.inspect(plan.root / "store"), where)
-
-    def _fresh(self) -> Path:
-        root = self._folder / "faults"
-        shutil.rmtree(root, ignore_errors=True)
-        root.mkdir(parents=True)
-        return root

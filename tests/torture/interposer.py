@@ -20,7 +20,7 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 SOURCE = Path(__file__).with_suffix(".c")
-LOADED_BEFORE_FORKS = ["tests.torture.workloads", "tests.torture.kill_drill", "tests.torture.power_drill", "tests.torture.fault_drill"]
+LOADED_BEFORE_FORKS = [f"tests.torture.{name}_drill" for name in ("kill", "power", "fault", "loop")]
 FOR_EVER = 2**62
 
 

@@ -34,6 +34,7 @@ WRITE_POINTS: dict[str, tuple[Kind, str, int]] = {
 }
 """Name: what is done, to which files, and how many of these a life sees at least."""
 
+
 def _work(connection: Connection, root: Path, name: str, seed: int, plan: Plan) -> None:
     arm(plan)
     WORKLOADS[name](root, seed, connection.send)

@@ -155,7 +155,8 @@ class Oracle:
     def _inspect_encodings(self, folder: Path, reader: ContextReader, findings: Findings) -> None:
         """Of an encoding that is being built, what was acknowledged of it, by the gists of every block."""
         with closing(catalogue.connect(folder, read_only=True)) as db:
-            known = {json.loads(body)["gistnet_digest"]: number for number, body in db.execute("SELECT * FROM encodings")}
+            rows = db.execute("SELECT encoding_id, body FROM encodings").fetchall()
+        known = {json.loads(body)["gistnet_digest"]: encoding_id for encoding_id, body in rows}
         for encoding in ENCODINGS:
             digest = encoding.gistnet_digest
             promised = self.level_counts.get(digest, ())

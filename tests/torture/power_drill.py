@@ -1,8 +1,8 @@
 """Power cuts: a workload runs once under the log, and the power is cut at many points of it.
 
-A point of the log and a seed make a disk. It is inspected as it is, then recovered and written to, then inspected again.
-One such disk is where the next run begins, so recoveries are run and cut too. Everything follows from the seed but for
-the order in which threads of one run take turns.
+A point of the log and a seed make a disk. It is inspected as it is, then recovered and written to, then inspected
+again. One such disk is where the next run begins, so recoveries are run and cut too. Everything follows from the seed
+but for the order in which threads of one run take turns.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tests.torture.children import DIED_BY_KILL, Child, finish
 from tests.torture.counts import Counts
-from tests.torture.crash_image import Disk, Fate, Operation, read_log
+from tests.torture.crash_image import Disk, Fate, read_log
 from tests.torture.interposer import Action, Kind, Plan, arm, note
 from tests.torture.oracle import Findings, Oracle
 from tests.torture.workloads import WORKLOADS, Acknowledged, EventsKept
@@ -125,6 +125,7 @@ class PowerDrill:
             self._oracle = Oracle()
         recording = Recording(self._folder, name, number, chance.randint(100, 700))
         stops = _stops(recording, num_cuts, chance)
+        heard = self._oracle
         for stop in stops:
             fate = chance.choice(FATES)
             oracle = self._oracle.copy()

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.torture.crash_image import SECTOR, Disk, Operation
+from tests.torture.crash_image import SECTOR, Disk, Fate, Operation
 from tests.torture.interposer import Kind
 
 
-def op(kind: Kind, path: str = "", *, target: str = "", inode: int = 0, offset: int = 0, data: bytes = b"") -> Operation:
+def op(kind: Kind, path: str = "", target: str = "", inode: int = 0, offset: int = 0, data: bytes = b"") -> Operation:
     return Operation(kind, path, target, inode, offset, data)
 
 
@@ -28,7 +28,7 @@ def base(scratch: Path) -> Path:
     return folder
 
 
-def cut(base: Path, operations: list[Operation], fate="lost", seed: int = 0) -> dict[str, bytes]:
+def cut(base: Path, operations: list[Operation], fate: Fate = "lost", seed: int = 0) -> dict[str, bytes]:
     """Files a cut leaves; folders as empty bytes."""
     disk = Disk(base)
     disk.replay(operations)

@@ -11,7 +11,8 @@ import pytest
 from tests.torture.counts import Counts
 from tests.torture.fault_drill import FaultDrill
 
-NUM_POINTS = 4
+NUM_POINTS = 2
+NUM_AT_WRITE_POINTS = 8
 
 
 @pytest.mark.timeout(180)
@@ -22,8 +23,9 @@ def test_what_is_refused_is_said_and_resumes(scratch: Path, capsys: pytest.Captu
     assert num_points > 500
     points = random.Random(seed).sample(range(1, num_points), NUM_POINTS)
     drill.run(points)
+    drill.run_at_write_points(random.Random(seed), NUM_AT_WRITE_POINTS)
     with capsys.disabled():
         print(f"\n{counts.table()}")
-    assert counts.ok, counts.failures
+    assert counts.ok, [f"seed {seed}", *counts.failures]
     assert counts.refused.total() > 0
     assert set(counts.refused) <= {"DiskFullError", "StorageError"}

@@ -13,7 +13,7 @@ from tests.torture.oracle import Oracle
 from tests.torture.power_drill import PowerDrill, Recording
 from tests.torture.workloads import WORKLOADS
 
-NUM_CUTS = 5 * len(WORKLOADS)
+NUM_CUTS = 8 * len(WORKLOADS)
 
 PLANTED = {
     "log": ("streaming", "*/catalogue.sqlite-wal"),

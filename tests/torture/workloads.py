@@ -26,7 +26,7 @@ from storage.rebuild import EncodingBuilder
 from storage.schema import Encoding
 from storage.store import Store
 from storage.writer import ContextWriter
-from tests.storage.support import CONTEXT, IDENTITY, Text, encoding_of, follow, new_store, nodes_of, open_context
+from tests.storage.support import CONTEXT, Text, encoding_of, follow, new_store, nodes_of, open_context
 
 ENCODINGS = (encoding_of("float16", width=6, rows=2, key_width=3), encoding_of("float16", width=7, key_width=2))
 """Those that a context is rebuilt with in turn; it begins with the first."""
@@ -137,7 +137,7 @@ def open_or_create(root: Path, **options) -> ContextWriter:
 def write_document(
     tree: TreeWriter, encoding: Encoding, number: int, chance: random.Random, say: Say, *, tails: bool
 ) -> None:
-    """Bring a document to its end in pieces, some of which are stored already; with `tails`, token by token at times."""
+    """Bring a document to its end in pieces, some of which are stored already; with `tails`, by single tokens too."""
     text = text_number(number)
     mark = tree.marks([text.key]).get(text.key)
     done = mark.num_blocks if mark else 0
