@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, Self
 
 from tests.torture.interposer import Plan, arm, processes
-from tests.torture.oracle import Oracle
+from tests.torture.oracle import Findings, Oracle
 from tests.torture.workloads import go_on
 
 P = ParamSpec("P")
@@ -76,20 +76,17 @@ def _quietly(function: Callable[..., None], *args: Any, **kwargs: Any) -> None:
     function(*args, **kwargs)
 
 
-def finish(root: Path, num_documents: int, oracle: Oracle) -> None:
-    """Recover a store and bring so many documents to their end, by a process of its own.
-
-    Raises:
-        RuntimeError: it failed; its traceback is in the output.
-    """
-    with Child(_finish, root, num_documents) as child:
+def go_on_and_inspect(root: Path, num_documents: int, oracle: Oracle) -> Findings:
+    """Recover a store and bring so many documents to their end, by a process of its own; then read all of it."""
+    with Child(_go_on, root, num_documents) as child:
         for ack in child.words():
             oracle.hear(ack)
         if child.end() != 0:
-            raise RuntimeError(f"recovery of {root} failed")
+            return Findings(torn=["it cannot be written to any more; the traceback is in the output"])
+    return oracle.inspect(root)
 
 
-def _finish(connection: Connection, root: Path, num_documents: int) -> None:
+def _go_on(connection: Connection, root: Path, num_documents: int) -> None:
     # Under an empty plan nothing happens but that syncs cost nothing.
     arm(Plan(root.parent))
     go_on(root, num_documents, connection.send)

@@ -9,7 +9,7 @@ import random
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from tests.torture.children import DIED_BY_KILL, PATIENCE_S, Child, finish
+from tests.torture.children import DIED_BY_KILL, PATIENCE_S, Child, go_on_and_inspect
 from tests.torture.counts import Counts
 from tests.torture.interposer import Action, Kind, Plan, arm
 from tests.torture.oracle import Oracle
@@ -32,7 +32,7 @@ WRITE_POINTS: dict[str, tuple[Kind, str, int]] = {
     "segment rename": (Kind.RENAME, "*/segments/*", 3),
     "orphan removed": (Kind.REMOVE, "*/segments/*", 6),
 }
-"""Name: what is done, to which files, and how many of these a life sees at least."""
+"""Name: what is done, to which files, and up to which of them a process is killed at, if it comes that far."""
 
 
 def _work(connection: Connection, root: Path, name: str, seed: int, plan: Plan) -> None:
@@ -65,8 +65,8 @@ class KillDrill:
     def _finish(self) -> None:
         """Recover a store, go on, and read all of it once more."""
         if self._num_kills:
-            finish(self._root, 2, self._oracle)
-            self._counts.add(self._oracle.inspect(self._root), f"seed {self._seed}, after kill {self._num_kills}")
+            findings = go_on_and_inspect(self._root, 2, self._oracle)
+            self._counts.add(findings, f"seed {self._seed}, after kill {self._num_kills}")
 
     def _kill_once(self) -> None:
         number = self._num_kills
@@ -79,12 +79,17 @@ class KillDrill:
             kinds, pattern, most = WRITE_POINTS[point]
             plan = Plan(self._root, action=Action.KILL, kinds=kinds, pattern=pattern, first=chance.randint(1, most))
         from_birth = chance.random() < 0.5
-        self._live(name, number, plan, chance.uniform(0, LONGEST_LIFE_S), from_birth, point)
         where = f"seed {self._seed}, kill {number} ({name}{', ' + point if point else ''})"
+        if not self._live(name, number, plan, chance.uniform(0, LONGEST_LIFE_S), from_birth, point):
+            self._counts.failures.append(f"{where}: ended by itself; its traceback is in the output")
         self._counts.add(self._oracle.inspect(self._root), where)
 
-    def _live(self, name: str, seed: int, plan: Plan, life_s: float, from_birth: bool, point: str) -> None:
-        """Let a workload live until its plan kills it, or we do: after a while from its start or its first word."""
+    def _live(self, name: str, seed: int, plan: Plan, life_s: float, from_birth: bool, point: str) -> bool:
+        """Let a workload live until its plan kills it, or we do: after a while from its start or its first word.
+
+        Returns:
+            Whether it was killed, as it should be.
+        """
         with Child(_work, self._root, name, seed, plan) as child:
             if not (point or from_birth):
                 child.wait_for_a_word()
@@ -93,10 +98,11 @@ class KillDrill:
             child.kill()
             # What it said before it died counts, also when nobody had listened yet.
             self._hear(child)
-            assert child.end() == DIED_BY_KILL, f"{name} ended by itself; its traceback is in the output"
+            was_killed = child.end() == DIED_BY_KILL
         self._counts.kills[name] += 1
         if point and not by_us:
             self._counts.points[point] += 1
+        return was_killed
 
     def _hear(self, child: Child, seconds: float = PATIENCE_S) -> None:
         for ack in child.words(seconds):

@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from cluster.errors import StorageError
-from tests.torture.children import Child, finish
+from tests.torture.children import Child, go_on_and_inspect
 from tests.torture.counts import Counts
 from tests.torture.oracle import Oracle
 from tests.torture.workloads import WORKLOADS
@@ -105,8 +105,7 @@ def run(folder: Path, seed: int, num_cuts: int, counts: Counts) -> None:
             disk.power_up()
             counts.cuts[f"{name} on ext4"] += 1
             counts.add(oracle.inspect(root), f"seed {seed}, shutdown {number} of ext4 ({name})")
-        finish(root, 1, oracle)
-        counts.add(oracle.inspect(root), f"seed {seed}, after all shutdowns of ext4")
+        counts.add(go_on_and_inspect(root, 1, oracle), f"seed {seed}, after all shutdowns of ext4")
         counts.acknowledged += oracle.num_heard
     finally:
         disk.close()

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from tests.torture.children import DIED_BY_KILL, Child, finish
+from tests.torture.children import DIED_BY_KILL, Child, go_on_and_inspect
 from tests.torture.counts import Counts
 from tests.torture.crash_image import Disk, Fate, read_log
 from tests.torture.interposer import Action, Kind, Plan, arm, note
@@ -74,7 +74,8 @@ class Recording:
 def cut_and_inspect(
     recording: Recording, stop: int, image: Path, chance: random.Random, fate: Fate, oracle: Oracle
 ) -> Findings:
-    """Cut the power, inspect the disk, recover and go on, inspect again. `oracle` is left knowing everything."""
+    """Cut the power, inspect the disk; recover a copy, go on there, inspect again. `oracle` hears what was before the
+    cut."""
     shutil.rmtree(image, ignore_errors=True)
     recording.cut(stop, image, chance, fate)
     for ack in recording.acknowledged(stop):
@@ -84,11 +85,7 @@ def cut_and_inspect(
         recovered = image.with_name("recovered")
         shutil.rmtree(recovered, ignore_errors=True)
         shutil.copytree(image, recovered)
-        try:
-            finish(recovered / "store", 1, after := oracle.copy())
-            findings = after.inspect(recovered / "store")
-        except RuntimeError as error:
-            findings.torn.append(str(error))
+        findings = go_on_and_inspect(recovered / "store", 1, oracle.copy())
     return findings
 
 
