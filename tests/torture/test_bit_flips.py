@@ -41,7 +41,7 @@ class Flips:
         self.chance = random.Random(relative)
         self.work = store.with_name("work")
         self.sound = self._read(None)
-        assert not any(isinstance(value, MegaContextError) for value in self.sound.values())
+        assert not any(isinstance(value, Exception) for value in self.sound.values())
 
     def _read(self, flip: tuple[int, int] | None) -> dict[str, object]:
         shutil.rmtree(self.work, ignore_errors=True)
@@ -62,7 +62,11 @@ class Flips:
         for _ in range(self._num_flips):
             flip = self.chance.choice(places), self.chance.randrange(8)
             self.found = self._read(flip)
-            refused = {what for what, value in self.found.items() if isinstance(value, MegaContextError)}
+            errors = {what: value for what, value in self.found.items() if isinstance(value, Exception)}
+            # A number of the catalogue that has become something else may be met by an error that is not ours.
+            ours = all(isinstance(error, MegaContextError) for error in errors.values())
+            assert ours or self.problems, f"{self._relative}, {flip}: {errors}"
+            refused = errors.keys()
             wrong = {what for what, value in self.found.items() if value != self.sound.get(what)} - refused
             yield f"bit {flip[1]} of byte {flip[0]} of {self._relative}", wrong, bool(self.problems or refused)
 
