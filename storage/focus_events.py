@@ -3,28 +3,33 @@
 An append-only log of Parquet files in the context's folder, each written once: to a temporary name, synced, renamed.
 Events wait in memory until there are enough of them, or somebody flushes (a session does at the end of every answer); a
 crash loses those that wait and leaves no half file. Small files are merged when there are enough events in them: the
-merged one is there before they go, and readers count an event once.
+merged one is there before they go, and readers count an event once. Parquet alone does not notice every flipped bit, so
+a file's name ends in the crc32c of its bytes.
 """
 
 from __future__ import annotations
 
 import errno
 import logging
+import re
 import time
-import uuid
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+import google_crc32c
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.errors import CorruptTreeError, DiskFullError, StorageError
-from storage.durable import fsync_folder, write_file_durably
+from storage.durable import fsync_folder, make_folder_durably, write_file_durably
 
 logger = logging.getLogger("megacontext.storage")
 
 EVENTS_FOLDER = "focus"
 FLUSH_EVENTS = 64
+
+_CHECKSUM = re.compile(r"-crc([0-9a-f]{8})\.parquet$")
+"""In the names of files; those written before this was done have none."""
 
 _BLOCKS = pa.list_(pa.struct([("source", pa.int16()), ("block", pa.int64())]))
 
@@ -114,6 +119,7 @@ class FocusEventLog:
         self._waiting: list[FocusEvent] = []
         self._small: list[tuple[Path, int]] = []
         """Files of this log that may be merged, and how many events each holds."""
+        self._has_folder = False
 
     def add(self, event: FocusEvent) -> None:
         """Keep a finished event; written when enough wait.
@@ -143,7 +149,7 @@ class FocusEventLog:
         if len(small) < 2:
             return
         try:
-            tables = [pq.read_table(path, schema=SCHEMA) for path in small]
+            tables = [_read(path) for path in small]
             self._write(small[0].name.partition("-")[0], pa.concat_tables(tables))
             for path in small:
                 path.unlink()
@@ -155,11 +161,14 @@ class FocusEventLog:
     def _write(self, prefix: str, table: pa.Table) -> Path:
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink)
-        name = f"{prefix}-{uuid.uuid4().hex[:8]}.parquet"
+        data = sink.getvalue().to_pybytes()
+        name = f"{prefix}-crc{google_crc32c.value(data):08x}.parquet"
         temporary = self._folder / f".{name}.tmp"
         try:
-            self._folder.mkdir(exist_ok=True)
-            write_file_durably(temporary, sink.getvalue().to_pybytes())
+            if not self._has_folder:
+                make_folder_durably(self._folder)
+                self._has_folder = True
+            write_file_durably(temporary, data)
             temporary.rename(self._folder / name)
             fsync_folder(self._folder)
         except OSError as error:
@@ -171,17 +180,25 @@ class FocusEventLog:
         return self._folder / name
 
 
+def _read(path: Path, filters: list[tuple[str, str, str]] | None = None) -> pa.Table:
+    data = path.read_bytes()
+    checksum = _CHECKSUM.search(path.name)
+    if checksum is not None and int(checksum[1], 16) != google_crc32c.value(data):
+        raise CorruptTreeError(f"{path} is damaged: its checksum does not match. Restore it or move it away.")
+    return pq.read_table(pa.BufferReader(data), schema=SCHEMA, filters=filters)
+
+
 def read_focus_events(context_folder: Path, session: str | None = None) -> pa.Table:
     """Events of a context, all or one session's, oldest first; an empty table where there are none.
 
     Raises:
-        CorruptTreeError: a file that is no Parquet of this schema; names it.
+        CorruptTreeError: a file that is damaged or no Parquet of this schema; names it.
     """
     tables = []
     for path in sorted((context_folder / EVENTS_FOLDER).glob("*.parquet")):
         try:
             chosen = None if session is None else [("session", "=", session)]
-            tables.append(pq.read_table(path, schema=SCHEMA, filters=chosen))
+            tables.append(_read(path, chosen))
         except (pa.ArrowException, OSError) as error:
             raise CorruptTreeError(f"{path} holds no focus events: {error}; move it away to read the others") from error
     if not tables:

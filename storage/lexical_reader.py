@@ -97,8 +97,9 @@ class IndexReader:
                     snapshot = self._load(db, reader)
                     if snapshot is not None:
                         return search(snapshot)
-        except sqlite3.Error as error:
-            if not is_damage(error) and primary_code(error) not in _UNREADABLE:
+        except (sqlite3.Error, UnicodeDecodeError) as error:
+            # SQLite cannot even say what is wrong with a schema whose text is damaged: Python fails to decode it.
+            if isinstance(error, sqlite3.Error) and not is_damage(error) and primary_code(error) not in _UNREADABLE:
                 with catalogue.translated(self._path):
                     raise
             self._say(str(error))
@@ -136,8 +137,9 @@ class IndexReader:
         if len(self._lengths) < state.num_blocks:
             number = len(self._lengths) // LENGTHS_PER_ROW
             self._lengths = np.concatenate([self._lengths[: number * LENGTHS_PER_ROW], load_lengths(db, number)])
-        if len(self._lengths) < state.num_blocks:
-            raise no_index("lengths of its blocks are missing")
+            total = int(self._lengths[: state.num_blocks].sum(dtype=np.int64))
+            if len(self._lengths) < state.num_blocks or total != state.num_terms:
+                raise no_index("lengths of its blocks are missing or damaged")
         return IndexSnapshot(db, state.num_blocks, state.num_terms, self._lengths)
 
     def _say(self, why: str) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from cluster.config import TOKENS_PER_BLOCK as K
-from cluster.errors import NodeMissingError, StorageError
+from cluster.errors import CorruptTreeError, NodeMissingError, StorageError
 from storage import catalogue, journal
 from storage.codec import decode_array
 from storage.contract import DocumentInfo, Tail, Version
@@ -133,7 +133,13 @@ class ContextReader:
         part = next(part for part in reversed(self._parts(level)) if part.first <= index)
         with catalogue.translated(self.folder / catalogue.CATALOGUE_FILE):
             found = journal.find(self._connection, part.level, index)
-            return None if found is None else self._cached_run(part.level, found[0])
+            run = None if found is None else self._cached_run(part.level, found[0])
+        if run is not None and not run.first <= index < run.first + run.count:
+            raise CorruptTreeError(
+                f"the journal's index and its row of LOD{level.lod} nodes {run.first}-{run.first + run.count - 1} do "
+                "not agree. Run `tree verify` and restore the catalogue from a backup."
+            )
+        return run
 
     def _parts(self, level: Level) -> list[Part]:
         """Who holds which nodes of a level of this branch."""
@@ -235,6 +241,11 @@ class ContextReader:
         if 0 <= block < self._version.num_blocks:
             with catalogue.translated(self.folder / catalogue.CATALOGUE_FILE):
                 found = document_info_at(self._connection, self._lineage, block)
+            if found is not None and not found.first_block <= block < found.first_block + found.num_blocks:
+                raise CorruptTreeError(
+                    f"the catalogue's row of document {found.meta.key!r} is damaged: it does not hold block {block}. "
+                    "Run `tree verify` and restore the catalogue from a backup."
+                )
             if found is not None:
                 return self._clipped(found)
         raise NodeMissingError(

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from cluster.config import TOKENS_PER_BLOCK, GistDtype
-from cluster.errors import IncompatibleTreeError
+from cluster.errors import CorruptTreeError, IncompatibleTreeError
 
 FORMAT_VERSION = 2
 """Raised when the layout changes. A reader takes its own version and, by a step in `catalogue.MIGRATIONS`, older
@@ -118,10 +118,21 @@ class Encoding:
 
     @classmethod
     def from_json(cls, text: str) -> Encoding:
-        """Inverse of `to_json`."""
-        fields: dict[str, Any] = json.loads(text)
-        fields["arrays"] = tuple(ArraySpec(**array) for array in fields["arrays"])
-        return cls(**fields)
+        """Inverse of `to_json`.
+
+        Raises:
+            CorruptTreeError: it describes no encoding.
+        """
+        try:
+            fields: dict[str, Any] = json.loads(text)
+            fields["arrays"] = tuple(ArraySpec(**array) for array in fields["arrays"])
+            encoding = cls(**fields)
+            encoding.stored()
+        except (ValueError, TypeError, KeyError) as error:
+            raise CorruptTreeError(
+                f"the catalogue's description of an encoding is damaged ({error!r}). Restore it from a backup."
+            ) from error
+        return encoding
 
 
 def check_same(what: str, found: TreeIdentity | Encoding, expected: TreeIdentity | Encoding, advice: str) -> None:

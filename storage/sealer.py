@@ -80,6 +80,12 @@ class Sealer:
         self.error = None
 
     @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """No segment is being sealed inside the `with`. Not to be entered with the writer's lock held."""
+        with self._one_at_a_time:
+            yield
+
+    @contextlib.contextmanager
     def written(self, parts: list[sealing.Part]) -> Iterator[sealing.SealedSegment]:
         """A segment whose files are on disk, for the caller to record in a commit inside the `with`.
 

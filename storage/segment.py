@@ -312,7 +312,9 @@ def check_manifest(folder: Path, manifest: Mapping[str, Mapping[str, int]]) -> l
         except OSError as error:
             problems.append(f"{path}: {error.strerror or error}")
             continue
-        if len(data) != expected["bytes"]:
+        if expected.keys() != {"bytes", "crc32c"}:
+            problems.append(f"{path}: its entry in the catalogue is damaged")
+        elif len(data) != expected["bytes"]:
             problems.append(f"{path}: {len(data)} bytes, expected {expected['bytes']}")
         elif google_crc32c.value(data) != expected["crc32c"]:
             problems.append(f"{path}: checksum does not match; damaged bytes")

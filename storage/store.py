@@ -20,7 +20,7 @@ from cluster.errors import ContextNotFoundError, DiskFullError, IncompatibleTree
 from storage import catalogue
 from storage.collect import CLIP_SHARE, Garbage, collect
 from storage.commits import Writing, insert_commit
-from storage.durable import fsync_folder
+from storage.durable import disk_errors, fsync_folder, make_folder_durably
 from storage.history import History, find_version
 from storage.reader import ContextReader
 from storage.schema import Encoding, TreeIdentity, check_same
@@ -96,7 +96,8 @@ class Store:
                 raise ContextNotFoundError(
                     f"there is no store at {self.root}; set --store.root, or run `compact` to make one"
                 )
-            self.root.mkdir(parents=True, exist_ok=True)
+            with disk_errors(f"cannot make a store at {self.root}"):
+                make_folder_durably(self.root)
         with self._connect() as db:
             db.execute("PRAGMA journal_mode=WAL")
             for statement in _SCHEMA.split(";\n"):
@@ -118,7 +119,7 @@ class Store:
         """All contexts, by name."""
         with self._connect() as db:
             rows = db.execute("SELECT name, folder, created_at, owner, epoch FROM contexts ORDER BY name").fetchall()
-        return [ContextInfo(row[0], self.root / row[1], row[2], row[3], row[4]) for row in rows]
+        return [ContextInfo(row[0], self.root / str(row[1]), row[2], row[3], row[4]) for row in rows]
 
     def has_context(self, name: str) -> bool:
         """Whether the store lists a context."""
@@ -146,29 +147,35 @@ class Store:
             StorageError: the disk refused.
         """
         folder = self.root / name
-        temporary = self.root / f".{name}.tmp-{uuid.uuid4().hex[:8]}"
-        if not folder.exists():
-            temporary.mkdir()
-            try:
-                (temporary / SEGMENT_FOLDER).mkdir()
-                catalogue.create(temporary, {"name": name, "identity": json.dumps(asdict(identity), sort_keys=True)})
-                with (
-                    contextlib.closing(catalogue.connect(temporary, read_only=False)) as db,
-                    catalogue.transaction(db),
-                ):
-                    _create_main_branch(db, encoding)
-                # SQLite makes its files durable, not the folders they are in.
-                fsync_folder(temporary)
-                temporary.rename(folder)
-                fsync_folder(self.root)
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
+        with disk_errors(f"cannot make context {name!r} in {self.root}"):
+            if not folder.exists():
+                self._make_folder(folder, name, identity, encoding)
+            # Also where it was there: who made it may have been killed before this.
+            fsync_folder(self.root)
         self.register(name)
 
     def register(self, name: str) -> None:
         """List a context whose folder is there."""
         with self._connect() as db:
             db.execute("INSERT OR IGNORE INTO contexts VALUES (?, ?, ?, '', 0)", (name, name, time.time()))
+
+    def _make_folder(self, folder: Path, name: str, identity: TreeIdentity, encoding: Encoding) -> None:
+        temporary = self.root / f".{name}.tmp-{uuid.uuid4().hex[:8]}"
+        temporary.mkdir()
+        try:
+            (temporary / SEGMENT_FOLDER).mkdir()
+            catalogue.create(temporary, {"name": name, "identity": json.dumps(asdict(identity), sort_keys=True)})
+            with (
+                catalogue.translated(temporary / catalogue.CATALOGUE_FILE),
+                contextlib.closing(catalogue.connect(temporary, read_only=False)) as db,
+                catalogue.transaction(db),
+            ):
+                _create_main_branch(db, encoding)
+            # SQLite makes its files durable, not the folders they are in.
+            fsync_folder(temporary)
+            temporary.rename(folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
     def identity(self, name: str, version: str = MAIN_BRANCH) -> tuple[TreeIdentity, Encoding]:
         """What made a context's tokens and the gists of a version: a branch, a tag or a number."""

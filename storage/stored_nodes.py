@@ -90,6 +90,15 @@ class StoredNodes:
         # A segment that was replaced by a shorter one stays mapped for those who read it already.
         known = {extent.first: extent for extent in self._extents if extent.array is not None}
         found = self._places.extents(self._level)
+        stop = 0
+        for extent in found:
+            if extent.first < stop or extent.first % K or extent.count % K or extent.count <= 0:
+                raise CorruptTreeError(
+                    f"the catalogue's row of segment {extent.folder.name} is damaged: it says LOD{self._level.lod} "
+                    f"nodes {extent.first} to {extent.first + extent.count - 1}. Run `tree verify` and restore the "
+                    "catalogue from a backup."
+                )
+            stop = extent.stop
         self._extents = [known.get(extent.first) or _MappedExtent(extent) for extent in found]
         self._starts = [extent.first for extent in self._extents]
         self._start_column = np.array(self._starts, np.int64)

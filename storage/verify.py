@@ -158,6 +158,11 @@ def _check_extents(
         level.key,
     ):
         ranges.append((first, count, f"segment {segment}"))
+        if segment is None:
+            report.problems.append(
+                f"LOD{level.lod} nodes {first}-{first + count - 1}: the catalogue has no row of their segment"
+            )
+            continue
         for stored in level.layout:
             try:
                 array = SegmentArray(folder / SEGMENT_FOLDER / segment, array_spec(level, stored, count))

@@ -35,6 +35,7 @@ from storage.codec import Values
 from storage.commits import Writing, insert_audit, insert_commit
 from storage.contract import Ack, DocumentMark, DocumentMeta, SpanWrite, Version
 from storage.documents import OpenDocument, find_document, insert_document, open_document, update_document
+from storage.durable import disk_errors
 from storage.levels import fresh_nodes, sealed_nodes
 from storage.lineage import Branch, load_lineage
 from storage.reader import ContextReader
@@ -144,7 +145,8 @@ class ContextWriter:
     def _recover(self) -> None:
         """Remove what a dead writer left half-made: temporary folders and segments no catalogue row names."""
         segments = self.folder / sealing.SEGMENT_FOLDER
-        segments.mkdir(exist_ok=True)
+        with disk_errors(f"cannot make {segments}"):
+            segments.mkdir(exist_ok=True)
         with catalogue.translated(self._catalogue_path):
             known = {row[0] for row in self.connection.execute("SELECT folder FROM segments")}
         orphans = [path for path in segments.iterdir() if path.name not in known and sealing.is_ours(path.name)]

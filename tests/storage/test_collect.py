@@ -147,6 +147,23 @@ def test_a_lease_on_what_was_just_collected_is_refused(root: Path, monkeypatch: 
             store.open_reader(CONTEXT, seq=after)
 
 
+def test_sealing_in_the_background_does_not_bring_back_what_goes(root: Path) -> None:
+    with open_context(root) as writer:
+        texts: list[Text] = []
+        for number in range(12):
+            kept = Text(f"kept{number}", 33 * K)
+            writer.append([kept.span(ENCODING)])
+            before = writer.version().seq
+            writer.append([Text(f"gone{number}", 70 * K).span(ENCODING)])
+            Branching(writer).roll_back(before)
+            collect(root, writer)
+            texts.append(kept)
+        writer.flush()
+        assert len(History(root / CONTEXT, CONTEXT).branches(retired=True)) == 1
+    holds(root, *texts)
+    is_sound(root)
+
+
 def test_replaced_gists_go_and_unfinished_ones_stay(root: Path) -> None:
     new, newer = encoding_of("float32", width=6), encoding_of("float32", width=8)
     with open_context(root, seal_in_background=False) as writer:

@@ -99,6 +99,21 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
         read_focus_events(tmp_path)
 
 
+def test_every_flipped_bit_is_noticed_and_names_without_a_checksum_are_read(tmp_path: Path) -> None:
+    log = FocusEventLog(tmp_path)
+    log.add(event(0))
+    log.flush()
+    (path,) = (tmp_path / EVENTS_FOLDER).iterdir()
+    sound = path.read_bytes()
+    for place in range(0, len(sound), 97):
+        path.write_bytes(sound[:place] + bytes([sound[place] ^ 4]) + sound[place + 1 :])
+        with pytest.raises(CorruptTreeError, match=path.name):
+            read_focus_events(tmp_path)
+    path.write_bytes(sound)
+    path.rename(path.with_name("01795622400000000000-5f2c91ab.parquet"))
+    assert read_focus_events(tmp_path).num_rows == 1
+
+
 def test_small_files_are_merged_and_events_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log = FocusEventLog(tmp_path)
     folder = tmp_path / EVENTS_FOLDER

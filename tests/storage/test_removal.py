@@ -150,7 +150,7 @@ def test_of_an_erased_document_no_byte_is_left(root: Path, sealed: bool) -> None
 @pytest.mark.parametrize("held_by", ["a reader", "tag"])
 def test_what_is_still_shown_is_not_erased(root: Path, held_by: str) -> None:
     store = Store(root)
-    with open_context(root) as writer:
+    with open_context(root, seal_in_background=False) as writer:
         write(writer, *TEXTS)
         before = writer.version().seq
         reader = store.open_reader(CONTEXT) if held_by == "a reader" else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import sqlite3
@@ -27,7 +28,7 @@ from cluster.errors import (
     StorageError,
     WriterConflictError,
 )
-from storage import catalogue, store
+from storage import catalogue, durable, store
 from storage.reader import ContextReader
 from storage.schema import FORMAT_VERSION
 from storage.store import Store, check_disk_space, estimate_bytes
@@ -107,7 +108,7 @@ def test_a_context_whose_listing_was_lost_is_found_again(filled: Store) -> None:
 
 
 def test_an_unknown_branch_or_version_is_refused(filled: Store) -> None:
-    with pytest.raises(StorageError, match="no branch 'side'; it has: main"):
+    with pytest.raises(StorageError, match="no version 'side': give a branch .main."):
         filled.open_reader(CONTEXT, "side")
     with pytest.raises(StorageError, match="has no version 99, or not any more; the newest is 2"):
         filled.open_reader(CONTEXT, seq=99)
@@ -465,3 +466,42 @@ def test_the_estimate_is_close_and_not_below(tmp_path: Path, dtype, width: int, 
         in_journal = db.execute("SELECT sum(length(payload)) FROM journal").fetchone()[0]
     estimate = estimate_bytes(encoding, 20_000) - estimate_bytes(encoding, 0)
     assert 1.0 <= estimate / (in_segments + in_journal) <= 1.6
+
+
+# -- a disk that refuses the folders -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("code", "error"), [(errno.ENOSPC, DiskFullError), (errno.EIO, StorageError)])
+def test_a_refused_folder_is_an_error_of_ours_and_nothing_is_left_half_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, error: type[StorageError]
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "mkdir", refuse)
+        with pytest.raises(error, match="cannot make a store at"):
+            Store(tmp_path / "above" / "store", create=True)
+    made = Store(tmp_path / "above" / "store", create=True)
+    for step in ("mkdir", "rename"):
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, step, refuse)
+            with pytest.raises(error, match=f"cannot make context '{CONTEXT}'"):
+                made.create_context(CONTEXT, IDENTITY, ENCODING)
+        assert [path for path in made.root.iterdir() if path.is_dir()] == []
+        assert not made.has_context(CONTEXT)
+    made.create_context(CONTEXT, IDENTITY, ENCODING)
+    assert made.has_context(CONTEXT)
+
+
+def test_what_a_killed_process_made_and_did_not_sync_is_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[Path] = []
+    for module in (durable, store):
+        monkeypatch.setattr(module, "fsync_folder", synced.append)
+    (tmp_path / "above").mkdir()
+    made = Store(tmp_path / "above" / "deep" / "store", create=True)
+    assert {tmp_path / "above", tmp_path / "above" / "deep"} <= set(synced)
+    made.create_context(CONTEXT, IDENTITY, ENCODING)
+    synced.clear()
+    made.create_context(CONTEXT, IDENTITY, ENCODING)
+    assert synced == [made.root]

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 
 from cluster.config import TOKENS_PER_BLOCK as K
+from cluster.errors import CorruptTreeError
 from storage import catalogue, journal
+from storage.reader import ContextReader
 from storage.rebuild import EncodingBuilder
 from storage.verify import verify_context
 from tests.storage.support import CONTEXT, Text, encoding_of, follow, new_store, nodes_of, open_context
@@ -167,6 +169,14 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], list[str]]] = {
         lambda folder: run(folder, "UPDATE documents SET first_block = 52 WHERE key = 'three'"),
         ["document 'three' begins at block 52, expected 51"],
     ),
+    "lost row of a segment": (
+        lambda folder: run(folder, "DELETE FROM segments WHERE segment_id = 2"),
+        ["LOD0 nodes 32-63: the catalogue has no row of their segment"],
+    ),
+    "manifest": (
+        lambda folder: run(folder, "UPDATE segments SET manifest = replace(manifest, 'bytes', 'bites')"),
+        ["_0000000032_32", "zarr.json: its entry in the catalogue is damaged"],
+    ),
     "lost document": (
         lambda folder: run(folder, "DELETE FROM documents WHERE key = 'three'"),
         ["documents cover 51 of 111 blocks"],
@@ -181,6 +191,33 @@ def test_damage_is_found_and_named(folder: Path, kind: str) -> None:
     found = "\n".join(problems(folder))
     for part in named:
         assert part in found
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE encodings SET body = replace(body, 'float16', 'gloat16')",
+        "UPDATE encodings SET body = replace(body, 'width', 'wist')",
+        "UPDATE encodings SET body = replace(body, ':', ';')",
+        "UPDATE commits SET level_counts = '[111, 3'",
+        "UPDATE segments SET manifest = substr(manifest, 5)",
+    ],
+)
+def test_damaged_text_in_the_catalogue_is_an_error_of_ours(folder: Path, statement: str) -> None:
+    run(folder, statement)
+    with pytest.raises(CorruptTreeError, match="damaged"):
+        verify_context(folder, CONTEXT)
+
+
+def test_damaged_places_are_not_read(folder: Path) -> None:
+    run(folder, "UPDATE extents SET first = 33 WHERE first = 32")
+    run(folder, "UPDATE documents SET num_blocks = 0 WHERE key = 'two'")
+    run(folder, "UPDATE documents SET num_blocks = 1 WHERE key = 'three'")
+    with ContextReader(folder, CONTEXT) as reader:
+        with pytest.raises(CorruptTreeError, match="row of segment .* is damaged"):
+            reader.read("gists", 1, [40])
+        with pytest.raises(CorruptTreeError, match="document 'three' is damaged: it does not hold block 60"):
+            reader.document_at(60)
 
 
 def test_all_damage_is_listed_not_only_the_first(folder: Path) -> None:

@@ -1,0 +1,263 @@
+"""Programs that write to a context for ever, for killing: documents follow one another, every token known beforehand.
+
+A workload is a function of `WORKLOADS`; a new one is registered with `@workload` and takes part in every drill. It goes
+on from what it finds, says what was acknowledged as soon as it was, and never ends by itself.
+
+Its own module, so that a fork server can have it loaded.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from cluster.config import TOKENS_PER_BLOCK as K
+from storage.bulk_writer import BulkWriter
+from storage.contract import Ack, TreeWriter
+from storage.focus_events import FocusEvent, FocusEventLog, read_focus_events
+from storage.geometry import complete_nodes, deepest_lod
+from storage.rebuild import EncodingBuilder
+from storage.schema import Encoding
+from storage.store import Store
+from storage.writer import ContextWriter
+from tests.storage.support import CONTEXT, Text, encoding_of, follow, new_store, nodes_of, open_context
+
+ENCODINGS = (encoding_of("float16", width=6, rows=2, key_width=3), encoding_of("float16", width=7, key_width=2))
+"""Those that a context is rebuilt with in turn; it begins with the first."""
+
+
+@dataclass(frozen=True)
+class Acknowledged:
+    """What a returned call promised to keep."""
+
+    seq: int
+    """Version of the branch."""
+    encoding: Encoding
+    level_counts: tuple[int, ...]
+    """Nodes of LOD1, LOD2, … of `encoding`."""
+    active: bool = True
+    """Whether the branch reads by `encoding`; else it is being built."""
+    document: int = 0
+    num_tokens: int = 0
+    """Of the document, its tail included."""
+
+
+@dataclass(frozen=True)
+class EventsKept:
+    """Focus events `[0, num_events)` that a returned flush promised to keep."""
+
+    num_events: int
+
+
+Say = Callable[[Acknowledged | EventsKept], None]
+
+
+class Workload(Protocol):
+    """Writes to the context under `root` until it is killed."""
+
+    def __call__(self, root: Path, seed: int, say: Say) -> None: ...
+
+
+WORKLOADS: dict[str, Workload] = {}
+
+
+def workload(function: Workload) -> Workload:
+    """Register a workload under its function's name."""
+    WORKLOADS[function.__name__] = function  # pyright: ignore[reportAttributeAccessIssue]
+    return function
+
+
+# -- the documents -----------------------------------------------------------------------------------------------------
+
+
+def text_number(number: int) -> Text:
+    """The endless sequence of documents: 1 to 3,000 tokens."""
+    return Text(f"doc{number}", 1 + number * 7919 % 3001)
+
+
+def expected_texts(num_blocks: int) -> list[Text]:
+    """The documents that lie on a timeline of that many blocks, the last one perhaps in part."""
+    texts: list[Text] = []
+    while num_blocks > 0:
+        text = text_number(len(texts))
+        if text.num_blocks > num_blocks:
+            text = Text(text.key, num_blocks * K, size_bytes=text.num_tokens)
+        texts.append(text)
+        num_blocks -= text.num_blocks
+    return texts
+
+
+def event_number(number: int) -> FocusEvent:
+    """The endless sequence of focus events."""
+    return FocusEvent(
+        session="torture",
+        number=number,
+        reason="question",
+        policy="{}",
+        contexts=[(CONTEXT, number)],
+        num_tokens=number * 7919,
+        budget=480,
+        cost=number % 480,
+        entries=[(0, number, 0)],
+        scores={(number, 0): number / 4},
+        found=[],
+        pinned=[],
+        added=[],
+        dropped=[],
+        num_aged=0,
+        time=float(number),
+    )
+
+
+def first_unfinished(tree: TreeWriter) -> int:
+    """The document to go on with."""
+    for number in itertools.count():
+        mark = tree.marks([text_number(number).key]).get(text_number(number).key)
+        if mark is None or mark.state != "complete":
+            return number
+    raise AssertionError
+
+
+# -- steps -------------------------------------------------------------------------------------------------------------
+
+
+def open_or_create(root: Path, **options) -> ContextWriter:
+    """The context's writer; store and context are made when a dead process did not come that far."""
+    if not (root / CONTEXT).exists() or not Store(root).has_context(CONTEXT):
+        new_store(root, ENCODINGS[0])
+    return open_context(root, **options)
+
+
+def write_document(
+    tree: TreeWriter, encoding: Encoding, number: int, chance: random.Random, say: Say, *, tails: bool
+) -> None:
+    """Bring a document to its end in pieces, some of which are stored already; with `tails`, by single tokens too."""
+    text = text_number(number)
+    mark = tree.marks([text.key]).get(text.key)
+    done = mark.num_blocks if mark else 0
+    while done < text.num_blocks:
+        if tails and chance.random() < 0.3:
+            stop = min(text.num_tokens, done * K + chance.randint(1, 3 * K))
+            say(_promise(tree.append_tail(text.meta, done * K, text.tokens(done * K, stop)), number, stop))
+        first = max(0, done - chance.choice([0, 0, 0, 4]))
+        done = min(text.num_blocks, done + chance.randint(1, 12))
+        ack = tree.append([text.span(encoding, first, done)], request_id=f"{number}/{done}")
+        durable = min(done * K, text.num_tokens) if ack.pending_blocks == 0 else 0
+        say(_promise(ack, number, durable))
+
+
+def put_all(tree: TreeWriter, encoding: Encoding, number: int, say: Say) -> None:
+    """The upper levels, and everything durable up to and with document `number`."""
+    follow(tree, encoding)
+    say(_promise(tree.flush(), number, text_number(number).num_tokens))
+
+
+def derive(writer: ContextWriter, encoding: Encoding, say: Say) -> None:
+    """Give the tree another encoding: every level in pieces, then the switch."""
+    builder = EncodingBuilder(writer, encoding)
+    num_blocks = writer.version().num_blocks
+    texts = expected_texts(num_blocks)
+    gists = {s.name: torch.cat([t.gists(0, t.num_blocks, s) for t in texts]) for s in encoding.arrays if texts}
+    for lod in range(1, deepest_lod(num_blocks) + 1):
+        counts = builder.level_counts()
+        first, whole = counts[lod - 1] if lod <= len(counts) else 0, complete_nodes(lod, num_blocks)
+        while first < whole:
+            stop = min(whole, first + 40)
+            arrays = nodes_of(encoding, lod, first, stop)
+            if lod == 1:
+                rows = {spec.name: spec.rows_per_node for spec in encoding.arrays}
+                arrays = {name: values[first * rows[name] : stop * rows[name]] for name, values in gists.items()}
+            ack = builder.put_nodes(lod, first, arrays)
+            say(Acknowledged(ack.version.seq, encoding, builder.level_counts(), active=False))
+            first = stop
+    say(_promise(builder.activate()))
+
+
+def go_on(root: Path, num_documents: int, say: Say) -> int:
+    """Recover, and bring so many more documents and all levels to their end; returns the number of the last one."""
+    with open_or_create(root) as writer:
+        last = first_unfinished(writer) + num_documents - 1
+        for number in range(first_unfinished(writer), last + 1):
+            write_document(writer, writer.encoding, number, random.Random(number), say, tails=True)
+        put_all(writer, writer.encoding, last, say)
+    return last
+
+
+def _promise(ack: Ack, document: int = 0, num_tokens: int = 0) -> Acknowledged:
+    version = ack.version
+    return Acknowledged(version.seq, version.encoding, version.level_counts, True, document, num_tokens)
+
+
+# -- the workloads -----------------------------------------------------------------------------------------------------
+
+
+@workload
+def streaming(root: Path, seed: int, say: Say) -> None:
+    """Small commits and tails through the journal; a thread seals behind them."""
+    with open_or_create(root) as writer:
+        _ingest(writer, writer.encoding, seed, say, tails=True)
+
+
+@workload
+def bulk(root: Path, seed: int, say: Say) -> None:
+    """Whole segments past the journal."""
+    writer = open_or_create(root)
+    _ingest(BulkWriter(writer), writer.encoding, seed, say, tails=False)
+
+
+@workload
+def sealing(root: Path, seed: int, say: Say) -> None:
+    """Nothing is sealed until several segments wait in the journal, then all of them at once."""
+    chance = random.Random(seed)
+    with open_or_create(root, seal_in_background=False) as writer:
+        for number in itertools.count(first_unfinished(writer)):
+            write_document(writer, writer.encoding, number, chance, say, tails=False)
+            if chance.random() < 0.5:
+                put_all(writer, writer.encoding, number, say)
+
+
+@workload
+def rebuild(root: Path, seed: int, say: Say) -> None:
+    """The tree's second encoding, the first again, and so on; a document between them."""
+    chance = random.Random(seed)
+    with open_or_create(root) as writer:
+        for number in itertools.count(first_unfinished(writer)):
+            write_document(writer, writer.encoding, number, chance, say, tails=True)
+            derive(writer, next(other for other in ENCODINGS if other != writer.encoding), say)
+
+
+@workload
+def reopening(root: Path, seed: int, say: Say) -> None:
+    """Every document by a writer of its own: most of the time something recovers or closes."""
+    chance = random.Random(seed)
+    while True:
+        with open_or_create(root) as writer:
+            number = first_unfinished(writer)
+            write_document(writer, writer.encoding, number, chance, say, tails=True)
+
+
+@workload
+def events(root: Path, seed: int, say: Say) -> None:
+    """A session's focus events, in small files that are merged."""
+    chance = random.Random(seed)
+    open_or_create(root).close()
+    log = FocusEventLog(root / CONTEXT)
+    for number in itertools.count(read_focus_events(root / CONTEXT).num_rows):
+        log.add(event_number(number))
+        if chance.random() < 0.3:
+            log.flush()
+            say(EventsKept(number + 1))
+
+
+def _ingest(tree: TreeWriter, encoding: Encoding, seed: int, say: Say, *, tails: bool) -> None:
+    chance = random.Random(seed)
+    for number in itertools.count(first_unfinished(tree)):
+        write_document(tree, encoding, number, chance, say, tails=tails)
+        if chance.random() < 0.1:
+            put_all(tree, encoding, number, say)
