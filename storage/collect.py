@@ -240,7 +240,8 @@ class _Collection:
                 garbage.shortened.append(folder)
                 garbage.shortened_bytes += unneeded
             else:
-                continue
+                # It stays for the sake of some levels; of the others it holds nothing from now on.
+                held[segment_id] = [(key, n, c) for key, n, c in held[segment_id] if n >= self._needed.get(key, 0)]
             self._extents += [(key, first) for key, first, _ in held.get(segment_id, [])]
         rows = self._db.execute("SELECT row_id, branch_id, encoding_id, lod, first, length(payload) FROM journal")
         for row_id, *key, first, size in rows:

@@ -179,6 +179,8 @@ def test_replaced_gists_go_and_unfinished_ones_stay(root: Path) -> None:
         # Tokens share segments with the first gists, so those stay; the rest of them was in the journal.
         assert done.segments == []
         assert done.journal_rows == 2
+        old = writer.connection.execute("SELECT count(*) FROM extents WHERE encoding_id = 1").fetchone()
+        assert old == (0,)
         assert unfinished.level_counts() == (70,)
         with writer.reader() as reader:
             assert_holds(reader, [ONE], new)

@@ -16,11 +16,22 @@ import torch
 from cluster.errors import MegaContextError
 from storage import catalogue
 from storage.focus_events import read_focus_events
+from storage.history import History
 from storage.reader import ContextReader
 from storage.store import Store
 from storage.verify import verify_context
 from tests.storage.support import CONTEXT, Text, assert_holds, vectors
-from tests.torture.workloads import ENCODINGS, Acknowledged, EventsKept, event_number, expected_texts, text_number
+from tests.torture.workloads import (
+    ENCODINGS,
+    Acknowledged,
+    EventsKept,
+    Moving,
+    Promise,
+    Tagged,
+    event_number,
+    expected_texts,
+    text_number,
+)
 
 
 @dataclass
@@ -56,6 +67,7 @@ class Oracle:
         self.last: Acknowledged | None = None
         """That promised tokens of a document."""
         self.num_events = 0
+        self.tags: dict[str, Tagged] = {}
         self._contradictions = Findings()
         """Between what was heard and what was heard later."""
 
@@ -63,11 +75,18 @@ class Oracle:
         """One that goes on by itself."""
         return copy.deepcopy(self)
 
-    def hear(self, ack: Acknowledged | EventsKept) -> None:
+    def hear(self, ack: Promise) -> None:
         """Remember a promise."""
         self.num_heard += 1
         if isinstance(ack, EventsKept):
             self.num_events = ack.num_events
+            return
+        if isinstance(ack, Tagged):
+            self.tags[ack.name] = ack
+            return
+        if isinstance(ack, Moving):
+            active = self.encoding.gistnet_digest
+            self.level_counts = {digest: counts for digest, counts in self.level_counts.items() if digest == active}
             return
         digest = ack.encoding.gistnet_digest
         before = self.level_counts.get(digest, ())
@@ -101,6 +120,7 @@ class Oracle:
                     self._inspect_upper_levels(reader, findings)
                     self._inspect_tail(reader, findings)
                     self._inspect_encodings(folder, reader, findings)
+                self._inspect_tags(folder, findings)
                 self._inspect_events(folder, findings)
         except MegaContextError as error:
             findings.torn.append(f"{type(error).__name__}: {error}")
@@ -171,6 +191,17 @@ class Oracle:
                 if any(have < want for have, want in zip((*counts, *[0] * len(promised)), promised, strict=False)):
                     findings.lost.append(f"nodes of encoding {digest}: {promised} promised, {counts} there")
                 self._inspect_gists(other, findings)
+
+    def _inspect_tags(self, folder: Path, findings: Findings) -> None:
+        there = {tag.name: tag.seq for tag in History(folder, CONTEXT).tags()}
+        for tag in self.tags.values():
+            if tag.num_blocks < 0:
+                continue
+            if there.get(tag.name) != tag.seq:
+                findings.lost.append(f"tag {tag.name} of version {tag.seq}")
+                continue
+            with ContextReader(folder, CONTEXT, seq=tag.seq) as reader:
+                assert_holds(reader, expected_texts(tag.num_blocks), reader.version.encoding)
 
     def _inspect_events(self, folder: Path, findings: Findings) -> None:
         found = read_focus_events(folder)

@@ -18,11 +18,14 @@ from typing import Protocol
 import torch
 
 from cluster.config import TOKENS_PER_BLOCK as K
+from storage.branching import Branching
 from storage.bulk_writer import BulkWriter
 from storage.contract import Ack, TreeWriter
 from storage.focus_events import FocusEvent, FocusEventLog, read_focus_events
 from storage.geometry import complete_nodes, deepest_lod
+from storage.history import History
 from storage.rebuild import EncodingBuilder
+from storage.removal import remove_documents
 from storage.schema import Encoding
 from storage.store import Store
 from storage.writer import ContextWriter
@@ -55,7 +58,22 @@ class EventsKept:
     num_events: int
 
 
-Say = Callable[[Acknowledged | EventsKept], None]
+@dataclass(frozen=True)
+class Tagged:
+    """A version of so many blocks has a name; with -1 it may lose it from now on."""
+
+    name: str
+    seq: int
+    num_blocks: int
+
+
+@dataclass(frozen=True)
+class Moving:
+    """The branch's name may go to another branch from now on, and with it what was built of another encoding."""
+
+
+Promise = Acknowledged | EventsKept | Tagged | Moving
+Say = Callable[[Promise], None]
 
 
 class Workload(Protocol):
@@ -240,6 +258,47 @@ def reopening(root: Path, seed: int, say: Say) -> None:
         with open_or_create(root) as writer:
             number = first_unfinished(writer)
             write_document(writer, writer.encoding, number, chance, say, tails=True)
+
+
+@workload
+def versions(root: Path, seed: int, say: Say) -> None:
+    """Documents written on a branch beside something that is taken out again; then the branch's name moves there, the
+    version is tagged, and what is left is collected."""
+    chance = random.Random(seed)
+    store = Store(root, create=True)
+    with open_or_create(root) as writer:
+        branching = Branching(writer)
+        for left in History(writer.folder, CONTEXT).branches():
+            if left.name != "main":
+                branching.discard(left.name)
+        for tag in History(writer.folder, CONTEXT).tags():
+            say(Tagged(tag.name, 0, -1))
+            branching.delete_tag(tag.name)
+        while True:
+            number = first_unfinished(writer)
+            if writer.open_document() is not None:
+                write_document(writer, writer.encoding, number, chance, say, tails=True)
+                continue
+            say(Moving())
+            branching.fork("draft")
+            writer.switch("draft")
+            if chance.random() < 0.5:
+                junk = Text(f"junk{number}", chance.randint(1, 2000))
+                writer.append([junk.span(writer.encoding)])
+                write_document(writer, writer.encoding, number, chance, lambda _: None, tails=True)
+                remove_documents(writer, [junk.key])
+            else:
+                write_document(writer, writer.encoding, number, chance, lambda _: None, tails=True)
+            writer.switch("main")
+            text = text_number(number)
+            say(_promise(Ack(branching.fast_forward("draft")), number, text.num_tokens))
+            branching.discard("draft")
+            say(Tagged("kept", branching.tag("kept"), writer.version().num_blocks))
+            say(_promise(Ack(branching.roll_back(writer.version().seq)), number, text.num_tokens))
+            put_all(writer, writer.encoding, number, say)
+            store.collect(writer, keep_s=0.0, clip_share=chance.random())
+            say(Tagged("kept", 0, -1))
+            branching.delete_tag("kept")
 
 
 @workload
