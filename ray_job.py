@@ -24,7 +24,9 @@ from cluster.training_config import TrainGistNetJob
 from cluster.tree_config import (
     TreeBranchJob,
     TreeDiffJob,
+    TreeExportJob,
     TreeGcJob,
+    TreeImportJob,
     TreeLogJob,
     TreeRollbackJob,
     TreeShowJob,
@@ -50,6 +52,8 @@ JOBS = (
     Job("paper 0", PaperJob, "pipelines.paper:run"),
     Job("tree verify", TreeVerifyJob, "pipelines.tree:verify"),
     Job("tree rebuild-gists", TreeRebuildGistsJob, "pipelines.tree:rebuild_gists"),
+    Job("tree export", TreeExportJob, "pipelines.tree_bundles:export"),
+    Job("tree import", TreeImportJob, "pipelines.tree_bundles:import_"),
     Job("tree log", TreeLogJob, "pipelines.tree_versions:log"),
     Job("tree show", TreeShowJob, "pipelines.tree_versions:show"),
     Job("tree branch", TreeBranchJob, "pipelines.tree_versions:branch"),
