@@ -99,7 +99,7 @@ def _check_target(bundle: BundleReader, store: Store, context: str, branch: str)
     manifest = bundle.manifest
     if not store.has_context(context):
         if branch != MAIN_BRANCH:
-            raise StorageError(f"there is no context {context!r}, and a new one has no branch {branch!r} but 'main'")
+            raise StorageError(f"there is no context {context!r}, and a new one has the branch 'main' alone")
         return
     known = [info.name for info in History(store.folder(context), context).branches()]
     if branch not in known:

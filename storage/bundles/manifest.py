@@ -89,6 +89,9 @@ class Manifest:
         for label in (self.context, self.branch):
             if not _LABEL.fullmatch(label):
                 raise Unexpected(f"{label!r} is no name of a context or branch")
+        shown = (*asdict(self.identity).values(), *asdict(self.encoding).values())
+        if not all(text.isprintable() for text in shown if isinstance(text, str)):
+            raise Unexpected("its identity or encoding holds characters that cannot be shown")
         if self.identity.tokens_per_block != K:
             raise Unexpected(f"blocks of {self.identity.tokens_per_block} tokens; this program's have {K}")
         if not 1 <= self.num_documents <= self.num_blocks <= self.num_tokens <= self.num_blocks * K:

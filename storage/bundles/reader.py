@@ -6,6 +6,7 @@ is held in memory is one chunk, and for `verify` 16 bytes a document.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import hashlib
 from collections.abc import Callable, Iterator
@@ -118,16 +119,13 @@ class BundleReader:
             at = chunk.first
             while at < chunk.stop:
                 if document is None or at == document.first_block + document.num_blocks:
-                    document = next(documents, None)
-                    if document is None:
-                        raise self._refused(f"no document is named for block {at:,}")
+                    document = next(documents)
                 stop = min(chunk.stop, document.first_block + document.num_blocks)
                 pieces.append((document, _span(chunk, levels, document, at, stop)))
                 at = stop
             yield pieces
-        # What is behind the last document is checked, too.
-        for _ in documents:
-            raise self._refused("it names more documents than it has blocks")
+        # What is said behind the last one that has blocks is checked, too.
+        collections.deque(documents, maxlen=0)
 
     def upper_nodes(self) -> Iterator[tuple[int, int, int, dict[str, np.ndarray]]]:
         """`(lod, first, count, stored arrays)` of the levels above the blocks, from LOD2 on."""
