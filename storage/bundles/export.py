@@ -18,7 +18,6 @@ from storage.bundles.manifest import (
     MANIFEST_NAME,
     MANIFEST_SUM_NAME,
     Manifest,
-    check_encoding,
     document_line,
     manifest_sum,
 )
@@ -73,40 +72,42 @@ def export_bundle(
             f"{stop - first_block} blocks from {first_block} on cannot be exported"
         )
     upper_nodes = _upper_nodes(version, stop) if first_block == 0 else ()
+    first_token, last_token = reader.tokens_before(np.array([first_block, stop]))
+    manifest = Manifest(
+        context=version.context,
+        branch=version.branch,
+        version=version.seq,
+        created_at=time.time(),
+        identity=identity,
+        encoding=version.encoding,
+        first_block=first_block,
+        num_blocks=stop - first_block,
+        num_documents=1,
+        num_tokens=int(last_token - first_token),
+        upper_nodes=upper_nodes,
+        members=(),
+    )
     with _bundled(path):
-        check_encoding(version.encoding)
+        # What an import would refuse is refused before the work.
+        Manifest.from_json(manifest.to_json())
     planned = list(chunks(version.encoding, stop - first_block, upper_nodes))
     num_bytes = sum(chunk.num_bytes for chunk in planned) + _DOCUMENT_BYTES * (1 + len(planned))
     check_room(
         path.parent, num_bytes, f"{stop - first_block:,} blocks in a bundle", "Free space or name another folder"
     )
     with ContainerWriter(path, overwrite=overwrite) as file:
-        num_documents = num_tokens = 0
+        num_documents = 0
         with file.member(DOCUMENTS_NAME) as content, _bundled(path):
             for document in _documents(reader, first_block, stop):
                 content.write(document_line(document))
                 num_documents += 1
-                num_tokens += document.num_tokens
         for chunk in planned:
             with file.member(chunk.name) as content:
                 for piece in chunk.pieces(_levels(reader, chunk, first_block)):
                     content.write(piece)
             if chunk.lod == 1:
                 on_blocks(chunk.count)
-        manifest = Manifest(
-            context=version.context,
-            branch=version.branch,
-            version=version.seq,
-            created_at=time.time(),
-            identity=identity,
-            encoding=version.encoding,
-            first_block=first_block,
-            num_blocks=stop - first_block,
-            num_documents=num_documents,
-            num_tokens=num_tokens,
-            upper_nodes=upper_nodes,
-            members=tuple(file.members),
-        )
+        manifest = replace(manifest, num_documents=num_documents, members=tuple(file.members))
         text = manifest.to_json()
         for name, data in ((MANIFEST_NAME, text), (MANIFEST_SUM_NAME, manifest_sum(text))):
             with file.member(name) as content:

@@ -30,7 +30,7 @@ MAX_NODE_BYTES = 2**20
 """Of a node's arrays. 4 vectors of 8,192 float32 with as many keys take a quarter."""
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_LABEL = re.compile(r"[\w.~-]{1,255}", re.ASCII)
+_LABEL = re.compile(r"[\w.~-]{1,255}")
 _ARRAY = re.compile(r"[a-z][a-z0-9_]{0,63}")
 
 
@@ -134,16 +134,6 @@ def _encoding(value: object) -> Encoding:
             raise Unexpected(f"array {spec.name!r} of {spec.dtype!r} cannot be stored")
         specs.append(spec)
     encoding = Encoding(found["gistnet_id"], found["gistnet_digest"], found["compute_dtype"], tuple(specs))
-    check_encoding(encoding)
-    return encoding
-
-
-def check_encoding(encoding: Encoding) -> None:
-    """Refuse an encoding whose nodes a bundle cannot hold.
-
-    Raises:
-        Unexpected: it has no array or two of one name, or its nodes are too large.
-    """
     names = [stored.name for stored in encoding.stored()]
     sizes = [stored.node_bytes for stored in encoding.stored()]
     if not names or len(set(names)) != len(names) or min(sizes) < 1 or sum(sizes) > MAX_NODE_BYTES:
@@ -151,6 +141,7 @@ def check_encoding(encoding: Encoding) -> None:
             f"a node takes {sum(sizes):,} bytes in arrays {', '.join(names[:8]) or 'of no name'}; bundles hold "
             f"nodes of 1 to {MAX_NODE_BYTES:,} bytes, each array once"
         )
+    return encoding
 
 
 def _members(values: Sequence[object]) -> tuple[Member, ...]:
@@ -187,12 +178,13 @@ def document_line(document: DocumentInfo) -> bytes:
     """A document's line, with its end. `first_block` counts from the bundle's first one.
 
     Raises:
-        Unexpected: what is known of the document does not fit in a line.
+        Unexpected: what is known of the document does not fit in a line, or `parse_document` would refuse it.
     """
     body = asdict(document)
     line = json.dumps({**body.pop("meta"), **body}).encode() + b"\n"
     if len(line) > MAX_LINE_BYTES:
         raise Unexpected(f"document {document.meta.key[:80]!r} has {len(line):,} bytes of key, uri and tags")
+    parse_document(line, document.first_block)
     return line
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -17,7 +18,8 @@ from cluster.config import GistDtype
 from cluster.errors import BundleError, DiskFullError, IncompatibleTreeError, StorageError
 from storage import store as store_module
 from storage.branching import Branching
-from storage.bundles import BundleReader, chunks, import_bundle
+from storage.bundles import BundleReader, chunks, export_bundle, import_bundle
+from storage.contract import DocumentMeta
 from storage.history import History
 from storage.store import Store
 from storage.writer import ContextWriter
@@ -315,7 +317,7 @@ def test_what_contradicts_the_context_is_refused_before_anything_is_written(
         changed = span.tokens.copy()
         changed[39, 3] += 1
         writer.append([TWO.span(ENCODING)])
-        writer.append([type(span)(span.document, 0, changed, span.num_tokens, span.arrays)])
+        writer.append([replace(span, tokens=changed)])
     refused(BundleError, "'one' holds other text there", other)
     strange = there.with_name("strange")
     new_store(strange, encoding_of("float16", width=5, key_width=3))
@@ -354,6 +356,30 @@ def test_what_cannot_be_exported_is_said_and_leaves_nothing(
     assert not Store(file.parent / "there").contexts()
     # Where nothing is missing, nothing is needed.
     assert bring_in(file, root).new_blocks == 0
+
+
+def test_names_and_documents_of_any_kind_are_carried(there: Path, file: Path, tmp_path: Path) -> None:
+    store = Store(tmp_path / "here", create=True)
+    store.create_context("Über_2", IDENTITY, ENCODING)
+    meta = DocumentMeta("k\n\u2028ey", "x:\x1b[31m\x00", "", 2**40, None, ("a", "", "ß\n"))
+    span = replace(ONE.span(ENCODING), document=meta)
+    with store.open_writer("Über_2", IDENTITY, ENCODING) as writer:
+        writer.append([span])
+    with store.open_reader("Über_2") as reader:
+        export_bundle(reader, IDENTITY, file)
+    bring_in(file, there)
+    with open_tree(there) as found:
+        assert [document.meta for document in found.documents()] == [meta]
+
+
+def test_what_no_import_would_take_is_not_exported(root: Path, file: Path) -> None:
+    with opened(root) as writer:
+        writer.append([replace(TWO.span(ENCODING), document=replace(TWO.meta, uri="x" * 2**20))])
+    with pytest.raises(BundleError, match="bytes of key, uri and tags"):
+        export(root, file)
+    with open_tree(root) as reader, pytest.raises(BundleError, match="characters that cannot be shown"):
+        export_bundle(reader, replace(IDENTITY, base_model_id="a\nb"), file)
+    assert [path.name for path in file.parent.iterdir()] == ["here"]
 
 
 def test_chunks_are_bounded_in_nodes_and_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
