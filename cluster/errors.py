@@ -69,6 +69,11 @@ class BranchConflictError(StorageError):
     """Two branches that cannot be joined as asked; nothing was changed."""
 
 
+class BundleError(StorageError):
+    """A file of `tree export` that cannot be written, is damaged or was forged, or does not fit the context it is to be
+    brought into."""
+
+
 class DiskFullError(StorageError):
     """The disk cannot hold the write, or an estimate says it will not. Nothing was lost."""
 

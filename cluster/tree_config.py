@@ -1,4 +1,4 @@
-"""Configuration of the jobs that show and move the versions of a context; same rules as `config`."""
+"""Configuration of the jobs that show, move and carry away the versions of a context; same rules as `config`."""
 
 from __future__ import annotations
 
@@ -114,6 +114,44 @@ class TreeRollbackJob:
 
     def validate(self) -> None:
         require(bool(self.to), "to is empty; give a tag, a branch or a number that `tree log` shows")
+
+
+@dataclass(frozen=True)
+class TreeExportJob:
+    """Write a version of a context, or a span of it, as one checksummed file for `tree import` on any machine."""
+
+    store: StoreConfig = field(default_factory=StoreConfig)
+    """Which store, context and version."""
+    to: str = ""
+    """The file to write. It appears when it is complete and on the disk."""
+    first_block: int = 0
+    """Where the span begins, in blocks (32 slots each). From 0 on, the levels above the blocks come along."""
+    num_blocks: int = -1
+    """Length of the span in blocks; -1 is up to the version's end."""
+    overwrite: bool = False
+    """Replace a file that is there."""
+    json: bool = False
+    """Print JSON instead of tables."""
+
+    def validate(self) -> None:
+        require(bool(self.to), "to is empty; give the file to write")
+        require(self.first_block >= 0, f"first_block={self.first_block} must be 0 or more")
+        require(self.num_blocks >= 1 or self.num_blocks == -1, f"num_blocks={self.num_blocks} must be 1 or more, or -1")
+
+
+@dataclass(frozen=True)
+class TreeImportJob:
+    """Check a file of `tree export` and append what it holds to a context, which is made when it is not there."""
+
+    store: StoreConfig = field(default_factory=StoreConfig)
+    """Which store, context and branch (`store.version`). `gist_dtype` is the file's."""
+    from_file: str = ""
+    """The file to read."""
+    json: bool = False
+    """Print JSON instead of tables."""
+
+    def validate(self) -> None:
+        require(bool(self.from_file), "from_file is empty; give a file that `tree export` wrote")
 
 
 @dataclass(frozen=True)

@@ -344,16 +344,35 @@ def check_disk_space(root: Path, encoding: Encoding, num_tokens: int) -> int:
         DiskFullError: with the need, what is free, and what to do.
     """
     need = estimate_bytes(encoding, num_tokens)
-    probe = root.expanduser().absolute()
+    check_room(
+        root,
+        need,
+        f"about {num_tokens:,} tokens",
+        "Free space, set --store.root to a larger disk, or store gists as int8 (--store.gist_dtype int8)",
+    )
+    return need
+
+
+def check_room(folder: Path, num_bytes: int, what: str, advice: str) -> None:
+    """Refuse what the disk cannot hold.
+
+    Args:
+        folder: where it is to be; it need not exist.
+        num_bytes: what it takes.
+        what: is to be stored, for the message.
+        advice: the message's last sentence.
+
+    Raises:
+        DiskFullError: with the need, what is free, and the advice.
+    """
+    probe = folder.expanduser().absolute()
     while not probe.exists():
         probe = probe.parent
     free = shutil.disk_usage(probe).free
-    if need > free:
+    if num_bytes > free:
         raise DiskFullError(
-            f"about {num_tokens:,} tokens need {need / 2**30:.1f} GiB under {root}; {free / 2**30:.1f} GiB are free. "
-            "Free space, set --store.root to a larger disk, or store gists as int8 (--store.gist_dtype int8)."
+            f"{what} need {num_bytes / 2**30:.1f} GiB under {folder}; {free / 2**30:.1f} GiB are free. {advice}."
         )
-    return need
 
 
 __all__ = [
@@ -362,5 +381,6 @@ __all__ = [
     "PinnedReader",
     "Store",
     "check_disk_space",
+    "check_room",
     "estimate_bytes",
 ]

@@ -39,6 +39,8 @@ def test_every_job_is_there_and_accepts_its_configuration() -> None:
         "paper 0",
         "tree verify",
         "tree rebuild-gists",
+        "tree export",
+        "tree import",
         "tree log",
         "tree show",
         "tree branch",
