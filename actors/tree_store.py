@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from actors.rows import spans_from
+from actors.store_metrics import StoreMetrics
 from cluster.config import StoreConfig
 from cluster.errors import StorageError, StoreRestartedError
 from storage.bulk_writer import BulkWriter
@@ -70,6 +71,13 @@ class TreeStore:
         self._builder: EncodingBuilder | None = None
         self._checked_open = False
         self._latencies_ms: deque[float] = deque(maxlen=KEPT_LATENCIES)
+        self._metrics = StoreMetrics(spec.store.context)
+
+    def _counted(self, ack: Ack, *, now: bool = False) -> Ack:
+        """Let the metrics know of a commit."""
+        self._metrics.committed(ack)
+        self._metrics.publish(self._opened(), self._latencies_ms, now=now)
+        return ack
 
     def _opened(self) -> ContextWriter:
         if self._writer is None:
@@ -112,10 +120,10 @@ class TreeStore:
         spans = [span for batch in batches for span in batch]
         self._cut_abandoned(writer, spans)
         if self._bulk is not None:
-            return self._bulk.append(spans)
+            return self._counted(self._bulk.append(spans))
         ack = writer.append(spans)
         self._latencies_ms.append((time.perf_counter() - started) * 1e3)
-        return ack
+        return self._counted(ack)
 
     def _cut_abandoned(self, writer: ContextWriter, spans: Sequence[SpanWrite]) -> None:
         """Before the first write: a document an earlier job left open, and that does not go on now, is ended."""
@@ -154,9 +162,7 @@ class TreeStore:
     def put_nodes(self, lod: int, first: int, arrays: Mapping[str, Values]) -> Ack:
         """As `TreeWriter.put_nodes`; during a rebuild the nodes belong to the encoding under construction."""
         writer = self._opened()
-        if self._builder is not None:
-            return self._builder.put_nodes(lod, first, arrays)
-        return writer.put_nodes(lod, first, arrays)
+        return self._counted((self._builder or writer).put_nodes(lod, first, arrays))
 
     def put_spans(self, first_block: int, spans: Sequence[SpanWrite]) -> Ack:
         """Store the gists of consecutive stored blocks under the encoding that is being rebuilt."""
@@ -178,7 +184,7 @@ class TreeStore:
     def flush(self) -> Ack:
         """Make everything accepted durable, and seal what is full."""
         writer = self._opened()
-        return (self._bulk or writer).flush()
+        return self._counted((self._bulk or writer).flush(), now=True)
 
     def process_id(self) -> int:
         """Of the process that holds the context."""

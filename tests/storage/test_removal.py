@@ -10,6 +10,7 @@ import pytest
 
 from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.errors import BranchConflictError, StorageError
+from storage.backup import back_up
 from storage.branching import Branching
 from storage.history import History
 from storage.lexical_index import LexicalWriter
@@ -145,6 +146,19 @@ def test_of_an_erased_document_no_byte_is_left(root: Path, sealed: bool) -> None
         assert (entry.action, entry.detail["documents"]) == ("erase", 1)
         assert "secret" not in str(entry)
     is_sound(root)
+
+
+def test_the_next_backup_does_not_hold_it_either(root: Path, tmp_path: Path) -> None:
+    store, target = Store(root), tmp_path / "backup"
+    with open_context(root, seal_in_background=False, segment_super_blocks=4) as writer:
+        write(writer, *TEXTS)
+        writer.flush()
+        back_up(store, CONTEXT, target)
+        assert traces(target, TEXTS[1])
+        erase_documents(store, writer, ["secret"], keep_s=NEVER_S)
+        back_up(store, CONTEXT, target)
+    assert traces(target, TEXTS[1]) == set()
+    holds(target, *KEPT)
 
 
 @pytest.mark.parametrize("held_by", ["a reader", "tag"])
