@@ -385,7 +385,14 @@ class _Fork:
             request_id,
             message,
         )
-        return replace(self.version, branch=name, seq=seq, num_tokens=self.num_tokens, level_counts=self.counts)
+        return replace(
+            self.version,
+            branch=name,
+            seq=seq,
+            num_tokens=self.num_tokens,
+            level_counts=self.counts,
+            branch_id=branch.branch_id,
+        )
 
 
 def _plan_fork(reader: ContextReader, writer: ContextWriter, at_block: int | None) -> _Fork:

@@ -139,6 +139,9 @@ class Version:
     num_tokens: int
     level_counts: tuple[int, ...]
     """Nodes of LOD1, LOD2, …; LOD1 nodes are blocks."""
+    branch_id: int = 0
+    """Of the branch whose nodes these are, whatever it is called: a name can go to another branch, this cannot. Two
+    versions of one id agree in all that both have."""
 
     @property
     def num_blocks(self) -> int:

@@ -34,7 +34,7 @@ logger = logging.getLogger("megacontext.storage")
 LEXICAL_FILE = "lexical.sqlite"
 LEXICAL_LOCK_FILE = "lexical.lock"
 
-LEXICAL_FORMAT = 1
+LEXICAL_FORMAT = 2
 """Raised when the layout, or what counts as a term, changes. Other formats are rebuilt."""
 
 BATCH_BLOCKS = 1024
@@ -50,7 +50,7 @@ _SCHEMA = (
     "CREATE TABLE terms (term TEXT PRIMARY KEY, num_blocks INTEGER NOT NULL, most INTEGER NOT NULL) WITHOUT ROWID",
     "CREATE TABLE lengths (number INTEGER PRIMARY KEY, lengths BLOB NOT NULL)",
     """CREATE TABLE state (
-         only INTEGER PRIMARY KEY CHECK (only = 1), format INTEGER NOT NULL, branch TEXT NOT NULL,
+         only INTEGER PRIMARY KEY CHECK (only = 1), format INTEGER NOT NULL, branch_id INTEGER NOT NULL,
          num_blocks INTEGER NOT NULL, num_terms INTEGER NOT NULL, last_block_crc INTEGER NOT NULL)""",
 )
 
@@ -78,7 +78,8 @@ class IndexState:
     """How far an index has come, and over what."""
 
     format: int
-    branch: str
+    branch_id: int
+    """0 until the first block is."""
     num_blocks: int
     """The high-water mark: blocks `[0, num_blocks)` are indexed."""
     num_terms: int
@@ -88,7 +89,7 @@ class IndexState:
     @classmethod
     def load(cls, db: sqlite3.Connection) -> IndexState:
         """The state as of the connection's snapshot."""
-        rows = db.execute("SELECT format, branch, num_blocks, num_terms, last_block_crc FROM state").fetchall()
+        rows = db.execute("SELECT format, branch_id, num_blocks, num_terms, last_block_crc FROM state").fetchall()
         if len(rows) != 1:
             raise no_index("its state is missing")
         return cls(*rows[0])
@@ -97,8 +98,8 @@ class IndexState:
         """Why the index was not made from what the reader reads; empty when nothing speaks against it."""
         if self.format != LEXICAL_FORMAT:
             return f"it has format {self.format}, this program reads {LEXICAL_FORMAT}"
-        if self.branch != reader.version.branch:
-            return f"it was made for branch {self.branch!r}, not {reader.version.branch!r}"
+        if self.num_blocks and self.branch_id != reader.version.branch_id:
+            return f"it was made of another branch than {reader.version.branch!r} is now"
         inside = 0 < self.num_blocks <= reader.version.num_blocks
         if inside and self.last_block_crc != block_crc(reader, self.num_blocks - 1):
             return f"block {self.num_blocks - 1} of the context is not the one that was indexed"
@@ -112,7 +113,9 @@ def no_index(why: str) -> sqlite3.DatabaseError:
     return error
 
 
-def append_blocks(db: sqlite3.Connection, state: IndexState, blocks: Sequence[Counter[str]], crc: int) -> IndexState:
+def append_blocks(
+    db: sqlite3.Connection, state: IndexState, branch_id: int, blocks: Sequence[Counter[str]], crc: int
+) -> IndexState:
     """Index the terms of the blocks that follow the mark, and move it; inside a transaction."""
     first = state.num_blocks
     rows: list[tuple[int, str]] = []
@@ -136,10 +139,10 @@ def append_blocks(db: sqlite3.Connection, state: IndexState, blocks: Sequence[Co
     lengths = np.array([terms.total() for terms in blocks], "<u4")
     _append_lengths(db, first, lengths)
     num_terms = state.num_terms + int(lengths.sum(dtype=np.int64))
-    state = IndexState(state.format, state.branch, first + len(blocks), num_terms, crc)
+    state = IndexState(state.format, branch_id, first + len(blocks), num_terms, crc)
     db.execute(
-        "UPDATE state SET num_blocks = ?, num_terms = ?, last_block_crc = ?",
-        (state.num_blocks, state.num_terms, state.last_block_crc),
+        "UPDATE state SET branch_id = ?, num_blocks = ?, num_terms = ?, last_block_crc = ?",
+        (state.branch_id, state.num_blocks, state.num_terms, state.last_block_crc),
     )
     return state
 
@@ -234,7 +237,7 @@ class LexicalWriter:
             blocks = block_terms(reader, self._decode, first, stop)
             crc = block_crc(reader, stop - 1)
             with catalogue.transaction(self._db) as db:
-                state = append_blocks(db, self._state, blocks, crc)
+                state = append_blocks(db, self._state, reader.version.branch_id, blocks, crc)
             self._state = state
         return settled - begin if settled > begin else 0
 
@@ -271,8 +274,8 @@ class LexicalWriter:
             with catalogue.transaction(self._db) as db:
                 for statement in _SCHEMA:
                     db.execute(statement)
-                db.execute("INSERT INTO state VALUES (1, ?, ?, 0, 0, 0)", (LEXICAL_FORMAT, self._branch))
-        self._state = IndexState(LEXICAL_FORMAT, self._branch, 0, 0, 0)
+                db.execute("INSERT INTO state VALUES (1, ?, 0, 0, 0, 0)", (LEXICAL_FORMAT,))
+        self._state = IndexState(LEXICAL_FORMAT, 0, 0, 0, 0)
 
     def _disconnect(self) -> None:
         if self._db is not None:

@@ -128,7 +128,7 @@ class IndexReader:
     def _load(self, db: sqlite3.Connection, reader: TreeReader) -> IndexSnapshot | None:
         state = IndexState.load(db)
         version = reader.version
-        key = (state, version.context, version.branch, version.num_blocks >= state.num_blocks)
+        key = (state, version.context, version.branch_id, version.num_blocks >= state.num_blocks)
         if key != self._foreign[0]:
             self._foreign = (key, state.foreign_to(reader))
         if why := self._foreign[1]:

@@ -27,7 +27,7 @@ class RecentTerms:
 
     def __init__(self, decode: Decode) -> None:
         self._decode = decode
-        self._source: tuple[str, str] | None = None
+        self._source: tuple[str, int] | None = None
         self._reset(0)
 
     def _reset(self, first: int) -> None:
@@ -38,7 +38,7 @@ class RecentTerms:
 
     def follow(self, reader: TreeReader, first: int) -> None:
         """Hold the blocks from `first`, the index's mark, to the last one whose terms are final."""
-        source = (reader.version.context, reader.version.branch)
+        source = (reader.version.context, reader.version.branch_id)
         if source != self._source or not self.first <= first <= self.stop:
             self._source = source
             self._reset(first)

@@ -312,7 +312,7 @@ def _load_version(db: sqlite3.Connection, name: str, branch_name: str, seq: int 
     # A version may be of an ancestor, or of a branch whose name went to another since.
     lineage = load_lineage(db, commit[0])
     counts = tuple(json.loads(commit[4]))
-    version = Version(name, lineage.branch.name, wanted, Encoding.from_json(commit[2]), commit[3], counts)
+    version = Version(name, lineage.branch.name, wanted, Encoding.from_json(commit[2]), commit[3], counts, commit[0])
     return lineage, commit[1], version
 
 

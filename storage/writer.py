@@ -17,6 +17,7 @@ import shutil
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
@@ -125,7 +126,7 @@ class ContextWriter:
             self.encoding_id = int(row[1])
             self.encoding = Encoding.from_json(row[2])
             counts = tuple(json.loads(row[5]))
-            self._version = Version(self.name, branch, int(row[3]), self.encoding, int(row[4]), counts)
+            self._version = Version(self.name, branch, int(row[3]), self.encoding, int(row[4]), counts, row[0])
             self._open = open_document(self.connection, self.branch.branch_id)
 
     def reload(self) -> None:
@@ -227,7 +228,7 @@ class ContextWriter:
         seq = insert_commit(
             db, self.writing, branch_id, encoding_id or self.encoding_id, num_tokens, counts, request_id, message
         )
-        return Version(self.name, self._version.branch, seq, self.encoding, num_tokens, counts)
+        return replace(self._version, seq=seq, num_tokens=num_tokens, level_counts=counts)
 
     def append(
         self, spans: Sequence[SpanWrite], request_id: str = "", message: str = "", *, direct: bool = False

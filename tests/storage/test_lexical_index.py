@@ -135,7 +135,7 @@ def other_format(path: Path) -> None:
 
 
 def other_branch(path: Path) -> None:
-    execute(path, "UPDATE state SET branch = 'draft'")
+    execute(path, "UPDATE state SET branch_id = 7")
 
 
 def without_state(path: Path) -> None:

@@ -13,6 +13,7 @@ from cluster.errors import BranchConflictError, StorageError
 from storage.backup import back_up
 from storage.branching import Branching
 from storage.history import History
+from storage.lexical import LexicalSearcher
 from storage.lexical_index import LexicalWriter
 from storage.reader import ContextReader
 from storage.removal import erase_documents, remove_documents
@@ -87,6 +88,31 @@ def test_what_is_taken_out_can_be_had_back(root: Path) -> None:
         Branching(writer).roll_back(before)
         holds(root, *TEXTS)
     is_sound(root)
+
+
+def test_searches_find_blocks_where_they_are_now(root: Path) -> None:
+    """An index of the branch that had the name before would name blocks of another timeline."""
+    with open_context(root) as writer, LexicalSearcher(writer.folder, decode) as searcher:
+        write(writer, *TEXTS)
+        with LexicalWriter(writer.folder, decode) as index, writer.reader() as reader:
+            index.advance(reader)
+        before = writer.version().seq
+
+        def found(text: Text, block: int) -> list[int]:
+            with writer.reader() as reader:
+                tokens, _ = text.packed(0, text.num_blocks)
+                query = " ".join(word(int(token)) for token in tokens[block][:6])
+                return searcher.search(reader, query, 1)[0].tolist()
+
+        assert found(TEXTS[2], 7) == [90 + 70 + 7]
+        remove_documents(writer, ["secret"])
+        assert found(TEXTS[2], 7) == [90 + 7]
+        with LexicalWriter(writer.folder, decode) as index, writer.reader() as reader:
+            index.advance(reader)
+        assert found(TEXTS[2], 7) == [90 + 7]
+        Branching(writer).roll_back(before)
+        assert found(TEXTS[2], 7) == [90 + 70 + 7]
+        assert found(TEXTS[1], 7) == [90 + 7]
 
 
 def test_several_documents_and_the_last_one(root: Path) -> None:
