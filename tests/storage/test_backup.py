@@ -16,9 +16,8 @@ from storage.backup import back_up
 from storage.branching import Branching
 from storage.history import History
 from storage.store import Store
-from storage.verify import verify_context
-from storage.writer import ContextWriter
-from tests.storage.support import CONTEXT, IDENTITY, Text, assert_holds, encoding_of, follow, new_store, open_context
+from tests.storage.support import CONTEXT, IDENTITY, Text, assert_holds, encoding_of, new_store, open_context
+from tests.storage.version_support import holds, is_sound, write_and_seal
 
 ENCODING = encoding_of("float16")
 ONE, TWO, THREE = Text("one", 100 * K), Text("two", 60 * K - 7), Text("three", 45 * K)
@@ -34,52 +33,43 @@ def target(tmp_path: Path) -> Path:
     return tmp_path / "backup"
 
 
-def write(writer: ContextWriter, *texts: Text) -> None:
-    for text in texts:
-        writer.append([text.span(ENCODING)])
-    follow(writer, ENCODING)
-    writer.flush()
-
-
-def holds(root: Path, *texts: Text) -> None:
-    report = verify_context(root / CONTEXT, CONTEXT)
-    assert report.ok, report.problems
-    with Store(root).open_reader(CONTEXT) as reader:
-        assert_holds(reader, texts, ENCODING)
+def is_whole(root: Path, *texts: Text) -> None:
+    is_sound(root)
+    holds(root, *texts)
 
 
 def test_a_backup_is_a_store_that_can_be_written_on(source: Store, target: Path) -> None:
     with open_context(source.root) as writer:
-        write(writer, ONE)
+        write_and_seal(writer, ONE)
         writer.append_tail(TWO.meta, 0, TWO.tokens(0, 20))
         done = back_up(source, CONTEXT, target)
         assert (done.segments, done.copied_segments, done.removed_segments) == (3, 3, 0)
         assert done.seq == writer.version().seq
-    holds(target, ONE)
+    is_whole(target, ONE)
     with Store(target).open_writer(CONTEXT, IDENTITY, ENCODING) as writer:
         with writer.reader() as reader:
             tail = reader.tail()
         assert tail is not None
         assert tail.tokens.tolist() == TWO.tokens(0, 20).tolist()
-        write(writer, TWO)
-    holds(target, ONE, TWO)
+        write_and_seal(writer, TWO)
+    is_whole(target, ONE, TWO)
 
 
 def test_the_next_backup_copies_what_is_new_and_drops_what_is_gone(source: Store, target: Path) -> None:
     with open_context(source.root, seal_in_background=False) as writer:
-        write(writer, ONE)
+        write_and_seal(writer, ONE)
         before = writer.version().seq
         assert back_up(source, CONTEXT, target).copied_segments == 3
         assert back_up(source, CONTEXT, target).copied_segments == 0
-        write(writer, TWO)
+        write_and_seal(writer, TWO)
         assert back_up(source, CONTEXT, target).copied_segments == 2
-        holds(target, ONE, TWO)
+        is_whole(target, ONE, TWO)
         Branching(writer).roll_back(before)
         source.collect(writer, keep_s=0.0)
-        write(writer, THREE)
+        write_and_seal(writer, THREE)
         last = back_up(source, CONTEXT, target)
         assert last.removed_segments == 2
-        holds(target, ONE, THREE)
+        is_whole(target, ONE, THREE)
         assert [t.name for t in History(target / CONTEXT, CONTEXT).tags()] == []
 
 
@@ -101,7 +91,7 @@ def test_it_is_taken_while_a_writer_goes_on(source: Store, target: Path) -> None
                 back_up(source, CONTEXT, target)
                 with Store(target).open_reader(CONTEXT) as reader:
                     num_documents = len(reader.documents())
-                holds(target, *texts[:num_documents])
+                is_whole(target, *texts[:num_documents])
         finally:
             stop.set()
             thread.join()
@@ -111,9 +101,9 @@ def test_a_collection_that_runs_into_it_makes_it_look_again(
     source: Store, target: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with open_context(source.root, seal_in_background=False) as writer:
-        write(writer, ONE)
+        write_and_seal(writer, ONE)
         before = writer.version().seq
-        write(writer, TWO)
+        write_and_seal(writer, TWO)
         Branching(writer).roll_back(before)
         copy_catalogue = backup_module._copy_catalogue
         looks = []
@@ -127,21 +117,21 @@ def test_a_collection_that_runs_into_it_makes_it_look_again(
         monkeypatch.setattr(backup_module, "_copy_catalogue", then_collect)
         back_up(source, CONTEXT, target)
         assert looks == [5, 3]
-    holds(target, ONE)
+    is_whole(target, ONE)
 
 
 def test_what_cannot_be_copied_leaves_the_backup_of_before(source: Store, target: Path) -> None:
     with open_context(source.root, seal_in_background=False) as writer:
-        write(writer, ONE)
+        write_and_seal(writer, ONE)
         back_up(source, CONTEXT, target)
-        write(writer, TWO)
+        write_and_seal(writer, TWO)
     shard = max(source.folder(CONTEXT).glob("segments/*/lod1/gists/c/0/0"))
     data = bytearray(shard.read_bytes())
     data[7] ^= 1
     shard.write_bytes(data)
     with pytest.raises(CorruptTreeError, match=f"{shard}: checksum does not match"):
         back_up(source, CONTEXT, target)
-    holds(target, ONE)
+    is_whole(target, ONE)
     assert not [path for path in target.rglob("*") if ".tmp-" in path.name]
 
 
@@ -160,12 +150,12 @@ def test_where_it_cannot_go(source: Store, target: Path) -> None:
 
 def test_a_lost_store_is_had_back_from_its_backup(source: Store, target: Path) -> None:
     with open_context(source.root) as writer:
-        write(writer, ONE, TWO)
+        write_and_seal(writer, ONE, TWO)
         Branching(writer).tag("v1")
         back_up(source, CONTEXT, target)
     shutil.rmtree(source.root)
     shutil.copytree(target, source.root)
-    holds(source.root, ONE, TWO)
+    is_whole(source.root, ONE, TWO)
     with Store(source.root).open_reader(CONTEXT, "v1") as reader:
         assert_holds(reader, [ONE, TWO], ENCODING)
     with sqlite3.connect(source.root / CONTEXT / "catalogue.sqlite") as db:

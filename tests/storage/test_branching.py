@@ -13,12 +13,11 @@ from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.errors import BranchConflictError, OutOfOrderError, StorageError
 from storage import catalogue
 from storage.branching import Branching
-from storage.history import History
 from storage.reader import ContextReader
 from storage.rebuild import EncodingBuilder
-from storage.verify import verify_context
 from storage.writer import ContextWriter
 from tests.storage.support import CONTEXT, Text, assert_holds, encoding_of, follow, new_store, open_context
+from tests.storage.version_support import clipped, history, holds, is_sound, write
 
 ENCODING = encoding_of("float16", key_width=3)
 ONE, TWO, THREE = Text("one", 1100 * K), Text("two", 60 * K - 7), Text("three", 45 * K)
@@ -30,40 +29,10 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def write(writer: ContextWriter, *texts: Text) -> None:
-    for text in texts:
-        writer.append([text.span(ENCODING)])
-    follow(writer, ENCODING)
-
-
-def holds(root: Path, branch: str, *texts: Text, seq: int | None = None) -> None:
-    """The branch's timeline is these documents, on every level."""
-    with ContextReader(root / CONTEXT, CONTEXT, branch, seq) as reader:
-        assert_holds(reader, texts, ENCODING)
-        for lod in range(2, reader.version.max_lod + 1):
-            nodes = np.arange(reader.version.num_nodes(lod))
-            for spec in ENCODING.arrays:
-                found = [reader.read_group(spec.name, lod, group) for group in range(-(-len(nodes) // K))]
-                assert torch.equal(torch.cat(found), reader.read(spec.name, lod, nodes))
-
-
-def clipped(text: Text, num_blocks: int) -> Text:
-    return Text(text.key, num_blocks * K, size_bytes=text.num_tokens)
-
-
 def end_what_is_open(writer: ContextWriter) -> None:
     growing = writer.open_document()
     if growing is not None:
         writer.close_document(growing.key)
-
-
-def history(root: Path) -> History:
-    return History(root / CONTEXT, CONTEXT)
-
-
-def is_sound(root: Path) -> None:
-    report = verify_context(root / CONTEXT, CONTEXT)
-    assert report.ok, report.problems
 
 
 @pytest.mark.parametrize("at", [0, 1, 31, 32, 33, 1000, 1024, 1099, 1100, 1101, 1130, 1160])
@@ -77,21 +46,21 @@ def test_a_fork_shares_what_is_before_it_and_goes_its_own_way(root: Path, at: in
         assert (version.branch, version.num_blocks) == ("side", at)
         shared = [clipped(ONE, min(at, 1100))] if at < 1100 else [ONE]
         shared += [TWO] if at == 1160 else [clipped(TWO, at - 1100)] if at > 1100 else []
-        holds(root, "side", *[text for text in shared if text.num_blocks])
+        holds(root, *[text for text in shared if text.num_blocks], branch="side")
         writer.switch("side")
         growing = writer.open_document()
         if growing is not None:
             writer.close_document(growing.key)
         write(writer, THREE)
         shared = [text for text in shared if text.num_blocks]
-        holds(root, "side", *shared, THREE)
+        holds(root, *shared, THREE, branch="side")
         writer.flush()
-        holds(root, "side", *shared, THREE)
+        holds(root, *shared, THREE, branch="side")
         writer.switch("main")
         write(writer, THREE)
         writer.flush()
-    holds(root, "side", *shared, THREE)
-    holds(root, "main", ONE, TWO, THREE)
+    holds(root, *shared, THREE, branch="side")
+    holds(root, ONE, TWO, THREE)
     is_sound(root)
 
 
@@ -123,8 +92,8 @@ def test_an_open_document_goes_on_differently_on_each_branch(root: Path) -> None
         write(writer, TWO)
         writer.switch("main")
         assert writer.document("talk").num_blocks == 50  # type: ignore[union-attr]
-    holds(root, "main", clipped(text, 50))
-    holds(root, "guess", clipped(text, 40), TWO)
+    holds(root, clipped(text, 50))
+    holds(root, clipped(text, 40), TWO, branch="guess")
     is_sound(root)
 
 
@@ -137,7 +106,7 @@ def test_a_document_of_an_ancestor_is_known_and_not_stored_again(root: Path) -> 
         assert (ack.new_blocks, ack.skipped_blocks) == (0, 1100)
         assert writer.marks(["one", "two"]).keys() == {"one"}
         write(writer, TWO)
-    holds(root, "side", ONE, TWO)
+    holds(root, ONE, TWO, branch="side")
 
 
 def test_forks_of_forks_share_with_the_right_ancestor(root: Path) -> None:
@@ -151,11 +120,11 @@ def test_forks_of_forks_share_with_the_right_ancestor(root: Path) -> None:
             if name == "b":
                 writer.flush()
         is_sound(root)
-    holds(root, "a", clipped(ONE, 70), Text("a", 50 * K))
-    holds(root, "b", clipped(ONE, 64), Text("b", 50 * K))
+    holds(root, clipped(ONE, 70), Text("a", 50 * K), branch="a")
+    holds(root, clipped(ONE, 64), Text("b", 50 * K), branch="b")
     # At block 66 of b lies the third block of its own document.
-    holds(root, "c", clipped(ONE, 64), clipped(Text("b", 50 * K), 2), Text("c", 50 * K))
-    holds(root, "d", clipped(ONE, 10), Text("d", 50 * K))
+    holds(root, clipped(ONE, 64), clipped(Text("b", 50 * K), 2), Text("c", 50 * K), branch="c")
+    holds(root, clipped(ONE, 10), Text("d", 50 * K), branch="d")
     assert next(c.branch for c in history(root).log("d")) == "d"
     assert {c.branch for c in history(root).log("d")} == {"main", "a", "b", "c", "d"}
 
@@ -168,15 +137,15 @@ def test_rolling_back_leaves_readers_tags_and_the_way_forward(root: Path) -> Non
         after = writer.version().seq
         pinned = writer.reader()
         Branching(writer).roll_back(before)
-        holds(root, "main", TWO)
+        holds(root, TWO)
         write(writer, ONE)
-        holds(root, "main", TWO, ONE)
+        holds(root, TWO, ONE)
         assert_holds(pinned, [TWO, THREE], ENCODING)
         pinned.close()
         assert history(root).resolve("before") == before
-        holds(root, "main", TWO, seq=before)
+        holds(root, TWO, seq=before)
         Branching(writer).roll_back(after, "it was not")
-        holds(root, "main", TWO, THREE)
+        holds(root, TWO, THREE)
     log = history(root).log("main")
     assert (log[0].request_id, log[0].message) == ("roll_back", "it was not")
     assert next(c for c in log if c.seq == before).tags == ("before",)
@@ -195,10 +164,10 @@ def test_a_branch_is_fast_forwarded_while_its_parent_stands_still(root: Path) ->
         writer.switch("main")
         merged = Branching(writer).merge("draft")
         assert (merged.fast_forward, merged.documents, merged.blocks) == (True, 1, 45)
-        holds(root, "main", TWO, THREE)
+        holds(root, TWO, THREE)
         write(writer, ONE)
-    holds(root, "main", TWO, THREE, ONE)
-    holds(root, "draft", TWO, THREE)
+    holds(root, TWO, THREE, ONE)
+    holds(root, TWO, THREE, branch="draft")
     is_sound(root)
 
 
@@ -211,7 +180,7 @@ def test_upper_nodes_that_came_since_do_not_hinder_a_fast_forward(root: Path) ->
         write(writer, TWO)
         writer.switch("main")
         Branching(writer).fast_forward("draft")
-    holds(root, "main", ONE, TWO)
+    holds(root, ONE, TWO)
     is_sound(root)
 
 
@@ -234,7 +203,7 @@ def test_documents_of_a_branch_are_appended_where_the_parent_went_on(root: Path)
         again = Branching(writer).merge("side")
         assert (again.documents, again.blocks, again.skipped_documents) == (0, 0, 3)
         follow(writer, ENCODING)
-    holds(root, "main", TWO, ONE, THREE, clipped(Text("gone", 20 * K), 3), four)
+    holds(root, TWO, ONE, THREE, clipped(Text("gone", 20 * K), 3), four)
     is_sound(root)
 
 
@@ -303,7 +272,7 @@ def test_names_versions_and_blocks_that_there_are_not(root: Path) -> None:
         assert [b.name for b in history(root).branches()] == ["main"]
         branching.fork("side")
         write(writer, THREE)
-    holds(root, "main", TWO, THREE)
+    holds(root, TWO, THREE)
     is_sound(root)
 
 
@@ -351,7 +320,7 @@ def test_another_encoding_of_a_branch_leaves_its_parent_alone(root: Path) -> Non
         write(writer, THREE)
         with pytest.raises(BranchConflictError, match="rebuild one of them"):
             Branching(writer).merge("side")
-    holds(root, "main", ONE, THREE)
+    holds(root, ONE, THREE)
     with ContextReader(root / CONTEXT, CONTEXT, "grandchild") as reader:
         assert_holds(reader, [clipped(ONE, 1090), TWO], new)
     is_sound(root)
@@ -390,5 +359,5 @@ def test_a_tree_of_the_first_format_is_migrated_by_its_next_writer(root: Path, t
         write(writer, THREE)
         with pytest.raises(sqlite3.IntegrityError, match="append-only"):
             writer.connection.execute("DELETE FROM audit")
-    holds(root, "main", TWO, THREE)
-    holds(root, "side", clipped(TWO, 40))
+    holds(root, TWO, THREE)
+    holds(root, clipped(TWO, 40), branch="side")

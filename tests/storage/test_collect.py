@@ -12,13 +12,12 @@ from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.errors import StorageError
 from storage.branching import Branching
 from storage.collect import Garbage
-from storage.history import History
 from storage.reader import ContextReader
 from storage.rebuild import EncodingBuilder
 from storage.store import Store
-from storage.verify import verify_context
 from storage.writer import ContextWriter
-from tests.storage.support import CONTEXT, Text, assert_holds, encoding_of, follow, new_store, open_context
+from tests.storage.support import CONTEXT, Text, assert_holds, encoding_of, new_store, open_context
+from tests.storage.version_support import history, holds, is_sound, write_and_seal
 
 ENCODING = encoding_of("float16")
 ONE, TWO, THREE = Text("one", 100 * K), Text("two", 60 * K - 7), Text("three", 45 * K)
@@ -31,34 +30,17 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def write(writer: ContextWriter, *texts: Text) -> None:
-    for text in texts:
-        writer.append([text.span(ENCODING)])
-    follow(writer, ENCODING)
-    writer.flush()
-
-
 def collect(root: Path, writer: ContextWriter, *, keep_s: float = 0.0, dry_run: bool = False) -> Garbage:
     return Store(root).collect(writer, keep_s=keep_s, dry_run=dry_run)
-
-
-def holds(root: Path, *texts: Text, branch: str = "main", seq: int | None = None) -> None:
-    with ContextReader(root / CONTEXT, CONTEXT, branch, seq) as reader:
-        assert_holds(reader, texts, ENCODING)
 
 
 def folders(root: Path) -> set[str]:
     return {path.name for path in (root / CONTEXT / "segments").iterdir()}
 
 
-def is_sound(root: Path) -> None:
-    report = verify_context(root / CONTEXT, CONTEXT)
-    assert report.ok, report.problems
-
-
 def test_a_context_without_history_has_no_garbage(root: Path) -> None:
     with open_context(root, seal_in_background=False) as writer:
-        write(writer, ONE, TWO)
+        write_and_seal(writer, ONE, TWO)
         before = folders(root)
         found = collect(root, writer)
         assert (found.segments, found.journal_rows, found.versions, found.branches) == ([], 0, 0, [])
@@ -68,13 +50,13 @@ def test_a_context_without_history_has_no_garbage(root: Path) -> None:
 
 def test_what_was_rolled_back_goes_when_its_time_is_over(root: Path) -> None:
     with open_context(root, seal_in_background=False) as writer:
-        write(writer, ONE)
+        write_and_seal(writer, ONE)
         before = writer.version().seq
-        write(writer, TWO, THREE)
+        write_and_seal(writer, TWO, THREE)
         after = writer.version().seq
         branching = Branching(writer)
         branching.roll_back(before)
-        write(writer, THREE)
+        write_and_seal(writer, THREE)
         assert collect(root, writer, keep_s=DAY_S).segments == []
         holds(root, ONE, TWO, THREE, seq=after)
         size = len(folders(root))
@@ -90,7 +72,7 @@ def test_what_was_rolled_back_goes_when_its_time_is_over(root: Path) -> None:
         with pytest.raises(StorageError, match=f"no version {after}"):
             ContextReader(root / CONTEXT, CONTEXT, seq=after)
         assert collect(root, writer).segments == []
-        assert [entry.action for entry in History(root / CONTEXT, CONTEXT).audit(1)] == ["collect"]
+        assert [entry.action for entry in history(root).audit(1)] == ["collect"]
     is_sound(root)
 
 
@@ -98,9 +80,9 @@ def test_what_was_rolled_back_goes_when_its_time_is_over(root: Path) -> None:
 def test_what_is_held_stays_until_it_is_let_go(root: Path, held_by: str) -> None:
     store = Store(root)
     with open_context(root, seal_in_background=False) as writer:
-        write(writer, ONE)
+        write_and_seal(writer, ONE)
         before = writer.version().seq
-        write(writer, TWO)
+        write_and_seal(writer, TWO)
         branching = Branching(writer)
         lease = None
         if held_by == "tag":
@@ -111,7 +93,7 @@ def test_what_is_held_stays_until_it_is_let_go(root: Path, held_by: str) -> None
             branching.fork("side")
         held = writer.version().seq
         branching.roll_back(before)
-        write(writer, THREE)
+        write_and_seal(writer, THREE)
         collect(root, writer)
         if lease is not None:
             assert_holds(lease, [ONE, TWO], ENCODING)
@@ -131,9 +113,9 @@ def test_what_is_held_stays_until_it_is_let_go(root: Path, held_by: str) -> None
 def test_a_lease_on_what_was_just_collected_is_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store(root)
     with open_context(root, seal_in_background=False) as writer:
-        write(writer, ONE)
+        write_and_seal(writer, ONE)
         before = writer.version().seq
-        write(writer, TWO)
+        write_and_seal(writer, TWO)
         after = writer.version().seq
         Branching(writer).roll_back(before)
         take = store.set_pin
@@ -159,7 +141,7 @@ def test_sealing_in_the_background_does_not_bring_back_what_goes(root: Path) -> 
             collect(root, writer)
             texts.append(kept)
         writer.flush()
-        assert len(History(root / CONTEXT, CONTEXT).branches(retired=True)) == 1
+        assert len(history(root).branches(retired=True)) == 1
     holds(root, *texts)
     is_sound(root)
 
@@ -167,7 +149,7 @@ def test_sealing_in_the_background_does_not_bring_back_what_goes(root: Path) -> 
 def test_replaced_gists_go_and_unfinished_ones_stay(root: Path) -> None:
     new, newer = encoding_of("float32", width=6), encoding_of("float32", width=8)
     with open_context(root, seal_in_background=False) as writer:
-        write(writer, ONE)
+        write_and_seal(writer, ONE)
         builder = EncodingBuilder(writer, new)
         builder.put_nodes(1, 0, {"gists": ONE.gists(0, 100, new.arrays[0])})
         builder.put_nodes(2, 0, {"gists": torch.ones(3, 6)})
@@ -189,9 +171,9 @@ def test_replaced_gists_go_and_unfinished_ones_stay(root: Path) -> None:
 
 def test_files_that_a_crash_left_are_removed_by_the_next_writer(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with open_context(root, seal_in_background=False) as writer:
-        write(writer, ONE)
+        write_and_seal(writer, ONE)
         before = writer.version().seq
-        write(writer, TWO)
+        write_and_seal(writer, TWO)
         Branching(writer).roll_back(before)
         with monkeypatch.context() as patch:
             patch.setattr(shutil, "rmtree", lambda *_, **__: None)
@@ -205,14 +187,14 @@ def test_files_that_a_crash_left_are_removed_by_the_next_writer(root: Path, monk
 def test_a_segment_of_which_little_is_needed_is_replaced_by_a_shorter_one(root: Path) -> None:
     with open_context(root, seal_in_background=False, segment_super_blocks=4) as writer:
         text = Text("long", 300 * K)
-        write(writer, text)
+        write_and_seal(writer, text)
         branching = Branching(writer)
         branching.fork("side", at_block=40)
         branching.tag("all")
         side = ContextReader(root / CONTEXT, CONTEXT, "side")
         reading = ContextReader(root / CONTEXT, CONTEXT, "side")
         reading.tokens(0, 40)
-        branching.roll_back(History(root / CONTEXT, CONTEXT).resolve("side"))
+        branching.roll_back(history(root).resolve("side"))
         found = collect(root, writer)
         assert (found.segments, found.shortened, found.journal_rows) == ([], [], 0)
         branching.delete_tag("all")
@@ -234,9 +216,9 @@ def test_a_segment_of_which_little_is_needed_is_replaced_by_a_shorter_one(root: 
 def test_documents_that_end_in_a_group_cut_by_a_fork_stay(root: Path) -> None:
     with open_context(root, seal_in_background=False) as writer:
         texts = [Text(f"short{n}", 5 * K) for n in range(9)]
-        write(writer, *texts)
+        write_and_seal(writer, *texts)
         Branching(writer).fork("side", at_block=40)
-        Branching(writer).roll_back(History(root / CONTEXT, CONTEXT).resolve("side"))
+        Branching(writer).roll_back(history(root).resolve("side"))
         assert collect(root, writer).documents == 1
         holds(root, *texts[:8])
         holds(root, *texts[:8], branch="side")
@@ -246,18 +228,18 @@ def test_documents_that_end_in_a_group_cut_by_a_fork_stay(root: Path) -> None:
 def test_branches_that_others_descend_from_keep_what_is_shared(root: Path) -> None:
     with open_context(root, seal_in_background=False) as writer:
         branching = Branching(writer)
-        write(writer, ONE)
+        write_and_seal(writer, ONE)
         for name in ("a", "b", "c"):
             branching.fork(name)
             writer.switch(name)
-            write(writer, Text(name, 70 * K))
+            write_and_seal(writer, Text(name, 70 * K))
         texts = [ONE, *(Text(name, 70 * K) for name in "abc")]
         branching.discard("a")
         branching.discard("b")
         collect(root, writer)
         is_sound(root)
         holds(root, *texts, branch="c")
-        states = {b.name: b.state for b in History(root / CONTEXT, CONTEXT).branches(retired=True)}
+        states = {b.name: b.state for b in history(root).branches(retired=True)}
         assert states == {"main": "live", "c": "live"}
         writer.switch("main")
         branching.discard("c")

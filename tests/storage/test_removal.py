@@ -12,15 +12,12 @@ from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.errors import BranchConflictError, StorageError
 from storage.backup import back_up
 from storage.branching import Branching
-from storage.history import History
 from storage.lexical import LexicalSearcher
 from storage.lexical_index import LexicalWriter
-from storage.reader import ContextReader
 from storage.removal import erase_documents, remove_documents
 from storage.store import Store
-from storage.verify import verify_context
-from storage.writer import ContextWriter
-from tests.storage.support import CONTEXT, Text, assert_holds, encoding_of, follow, new_store, open_context
+from tests.storage.support import CONTEXT, Text, encoding_of, new_store, open_context
+from tests.storage.version_support import history, holds, is_sound, write
 
 ENCODING = encoding_of("float16", width=8, key_width=6)
 TEXTS = [Text("one", 90 * K), Text("secret", 70 * K - 5), Text("two", 300 * K), Text("three", 41 * K + 3)]
@@ -32,22 +29,6 @@ NEVER_S = 1e9
 def root(tmp_path: Path) -> Path:
     new_store(tmp_path, ENCODING)
     return tmp_path
-
-
-def write(writer: ContextWriter, *texts: Text) -> None:
-    for text in texts:
-        writer.append([text.span(ENCODING)])
-    follow(writer, ENCODING)
-
-
-def holds(root: Path, *texts: Text, branch: str = "main", seq: int | None = None) -> None:
-    with ContextReader(root / CONTEXT, CONTEXT, branch, seq) as reader:
-        assert_holds(reader, texts, ENCODING)
-
-
-def is_sound(root: Path) -> None:
-    report = verify_context(root / CONTEXT, CONTEXT)
-    assert report.ok, report.problems
 
 
 def traces(root: Path, text: Text) -> set[str]:
@@ -84,7 +65,7 @@ def test_what_is_taken_out_can_be_had_back(root: Path) -> None:
         write(writer, Text("four", 33 * K))
         holds(root, *KEPT, Text("four", 33 * K))
         holds(root, *TEXTS, seq=before)
-        assert History(root / CONTEXT, CONTEXT).log("main", 3)[-1].message == "not wanted"
+        assert history(root).log("main", 3)[-1].message == "not wanted"
         Branching(writer).roll_back(before)
         holds(root, *TEXTS)
     is_sound(root)
@@ -168,7 +149,7 @@ def test_of_an_erased_document_no_byte_is_left(root: Path, sealed: bool) -> None
         holds(root, TEXTS[0], branch="early")
         assert traces(root, TEXTS[1]) == set()
         assert traces(root, TEXTS[3])
-        entry = History(root / CONTEXT, CONTEXT).audit(2)[-1]
+        entry = history(root).audit(2)[-1]
         assert (entry.action, entry.detail["documents"]) == ("erase", 1)
         assert "secret" not in str(entry)
     is_sound(root)
