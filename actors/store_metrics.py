@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import time
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from cluster import metric_names as names
+from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.metrics import MetricPublisher
 from storage import catalogue
 from storage.contract import Ack
@@ -59,10 +61,8 @@ def store_numbers(writer: ContextWriter, latencies_ms: Sequence[float]) -> dict[
     log = writer.folder / f"{catalogue.CATALOGUE_FILE}-wal"
     latencies = np.array(latencies_ms or [0.0])
     # Levels above the blocks come behind the commits: how many nodes wait to be made.
-    behind = sum(
-        max(0, below // 32 - above)
-        for below, above in zip(version.level_counts, (*version.level_counts[1:], 0), strict=True)
-    )
+    counts = (*version.level_counts, 0)
+    behind = sum(max(0, below // K - above) for below, above in itertools.pairwise(counts))
     return {
         names.CONTEXT_TOKENS: version.num_tokens,
         names.STORE_JOURNAL_ROWS: rows,

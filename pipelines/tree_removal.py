@@ -10,7 +10,7 @@ from cluster.tables import Table
 from cluster.tree_config import TreeDeleteJob
 from pipelines.tree_versions import DAY_S, document_rows, documents_json, emit, maintained
 from storage.contract import DocumentInfo
-from storage.removal import erase_documents, holders, remove_documents
+from storage.removal import erasable_documents, erase_documents, holders, remove_documents
 from storage.store import Store
 
 SHOWN_DOCUMENTS = 20
@@ -25,7 +25,8 @@ def run(job: TreeDeleteJob) -> None:
     """
     store, name = Store(job.store.root), job.store.context
     with store.open_reader(name, job.store.version) as reader:
-        documents = chosen(job, reader.documents())
+        # An erase that was interrupted has taken the document out of this branch already.
+        documents = chosen(job, erasable_documents(store, name) if job.erase else reader.documents())
         branch = reader.version.branch
     keys = [document.meta.key for document in documents]
     report = {

@@ -226,6 +226,8 @@ def gc(job: TreeGcJob) -> None:
     store = Store(job.store.root)
     with maintained(job.store, "main") as writer:
         found = store.collect(writer, keep_s=job.keep_days * DAY_S, dry_run=not job.apply)
+        if job.apply and writer.wants_scrub:
+            writer.scrub()
     rows = [
         {"what": "segments", "number": len(found.segments), "bytes": human_bytes(found.segment_bytes)},
         {"what": "segments shortened", "number": len(found.shortened), "bytes": human_bytes(found.shortened_bytes)},

@@ -24,7 +24,7 @@ from storage import catalogue
 from storage.durable import fsync_folder, fsync_path
 from storage.focus_events import EVENTS_FOLDER
 from storage.sealing import SEGMENT_FOLDER, is_ours
-from storage.segment import check_manifest
+from storage.segment import Manifest, check_manifest
 from storage.store import Store
 from storage.writer import writer_lock
 
@@ -118,7 +118,7 @@ def _copy(folder: Path, copy: Path, on_progress: Callable[[int, int], None]) -> 
     return BackupReport(len(segments), num_copied, copied, len(old), seq)
 
 
-def _copy_catalogue(folder: Path, fresh: Path) -> tuple[dict[str, dict[str, dict[str, int]]], int]:
+def _copy_catalogue(folder: Path, fresh: Path) -> tuple[dict[str, Manifest], int]:
     """Copy the catalogue as of one moment: manifests by segment, and the newest version of `main`."""
     with (
         catalogue.translated(folder / catalogue.CATALOGUE_FILE),
@@ -132,7 +132,7 @@ def _copy_catalogue(folder: Path, fresh: Path) -> tuple[dict[str, dict[str, dict
     return segments, seq
 
 
-def _copy_segment(segment: Path, copy: Path, manifest: dict[str, dict[str, int]]) -> int:
+def _copy_segment(segment: Path, copy: Path, manifest: Manifest) -> int:
     """Copy a segment durably and check it; returns its bytes.
 
     Raises:

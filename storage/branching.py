@@ -23,7 +23,7 @@ from storage import catalogue, journal
 from storage.commits import insert_commit
 from storage.contract import DocumentInfo, SpanWrite, Version
 from storage.documents import OpenDocument, insert_document, open_document
-from storage.lineage import RETIRED, Lineage, find_branch, inherited_nodes, load_lineage
+from storage.lineage import LIVE, RETIRED, Lineage, find_branch, inherited_nodes, load_lineage
 from storage.reader import ContextReader
 from storage.writer import MAIN_BRANCH, ContextWriter
 
@@ -148,6 +148,8 @@ class Branching:
             wanted = writer.version().seq if seq is None else self._version(seq).seq
             with writer.commit() as db:
                 found = db.execute("SELECT seq FROM tags WHERE name = ?", (name,)).fetchone()
+                if find_branch(db, name) is not None:
+                    raise StorageError(f"context {writer.name!r} has a branch {name!r}; take another name")
                 if found is not None:
                     raise StorageError(f"tag {name!r} is there already, of version {found[0]}; delete it first")
                 db.execute(
@@ -258,7 +260,7 @@ class Branching:
                 skipped += 1
             else:
                 new.append(document)
-            if there is not None and document.state != "cut" and there.num_tokens != document.num_tokens:
+            if there is not None and (document.state == "cut" or there.num_tokens != document.num_tokens):
                 raise BranchConflictError(
                     f"document {key!r} has {there.num_tokens} tokens on {into!r} and {document.num_tokens} on "
                     f"{source!r}"
@@ -295,8 +297,11 @@ class Branching:
     def _check_free(self, name: str) -> None:
         _check_name("branch", name)
         with catalogue.translated(self._writer.folder / catalogue.CATALOGUE_FILE):
-            if find_branch(self._writer.connection, name) is not None:
+            db = self._writer.connection
+            if find_branch(db, name) is not None:
                 raise StorageError(f"context {self._writer.name!r} has a branch {name!r} already")
+            if db.execute("SELECT 1 FROM tags WHERE name = ?", (name,)).fetchone() is not None:
+                raise StorageError(f"context {self._writer.name!r} has a tag {name!r}; take another name")
 
     def _check_fast_forward(self, source: str) -> None:
         writer = self._writer
@@ -326,7 +331,7 @@ class Branching:
         writer = self._writer
         with catalogue.translated(writer.folder / catalogue.CATALOGUE_FILE):
             branch = find_branch(writer.connection, name)
-            if branch is None or branch.state == RETIRED:
+            if branch is None or branch.state != LIVE:
                 raise StorageError(f"context {writer.name!r} has no branch {name!r}; `tree branch` lists them")
             return load_lineage(writer.connection, branch.branch_id)
 
@@ -447,9 +452,10 @@ def _retire(db: sqlite3.Connection, branch_id: int, name: str) -> None:
 
 
 def _check_name(what: str, name: str) -> None:
-    if not NAME_RULE.fullmatch(name):
+    if not NAME_RULE.fullmatch(name) or name.isdecimal():
         raise StorageError(
-            f"{what} {name!r}: names hold letters, digits, '_', '.' and '-', and begin with a letter, digit or '_'"
+            f"{what} {name!r}: names hold letters, digits, '_', '.' and '-', begin with a letter, digit or '_', and "
+            "are not numbers, which versions have"
         )
 
 

@@ -13,6 +13,7 @@ import json
 import shutil
 import sqlite3
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -111,11 +112,11 @@ def collect(
             if not garbage:
                 return garbage
             shorter = [stack.enter_context(writer.sealer.written(parts)) for parts in collection.shorter(writer.folder)]
-            collection.forget()
+            # First: the newest row of the versions may be among what goes, and no number may come twice.
+            writer.mark(db, "collect")
+            collection.forget(writer.row_ids)
             for sealed in shorter:
                 sealed.record(db)
-            # The newest row of the versions may have been among what goes, and no number may come twice.
-            writer.mark(db, "collect")
             writer.audit(
                 db,
                 "collect",
@@ -129,7 +130,11 @@ def collect(
         writer.reload()
     folder = writer.folder / SEGMENT_FOLDER
     for name in (*garbage.segments, *garbage.shortened):
-        shutil.rmtree(folder / name, ignore_errors=True)
+        # The name goes first: who looks for the segment finds all of it or nothing.
+        gone = folder / f".{name}.tmp-gone"
+        with contextlib.suppress(FileNotFoundError):
+            (folder / name).rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
     fsync_folder(folder)
     return garbage
 
@@ -150,6 +155,7 @@ class _Collection:
         self._kept = {group.newest for group in young} | named
         self._kept_groups = {(group.branch_id, group.encoding_id) for group in young}
         self._needed: dict[LevelKey, int] = {}
+        self._read: set[tuple[int, int]] = set()
         self._needed_documents: dict[int, int] = {}
         for seq in self._kept:
             self._need_version(seq)
@@ -158,6 +164,8 @@ class _Collection:
         self._rows: list[int] = []
         self._segments: list[int] = []
         self._shorter: list[tuple[int, str, list[tuple[Level, int, int, int]]]] = []
+        self._rests: list[tuple[Level, int, int, journal.Arrays]] = []
+        self._trimmed: list[tuple[Level, int, int]] = []
 
     def _groups(self) -> list[_Group]:
         found = self._db.execute(
@@ -192,14 +200,16 @@ class _Collection:
             return
         branch_id, encoding_id, counts = row[0], row[1], json.loads(row[2])
         lineage = load_lineage(self._db, branch_id)
+        self._read |= {(branch.branch_id, encoding_id) for branch in lineage.branches}
         for lod, count in enumerate((*counts[:1], *counts)):
             parts = lineage.parts(encoding_id, self._encodings[encoding_id], lod) if lod else lineage.block_parts()
             for part in parts:
                 self._need(part.level.key, count if part.stop is None else part.stop)
         # Documents are shared up to another block than nodes: a fork copies the group it cuts, not the rows of those
         # documents that end in it.
+        num_blocks = counts[0] if counts else 0
         for part in lineage.document_parts():
-            stop = _ALL if part.stop is None else part.stop
+            stop = num_blocks if part.stop is None else part.stop
             self._needed_documents[part.branch_id] = max(self._needed_documents.get(part.branch_id, 0), stop)
 
     def _need_unfinished_encodings(self, groups: list[_Group]) -> None:
@@ -209,7 +219,13 @@ class _Collection:
             for key in self._db.execute(f"SELECT DISTINCT branch_id, encoding_id, lod FROM {table}").fetchall():
                 unfinished = key[1] != journal.BLOCKS and key[:2] not in shown
                 if unfinished and self._branches[key[0]].state == LIVE:
-                    self._need(key, _ALL)
+                    self._need_unfinished(*key)
+
+    def _need_unfinished(self, branch_id: int, encoding_id: int, lod: int) -> None:
+        lineage = load_lineage(self._db, branch_id)
+        self._read |= {(branch.branch_id, encoding_id) for branch in lineage.branches}
+        for part in lineage.parts(encoding_id, self._encodings[encoding_id], lod):
+            self._need(part.level.key, _ALL if part.stop is None else part.stop)
 
     # -- what goes ---------------------------------------------------------------------------------------------------
 
@@ -227,8 +243,7 @@ class _Collection:
                 (self._level(key), first, count, min(count, self._needed.get(key, 0) - first))
                 for key, first, count in held.get(segment_id, [])
             ]
-            # A base is a multiple of 32, and so is what is needed of a segment; at the tip all of it is.
-            kept = [(level, first, count, -(-needed // K) * K) for level, first, count, needed in kept if needed > 0]
+            kept = [part for part in kept if part[3] > 0]
             unneeded = size - sum(level.node_bytes * needed for level, _, _, needed in kept)
             whole = len(kept) == len(held.get(segment_id, [])) and all(n == needed for _, _, n, needed in kept)
             if not kept:
@@ -243,12 +258,18 @@ class _Collection:
                 # It stays for the sake of some levels; of the others it holds nothing from now on.
                 held[segment_id] = [(key, n, c) for key, n, c in held[segment_id] if n >= self._needed.get(key, 0)]
             self._extents += [(key, first) for key, first, _ in held.get(segment_id, [])]
-        rows = self._db.execute("SELECT row_id, branch_id, encoding_id, lod, first, length(payload) FROM journal")
-        for row_id, *key, first, size in rows:
-            if first >= self._needed.get(tuple(key), 0):
+        rows = self._db.execute(
+            "SELECT row_id, branch_id, encoding_id, lod, first, count, length(payload) FROM journal"
+        )
+        for row_id, *key, first, count, size in rows:
+            needed = self._needed.get(tuple(key), 0) - first
+            if needed <= 0:
                 self._rows.append(row_id)
                 garbage.journal_rows += 1
                 garbage.journal_bytes += size
+            elif needed < count:
+                self._trimmed.append((self._level(tuple(key)), row_id, needed))
+                garbage.journal_bytes += size * (count - needed) // count
         self._gone_versions = self._unneeded_versions()
         garbage.versions = len(self._gone_versions)
         self._gone_branches, self._collected = self._unneeded_branches()
@@ -269,13 +290,17 @@ class _Collection:
             row[0] for row in self._db.execute("SELECT DISTINCT branch_id FROM commits").fetchall()
         } - self._branches_without_versions()
         empty = [branch for branch in self._branches.values() if branch.branch_id not in left and branch.state != LIVE]
+        num_children = Counter(branch.parent_id for branch in self._branches.values())
         gone: list[Branch] = []
+        collected: list[Branch] = []
         # Children have higher ids than their parents, so from the newest on each finds its own gone already.
         for branch in sorted(empty, key=lambda b: -b.branch_id):
-            remaining = (b for b in self._branches.values() if b not in gone)
-            if not any(b.parent_id == branch.branch_id for b in remaining):
+            if num_children[branch.branch_id] == 0:
                 gone.append(branch)
-        return gone, [branch for branch in empty if branch not in gone and branch.state != COLLECTED]
+                num_children[branch.parent_id] -= 1
+            elif branch.state != COLLECTED:
+                collected.append(branch)
+        return gone, collected
 
     def _branches_without_versions(self) -> set[int]:
         gone = set(self._gone_versions)
@@ -301,15 +326,24 @@ class _Collection:
         return journal.gist_level(branch_id, encoding_id, self._encodings[encoding_id], lod)
 
     def shorter(self, folder: Path) -> Iterator[list[sealing.Part]]:
-        """What is needed of the segments that are to be shortened, one after the other."""
+        """What is needed of the segments that are to be shortened, one after the other: whole groups. What is needed
+        of a group that is not needed as a whole goes to the journal (`forget`)."""
         for _, name, kept in self._shorter:
-            yield [
-                sealing.Part(level, first, needed, sealing.read_part(folder, name, level, count, needed))
-                for level, first, count, needed in kept
-            ]
+            parts = []
+            for level, first, count, needed in kept:
+                arrays = sealing.read_part(folder, name, level, count, needed)
+                whole = needed // K * K
+                if whole < needed:
+                    rest = {s.name: arrays[s.name][whole * s.rows_per_node :] for s in level.layout}
+                    self._rests.append((level, first + whole, needed - whole, rest))
+                if whole:
+                    head = {s.name: arrays[s.name][: whole * s.rows_per_node] for s in level.layout}
+                    parts.append(sealing.Part(level, first, whole, head))
+            if parts:
+                yield parts
 
-    def forget(self) -> None:
-        """Delete the rows of what `look` found."""
+    def forget(self, row_ids: Iterator[int]) -> None:
+        """Delete the rows of what `look` found; `row_ids` are for what is left of groups."""
         db = self._db
         db.executemany(
             "DELETE FROM extents WHERE branch_id = ? AND encoding_id = ? AND lod = ? AND first = ?",
@@ -317,7 +351,19 @@ class _Collection:
         )
         segments = [*self._segments, *(segment_id for segment_id, _, _ in self._shorter)]
         db.executemany("DELETE FROM segments WHERE segment_id = ?", [(number,) for number in segments])
+        for level, row_id, needed in self._trimmed:
+            run = journal.load(db, level, row_id)
+            assert run is not None
+            arrays = {s.name: run.arrays[s.name][: needed * s.rows_per_node] for s in level.layout}
+            self._rests.append((level, run.first, needed, arrays))
+            self._rows.append(row_id)
         db.executemany("DELETE FROM journal WHERE row_id = ?", [(number,) for number in self._rows])
+        for level, first, count, arrays in self._rests:
+            journal.insert(db, level, first, count, arrays, row_ids)
+        # Gists that a branch shared with its parent and that no version shows any more are not shared now.
+        for branch in self._branches.values():
+            if (branch.branch_id, branch.fork_encoding_id) not in self._read:
+                db.execute("UPDATE branches SET fork_encoding_id = NULL WHERE branch_id = ?", (branch.branch_id,))
         for branch in self._branches.values():
             db.execute(
                 "DELETE FROM documents WHERE branch_id = ? AND first_block >= ?",

@@ -142,6 +142,11 @@ def update_document(db: sqlite3.Connection, branch_id: int, document: OpenDocume
     _set_tail(db, branch_id, document.document_id, document.tail)
 
 
+def plain_key(document_id: int, key: str, state: str) -> str:
+    """A document's key by the columns of its row: a cut one's is kept apart there."""
+    return key.removesuffix(_cut_suffix(document_id)) if state == "cut" else key
+
+
 def _cut_suffix(document_id: int) -> str:
     return f"#cut{document_id}"
 
@@ -187,7 +192,6 @@ def _info(document: OpenDocument) -> DocumentInfo:
 
 
 def _document(row: tuple) -> OpenDocument:
-    key = row[1].removesuffix(_cut_suffix(row[0])) if row[10] == "cut" else row[1]
-    meta = DocumentMeta(key, row[2], row[3], row[4], row[5], tuple(json.loads(row[6])))
+    meta = DocumentMeta(plain_key(row[0], row[1], row[10]), row[2], row[3], row[4], row[5], tuple(json.loads(row[6])))
     tail = np.frombuffer(row[11], "<u4") if row[11] is not None else np.empty(0, np.uint32)
     return OpenDocument(row[0], meta, row[7], row[8], row[9], row[10], tail)

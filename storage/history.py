@@ -101,7 +101,8 @@ class History:
         self._name = name
 
     @contextlib.contextmanager
-    def _snapshot(self) -> Iterator[sqlite3.Connection]:
+    def snapshot(self) -> Iterator[sqlite3.Connection]:
+        """The catalogue, as of one commit."""
         with (
             contextlib.closing(catalogue.connect(self._folder, read_only=True)) as db,
             catalogue.translated(self._folder / catalogue.CATALOGUE_FILE),
@@ -111,7 +112,7 @@ class History:
 
     def branches(self, *, retired: bool = False) -> list[BranchInfo]:
         """Branches in the order they were made."""
-        with self._snapshot() as db:
+        with self.snapshot() as db:
             found = branches(db)
             names = {branch.branch_id: branch.name for branch in found}
             return [
@@ -122,7 +123,7 @@ class History:
 
     def tags(self) -> list[TagInfo]:
         """Tags by name."""
-        with self._snapshot() as db:
+        with self.snapshot() as db:
             rows = db.execute(
                 "SELECT t.name, t.seq, b.name, t.created_at, t.author, t.message FROM tags t "
                 "JOIN commits c USING (seq) JOIN branches b USING (branch_id) ORDER BY t.name"
@@ -135,7 +136,7 @@ class History:
         Raises:
             StorageError: no such branch.
         """
-        with self._snapshot() as db:
+        with self.snapshot() as db:
             tags: dict[int, tuple[str, ...]] = {}
             for name, seq in db.execute("SELECT name, seq FROM tags ORDER BY name"):
                 tags[seq] = (*tags.get(seq, ()), name)
@@ -168,7 +169,7 @@ class History:
 
     def audit(self, limit: int = 50) -> list[AuditEntry]:
         """The audit log's newest entries, newest first."""
-        with self._snapshot() as db:
+        with self.snapshot() as db:
             rows = db.execute("SELECT at, actor, action, detail FROM audit ORDER BY audit_id DESC LIMIT ?", (limit,))
             return [AuditEntry(at, actor, action, json.loads(detail)) for at, actor, action, detail in rows]
 
@@ -178,7 +179,7 @@ class History:
         Raises:
             StorageError: it is none of them.
         """
-        with self._snapshot() as db:
+        with self.snapshot() as db:
             return find_version(db, self._name, version)
 
     def diff(self, left: str, right: str) -> Difference:
@@ -215,7 +216,7 @@ def find_version(db: sqlite3.Connection, context: str, version: str) -> int:
     if branch is not None:
         return branch.head_seq
     row = db.execute("SELECT seq FROM tags WHERE name = ?", (version,)).fetchone()
-    if row is None and version.isdigit():
+    if row is None and version.isascii() and version.isdecimal():
         row = db.execute("SELECT seq FROM commits WHERE seq = ?", (int(version),)).fetchone()
     if row is None:
         live = ", ".join(b.name for b in branches(db) if b.state == LIVE)

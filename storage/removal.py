@@ -8,17 +8,19 @@ document, expires what is retired, collects, and scrubs what SQLite keeps of del
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
+import json
+import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cluster.errors import BranchConflictError, StorageError
 from storage.branching import Branching
 from storage.contract import DocumentInfo, Version
+from storage.documents import plain_key
 from storage.history import History
 from storage.lexical_index import LEXICAL_FILE, lexical_lock
-from storage.lineage import RETIRED
+from storage.lineage import LIVE, RETIRED, Lineage, branches, find_branch, load_lineage
 from storage.reader import ContextReader
 from storage.store import Store
 from storage.writer import ContextWriter
@@ -55,21 +57,21 @@ def remove_documents(writer: ContextWriter, keys: Sequence[str], message: str = 
     """
     branching = Branching(writer)
     name = writer.version().branch
+    wanted = set(keys)
     with writer.reader() as reader:
-        documents = reader.documents()
-        doomed = [document for document in documents if document.meta.key in set(keys)]
-        if unknown := sorted(set(keys) - {document.meta.key for document in doomed}):
+        places = {key: place for key, place in shown_keys(writer.connection, reader.lineage).items() if key in wanted}
+        if unknown := sorted(wanted - places.keys()):
             raise StorageError(f"branch {name!r} of context {writer.name!r} has no document {unknown[0]!r}")
         growing = writer.open_document()
         if growing is not None:
             raise BranchConflictError(f"document {growing.key!r} is still open; end it, then remove documents")
-        if not doomed:
+        if not places:
             return Removed(writer.version(), 0, 0, 0)
-        first = doomed[0].first_block
-        kept = [d for d in documents if d.first_block > first and d.meta.key not in set(keys)]
-        message = message or f"remove {len(doomed)} document(s)"
-        with contextlib.suppress(StorageError):
-            branching.discard(UNSEEN)
+        first = min(places.values())
+        behind = [document for document in reader.documents() if document.first_block >= first]
+        kept = [document for document in behind if document.meta.key not in wanted]
+        message = message or f"remove {len(places)} document(s)"
+        discard_unseen(writer)
         branching.fork(UNSEEN, at_block=first, message=message)
         try:
             writer.switch(UNSEEN)
@@ -77,65 +79,121 @@ def remove_documents(writer: ContextWriter, keys: Sequence[str], message: str = 
         finally:
             writer.switch(name)
         version = branching.take_over(UNSEEN, "remove", message)
-    return Removed(version, len(doomed), sum(d.num_blocks for d in doomed), sum(d.num_blocks for d in kept))
+    moved = sum(document.num_blocks for document in kept)
+    return Removed(version, len(places), sum(document.num_blocks for document in behind) - moved, moved)
+
+
+def discard_unseen(writer: ContextWriter) -> None:
+    """Discard what an interrupted removal left."""
+    if find_branch(writer.connection, UNSEEN) is not None:
+        Branching(writer).discard(UNSEEN)
+
+
+def shown_keys(db: sqlite3.Connection, lineage: Lineage, num_blocks: int | None = None) -> dict[str, int]:
+    """Keys of a branch's documents and the blocks they begin at; of documents without a block, too.
+
+    Args:
+        db: the catalogue.
+        lineage: of the branch.
+        num_blocks: only of documents that begin before this block: those of an older version.
+    """
+    found: dict[str, int] = {}
+    for part in lineage.document_parts():
+        stop = min(x for x in (part.stop, num_blocks, 2**62) if x is not None)
+        rows = db.execute(
+            "SELECT document_id, key, state, first_block FROM documents WHERE branch_id = ? AND first_block < ?",
+            (part.branch_id, stop),
+        )
+        for document_id, key, state, first_block in rows:
+            found[plain_key(document_id, key, state)] = first_block
+    return found
 
 
 def holders(store: Store, context: str, keys: Sequence[str], *, but: str = "") -> list[str]:
     """Who still shows any of these documents: branches (but one), tags and readers' leases, each named."""
-    history = History(store.folder(context), context)
-    found = [(f"branch {b.name!r}", b.head_seq) for b in history.branches() if b.name != but]
-    found += [(f"tag {t.name!r}", t.seq) for t in history.tags()]
-    found += [(f"a reader of version {seq}", seq) for seq in store.pins(context)]
     wanted = set(keys)
-    return [what for what, seq in found if wanted & {d.meta.key for d in _documents(store, context, seq)}]
+    with History(store.folder(context), context).snapshot() as db:
+        found = [
+            f"branch {branch.name!r}"
+            for branch in branches(db)
+            if branch.state == LIVE and branch.name != but and _shows(db, branch.branch_id, None, wanted)
+        ]
+        versions = [(f"tag {name!r}", seq) for name, seq in db.execute("SELECT name, seq FROM tags ORDER BY name")]
+        versions += [(f"a reader of version {seq}", seq) for seq in store.pins(context)]
+        for what, seq in versions:
+            row = db.execute("SELECT branch_id, level_counts FROM commits WHERE seq = ?", (seq,)).fetchone()
+            # Of a lease whose version is gone nothing can be read.
+            if row is not None and _shows(db, row[0], next(iter(json.loads(row[1])), 0), wanted):
+                found.append(what)
+    return found
 
 
-def _documents(store: Store, context: str, seq: int) -> list[DocumentInfo]:
-    with ContextReader(store.folder(context), context, seq=seq) as reader:
-        return reader.documents()
+def _retired_holders(store: Store, context: str, keys: Sequence[str]) -> list[int]:
+    """Retired branches that show one of the documents."""
+    with History(store.folder(context), context).snapshot() as db:
+        retired = [branch.branch_id for branch in branches(db) if branch.state == RETIRED]
+        return [branch_id for branch_id in retired if _shows(db, branch_id, None, set(keys))]
+
+
+def _shows(db: sqlite3.Connection, branch_id: int, num_blocks: int | None, keys: set[str]) -> bool:
+    return not keys.isdisjoint(shown_keys(db, load_lineage(db, branch_id), num_blocks))
+
+
+def erasable_documents(store: Store, context: str) -> list[DocumentInfo]:
+    """Documents of every branch that is readable, retired ones too; each key once."""
+    found: dict[str, DocumentInfo] = {}
+    for branch in History(store.folder(context), context).branches(retired=True):
+        with ContextReader(store.folder(context), context, seq=branch.head_seq) as reader:
+            found |= {document.meta.key: document for document in reader.documents()}
+    return list(found.values())
 
 
 def erase_documents(store: Store, writer: ContextWriter, keys: Sequence[str], *, keep_s: float) -> Removed:
     """Remove documents for good: tokens, gists, keys, words and rows, from every copy that the context keeps.
 
     The audit log keeps how many there were and digests of their keys. What lies outside the context (backups, bundles,
-    logs of runs, the sources) is not touched.
+    logs of runs, the sources) is not touched. Interrupted, the same call goes on.
 
     Args:
         store: of the context.
-        writer: on the branch that shows them.
+        writer: on the branch that shows them, or did.
         keys: `DocumentMeta.key` of each.
         keep_s: as in `Store.collect`, for what never held one of them.
 
     Raises:
-        BranchConflictError: another branch, a tag or a reader still shows one, or one is open; nothing was changed.
-        StorageError: no such document; or something still reads the catalogue, so that its log could not be emptied:
-            the documents are out of every version, and the same call finishes the work.
+        BranchConflictError: another branch, a tag or a reader still shows one, or one is open. A reader that was opened
+            meanwhile keeps the version it reads; the documents are out of all newer ones.
+        StorageError: no such document; or something reads the catalogue, so that its log could not be emptied:
+            `ContextWriter.scrub` does the rest.
     """
+    discard_unseen(writer)
+    _refuse_while_shown(store, writer, keys)
+    with lexical_lock(writer.folder):
+        for suffix in ("", "-wal", "-shm"):
+            (writer.folder / f"{LEXICAL_FILE}{suffix}").unlink(missing_ok=True)
+        here = shown_keys(writer.connection, writer.lineage)
+        removed = Removed(writer.version(), 0, 0, 0)
+        if shown := [key for key in keys if key in here]:
+            removed = remove_documents(writer, shown, "erase documents")
+        expired = _retired_holders(store, writer.name, keys)
+        if not expired:
+            raise StorageError(
+                f"context {writer.name!r} has no document {keys[0]!r}" if keys else "no document is named"
+            )
+        with writer.commit() as db:
+            db.executemany("UPDATE branches SET retired_at = 0 WHERE branch_id = ?", [(number,) for number in expired])
+            digests = [hashlib.sha256(key.encode()).hexdigest() for key in keys]
+            writer.audit(db, "erase", {"documents": removed.documents, "blocks": removed.blocks, "keys": digests})
+            writer.want_scrub(db)
+        store.collect(writer, keep_s=keep_s, clip_share=0.0)
+        _refuse_while_shown(store, writer, keys)
+        writer.scrub()
+    return removed
+
+
+def _refuse_while_shown(store: Store, writer: ContextWriter, keys: Sequence[str]) -> None:
     if still := holders(store, writer.name, keys, but=writer.version().branch):
         raise BranchConflictError(
             f"context {writer.name!r}: {', '.join(still)} still show(s) what is to be erased. Discard the branches, "
             "delete the tags, close the readers (a lease ends by itself within the hour), then erase again."
         )
-    with lexical_lock(writer.folder):
-        removed = remove_documents(writer, keys, "erase documents")
-        expired = _retired_holders(store, writer.name, keys)
-        with writer.commit() as db:
-            db.executemany("UPDATE branches SET retired_at = 0 WHERE name = ?", [(name,) for name in expired])
-            digests = [hashlib.sha256(key.encode()).hexdigest() for key in keys]
-            writer.audit(db, "erase", {"documents": removed.documents, "blocks": removed.blocks, "keys": digests})
-        store.collect(writer, keep_s=keep_s, clip_share=0.0)
-        for suffix in ("", "-wal", "-shm"):
-            (writer.folder / f"{LEXICAL_FILE}{suffix}").unlink(missing_ok=True)
-        writer.scrub()
-    return removed
-
-
-def _retired_holders(store: Store, context: str, keys: Sequence[str]) -> list[str]:
-    """Names of retired branches that show one of the documents."""
-    wanted = set(keys)
-    return [
-        branch.name
-        for branch in History(store.folder(context), context).branches(retired=True)
-        if branch.state == RETIRED and wanted & {d.meta.key for d in _documents(store, context, branch.head_seq)}
-    ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import secrets
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -105,7 +106,8 @@ class Sealer:
     def _write(self, parts: list[sealing.Part]) -> sealing.SealedSegment:
         writer = self._writer
         self._num_written += 1
-        tag = f"w{writer.epoch}-{self._num_written}"
+        # Epochs come again in a context that was restored, and backups tell segments apart by their names.
+        tag = f"w{writer.epoch}-{self._num_written}-{secrets.token_hex(4)}"
         attributes = {
             "context": writer.name,
             "branch": writer.version().branch,

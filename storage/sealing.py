@@ -15,7 +15,7 @@ from cluster.config import TOKENS_PER_BLOCK as K
 from storage import journal
 from storage.journal import Arrays, Level
 from storage.schema import StoredArray
-from storage.segment import SegmentArray, SegmentArraySpec, write_segment
+from storage.segment import Manifest, SegmentArray, SegmentArraySpec, write_segment
 
 SEGMENT_FOLDER = "segments"
 
@@ -68,7 +68,7 @@ class SealedSegment:
 
     folder_name: str
     payload_bytes: int
-    manifest: dict[str, dict[str, int]]
+    manifest: Manifest
     parts: list[Part]
 
     @property

@@ -10,6 +10,7 @@ touched.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -24,6 +25,9 @@ import torch
 
 from cluster.errors import CorruptTreeError, StorageError
 from storage.durable import fsync_folder, write_file_durably
+
+Manifest = dict[str, dict[str, Any]]
+"""By file of a segment, its `bytes` and `sha256`."""
 
 CRC_BYTES = 4
 _ZARR_DTYPES = {
@@ -141,7 +145,7 @@ def write_segment(
     specs: list[SegmentArraySpec],
     attributes: Mapping[str, Any],
     write_file: Callable[[Path, bytes], None] | None = None,
-) -> dict[str, dict[str, int]]:
+) -> Manifest:
     """Write a segment durably: temporary name, fsync of files and folders, rename, fsync of the parent.
 
     Args:
@@ -152,7 +156,7 @@ def write_segment(
         write_file: writes and fsyncs one file; replaced by fault drills.
 
     Returns:
-        For every file its size and crc32c, to be kept in the catalogue.
+        For every file its size and sha256, to be kept in the catalogue.
 
     Raises:
         OSError: the disk refused; the temporary folder is removed.
@@ -160,13 +164,13 @@ def write_segment(
     write_file = write_file or write_file_durably
     temporary = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
-    manifest: dict[str, dict[str, int]] = {}
+    manifest: Manifest = {}
 
     def put(relative: str, data: bytes) -> None:
         path = temporary / relative
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, data)
-        manifest[relative] = {"bytes": len(data), "crc32c": google_crc32c.value(data)}
+        manifest[relative] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
     try:
         temporary.mkdir(parents=True)
@@ -302,8 +306,12 @@ def window_over(arrays: Sequence[SegmentArray], item_bytes: int) -> tuple[np.nda
     return np.asarray(_Window(interface, tuple(arrays))), base
 
 
-def check_manifest(folder: Path, manifest: Mapping[str, Mapping[str, int]]) -> list[str]:
-    """Compare every file of a segment with the manifest; one line for each that differs, naming it."""
+def check_manifest(folder: Path, manifest: Manifest) -> list[str]:
+    """Compare every file of a segment with the manifest; one line for each that differs, naming it.
+
+    Older manifests have a crc32c instead of a sha256. Of a shard that says little: each chunk is followed by its own
+    crc32c, which takes the chunk's part out of the file's, so that all sound shards of a size have the same.
+    """
     problems = []
     for relative, expected in manifest.items():
         path = folder / relative
@@ -312,11 +320,15 @@ def check_manifest(folder: Path, manifest: Mapping[str, Mapping[str, int]]) -> l
         except OSError as error:
             problems.append(f"{path}: {error.strerror or error}")
             continue
-        if expected.keys() != {"bytes", "crc32c"}:
+        if expected.keys() not in ({"bytes", "sha256"}, {"bytes", "crc32c"}):
             problems.append(f"{path}: its entry in the catalogue is damaged")
         elif len(data) != expected["bytes"]:
             problems.append(f"{path}: {len(data)} bytes, expected {expected['bytes']}")
-        elif google_crc32c.value(data) != expected["crc32c"]:
+        elif (
+            hashlib.sha256(data).hexdigest() != expected["sha256"]
+            if "sha256" in expected
+            else google_crc32c.value(data) != expected["crc32c"]
+        ):
             problems.append(f"{path}: checksum does not match; damaged bytes")
     return problems
 

@@ -59,15 +59,22 @@ class PinnedReader(ContextReader):
         self._pin_id = uuid.uuid4().hex
         try:
             self.renew()
-            # Between our look at the catalogue and the lease it may have been collected.
-            self.check_kept()
         except BaseException:
             super().close()
             raise
 
     def renew(self) -> None:
-        """Keep the version for another lease; long readers call it every few minutes."""
+        """Keep the version for another lease; long readers call it every few minutes.
+
+        Raises:
+            StorageError: it was collected before this lease began.
+        """
         self._store.set_pin(self._pin_id, self.version.context, self.version.branch, self.version.seq)
+        try:
+            self.check_kept()
+        except BaseException:
+            self._store.drop_pin(self._pin_id)
+            raise
 
     def close(self) -> None:
         """Give the lease back."""

@@ -38,7 +38,7 @@ from storage.contract import Ack, DocumentMark, DocumentMeta, SpanWrite, Version
 from storage.documents import OpenDocument, find_document, insert_document, open_document, update_document
 from storage.durable import disk_errors
 from storage.levels import fresh_nodes, sealed_nodes
-from storage.lineage import Branch, load_lineage
+from storage.lineage import LIVE, Branch, load_lineage
 from storage.reader import ContextReader
 from storage.schema import Encoding
 from storage.sealer import Sealer
@@ -47,6 +47,8 @@ logger = logging.getLogger("megacontext.storage")
 
 LOCK_FILE = "writer.lock"
 MAIN_BRANCH = "main"
+
+_WANTS_SCRUB = "wants_scrub"
 
 ROW_ID_BITS = 40
 """Of a journal row's id that count the rows of one writer; the epoch is above them."""
@@ -116,12 +118,18 @@ class ContextWriter:
     def _load_branch(self, branch: str) -> None:
         with catalogue.translated(self._catalogue_path):
             row = self.connection.execute(
-                "SELECT b.branch_id, b.encoding_id, e.body, c.seq, c.num_tokens, c.level_counts FROM branches b "
-                "JOIN encodings e USING (encoding_id) JOIN commits c ON c.seq = b.head_seq WHERE b.name = ?",
+                "SELECT b.branch_id, b.encoding_id, e.body, c.seq, c.num_tokens, c.level_counts, b.state "
+                "FROM branches b JOIN encodings e USING (encoding_id) JOIN commits c ON c.seq = b.head_seq "
+                "WHERE b.name = ?",
                 (branch,),
             ).fetchone()
             if row is None:
                 raise StorageError(f"context {self.name!r} has no branch {branch!r}")
+            if row[6] != LIVE:
+                raise StorageError(
+                    f"branch {branch!r} of context {self.name!r} is {row[6]}, so what is written to it would be "
+                    "collected. Fork a branch from it, or roll back to it"
+                )
             self.lineage = load_lineage(self.connection, row[0])
             self.encoding_id = int(row[1])
             self.encoding = Encoding.from_json(row[2])
@@ -349,8 +357,21 @@ class ContextWriter:
             busy = self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
         if busy:
             raise StorageError(
-                f"{self._catalogue_path} is being read, so its log still holds deleted rows; run it again"
+                f"{self._catalogue_path} is being read, so its log still holds deleted rows; `tree gc --apply true` "
+                "empties it once nothing reads"
             )
+        with self.lock, self.commit() as db:
+            db.execute("DELETE FROM meta WHERE key = ?", (_WANTS_SCRUB,))
+
+    def want_scrub(self, db: sqlite3.Connection) -> None:
+        """Remember that deleted rows must not stay in the files, until `scrub` has seen to it; inside `commit`."""
+        db.execute("INSERT OR REPLACE INTO meta VALUES (?, '1')", (_WANTS_SCRUB,))
+
+    @property
+    def wants_scrub(self) -> bool:
+        """Whether an erase did not come to its end."""
+        with self.lock, catalogue.translated(self._catalogue_path):
+            return self.connection.execute("SELECT 1 FROM meta WHERE key = ?", (_WANTS_SCRUB,)).fetchone() is not None
 
     def switch_encoding(self, db: sqlite3.Connection, encoding_id: int, counts: tuple[int, ...]) -> None:
         """Give the branch another encoding in a new version; inside `commit`, followed by `reload`."""

@@ -26,6 +26,7 @@ RUNBOOK = Path(__file__).parents[2] / "docs/operations.md"
 def test_numbers_follow_the_store(tmp_path: Path) -> None:
     new_store(tmp_path, ENCODING)
     with open_context(tmp_path, seal_in_background=False) as writer:
+        assert store_numbers(writer, [])["store_nodes_behind"] == 0
         writer.append([Text("one", 100 * K).span(ENCODING)])
         before = store_numbers(writer, [1.0, 2.0, 3.0])
         assert before["context_tokens"] == 100 * K

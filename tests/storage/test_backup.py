@@ -135,6 +135,25 @@ def test_what_cannot_be_copied_leaves_the_backup_of_before(source: Store, target
     assert not [path for path in target.rglob("*") if ".tmp-" in path.name]
 
 
+def test_another_history_under_the_same_numbers_is_copied_as_itself(
+    source: Store, target: Path, tmp_path: Path
+) -> None:
+    first = tmp_path / "first"
+    with open_context(source.root) as writer:
+        write_and_seal(writer, ONE)
+    back_up(source, CONTEXT, first)
+    with open_context(source.root) as writer:
+        write_and_seal(writer, TWO)
+    back_up(source, CONTEXT, target)
+    shutil.rmtree(source.root)
+    shutil.copytree(first, source.root)
+    with open_context(source.root) as writer:
+        write_and_seal(writer, Text("other", TWO.num_tokens))
+    done = back_up(Store(source.root), CONTEXT, target)
+    assert done.copied_segments == done.removed_segments == 2
+    is_whole(target, ONE, Text("other", TWO.num_tokens))
+
+
 def test_where_it_cannot_go(source: Store, target: Path) -> None:
     with pytest.raises(StorageError, match="is the store itself"):
         back_up(source, CONTEXT, source.root)

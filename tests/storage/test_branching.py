@@ -253,6 +253,8 @@ def test_names_versions_and_blocks_that_there_are_not(root: Path) -> None:
             (lambda: branching.merge("nobody"), "no branch 'nobody'"),
             (lambda: branching.delete_tag("nothing"), "no tag 'nothing'"),
             (lambda: branching.tag("v 1"), "names hold letters"),
+            (lambda: branching.tag("3"), "are not numbers"),
+            (lambda: branching.tag("main"), "has a branch 'main'"),
             (lambda: writer.switch("nobody"), "no branch 'nobody'"),
             (lambda: history(root).resolve("nothing"), r"give a branch \(main, side\), a tag \(none\)"),
             (lambda: history(root).log("nobody"), "it has: main, side"),
@@ -262,6 +264,8 @@ def test_names_versions_and_blocks_that_there_are_not(root: Path) -> None:
         branching.tag("v1")
         with pytest.raises(StorageError, match="is there already"):
             branching.tag("v1")
+        with pytest.raises(StorageError, match="has a tag 'v1'"):
+            branching.fork("v1")
         branching.delete_tag("v1")
         writer.switch("side")
         with pytest.raises(StorageError, match="is being written"):
@@ -273,6 +277,36 @@ def test_names_versions_and_blocks_that_there_are_not(root: Path) -> None:
         branching.fork("side")
         write(writer, THREE)
     holds(root, TWO, THREE)
+    is_sound(root)
+
+
+def test_what_is_retired_is_read_and_not_written(root: Path) -> None:
+    with open_context(root) as writer:
+        write(writer, TWO)
+        Branching(writer).roll_back(writer.version().seq)
+        with pytest.raises(StorageError, match="is retired, so what is written to it would be collected"):
+            writer.switch("main~1")
+        assert writer.version().branch == "main"
+    with pytest.raises(StorageError, match="is retired"):
+        open_context(root, branch="main~1")
+    holds(root, TWO, branch="main~1")
+
+
+def test_a_cut_document_does_not_stop_a_merge_halfway(root: Path) -> None:
+    with open_context(root) as writer:
+        write(writer, TWO)
+        branching = Branching(writer)
+        branching.fork("side")
+        writer.switch("side")
+        write(writer, Text("first", 40 * K))
+        writer.append([THREE.span(ENCODING, 0, 4)])
+        writer.close_document("three")
+        writer.switch("main")
+        write(writer, THREE)
+        before = writer.version().seq
+        with pytest.raises(BranchConflictError, match="document 'three' has 1440 tokens on 'main' and 128 on 'side'"):
+            branching.merge("side")
+        assert writer.version().seq == before
     is_sound(root)
 
 

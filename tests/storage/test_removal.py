@@ -188,6 +188,83 @@ def test_what_is_still_shown_is_not_erased(root: Path, held_by: str) -> None:
         assert traces(root, TEXTS[1]) == set()
 
 
+def test_a_group_that_an_older_version_shows_in_part_keeps_that_part_only(root: Path) -> None:
+    for sealed in (False, True):
+        with open_context(root, seal_in_background=False, segment_super_blocks=4) as writer:
+            number = len(history(root).tags())
+            texts = [Text(f"{t.key}{number}", t.num_tokens) for t in TEXTS]
+            write(writer, texts[0])
+            before = list(writer.reader().documents())
+            Branching(writer).tag(f"v{number}")
+            write(writer, *texts[1:])
+            if sealed:
+                writer.flush()
+            erase_documents(Store(root), writer, [texts[1].key], keep_s=NEVER_S)
+            assert traces(root, texts[1]) == set()
+            with Store(root).open_reader(CONTEXT, f"v{number}") as reader:
+                assert reader.documents() == before
+                tokens, _ = reader.tokens(before[-1].first_block, 90)
+                np.testing.assert_array_equal(tokens, texts[0].packed(0, 90)[0])
+        is_sound(root)
+
+
+@pytest.mark.parametrize("step", ["commit", "collect", "scrub"])
+def test_an_interrupted_erase_is_finished(root: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    store = Store(root)
+    with open_context(root, seal_in_background=False) as writer:
+        write(writer, *TEXTS)
+        with LexicalWriter(writer.folder, decode) as index, writer.reader() as reader:
+            index.advance(reader)
+        owner, name = {"commit": (writer, "want_scrub"), "collect": (store, "collect"), "scrub": (writer, "scrub")}[
+            step
+        ]
+
+        def stop(*_: object, **__: object) -> None:
+            raise OSError("the power went")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, stop)
+            with pytest.raises(OSError, match="the power went"):
+                erase_documents(store, writer, ["secret"], keep_s=NEVER_S)
+        holds(root, *KEPT)
+    with open_context(root, seal_in_background=False) as writer:
+        if step == "scrub":
+            assert writer.wants_scrub
+            writer.scrub()
+        else:
+            erase_documents(store, writer, ["secret"], keep_s=NEVER_S)
+        assert not writer.wants_scrub
+        assert traces(root, TEXTS[1]) == set()
+    is_sound(root)
+
+
+def test_a_tail_on_a_fork_is_still_shown(root: Path) -> None:
+    secret = TEXTS[1]
+    with open_context(root) as writer:
+        write(writer, TEXTS[0])
+        writer.append_tail(secret.meta, 0, secret.tokens(0, 20))
+        Branching(writer).fork("side")
+        writer.append([secret.span(ENCODING)])
+        with pytest.raises(BranchConflictError, match="branch 'side' still show"):
+            erase_documents(Store(root), writer, ["secret"], keep_s=NEVER_S)
+        Branching(writer).discard("side")
+        erase_documents(Store(root), writer, ["secret"], keep_s=NEVER_S)
+        assert traces(root, secret) == set()
+        assert writer.connection.execute("SELECT count(*) FROM tails").fetchone() == (0,)
+
+
+def test_a_document_that_was_cut_before_its_first_block_is_erased(root: Path) -> None:
+    secret = TEXTS[1]
+    with open_context(root) as writer:
+        write(writer, TEXTS[0])
+        writer.append_tail(secret.meta, 0, secret.tokens(0, 20))
+        writer.close_document("secret")
+        write(writer, TEXTS[2])
+        erase_documents(Store(root), writer, ["secret"], keep_s=NEVER_S)
+        assert b"secret" not in (root / CONTEXT / "catalogue.sqlite").read_bytes().replace(b'"key": "secret"', b"")
+    holds(root, TEXTS[0], TEXTS[2])
+
+
 def test_what_is_not_there_or_still_open_is_refused(root: Path) -> None:
     with open_context(root) as writer:
         write(writer, TEXTS[0])

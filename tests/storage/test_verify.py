@@ -234,3 +234,15 @@ def test_verifying_changes_nothing(folder: Path) -> None:
     assert verify_context(folder, CONTEXT).ok
     after = {path: path.read_bytes() for path in before}
     assert after == before
+
+
+def test_a_sound_shard_of_other_content_is_noticed(tmp_path: Path) -> None:
+    """Each of its checksums is right, and so is a crc32c of the whole, which they take its content out of."""
+    new_store(tmp_path, ENCODING)
+    with open_context(tmp_path, seal_in_background=False) as writer:
+        writer.append([Text("one", 64 * K).span(ENCODING)])
+        writer.flush()
+    one, other = sorted((tmp_path / CONTEXT / "segments").glob("*/lod0/tokens/c/0"))
+    other.write_bytes(one.read_bytes())
+    problems = verify_context(tmp_path / CONTEXT, CONTEXT).problems
+    assert f"{other}: checksum does not match; damaged bytes" in problems
