@@ -29,6 +29,10 @@ class LexicalIndexerSpec:
     """Blocks of a transaction; what a killed indexer does again."""
 
 
+LOCK_WAIT_S = 10.0
+"""How long to wait for the index's lock: a predecessor that was killed may take a moment to die."""
+
+
 def has_index(store: StoreConfig) -> bool:
     """Whether what a job reads has a lexical index: `main` has. Other versions are searched in the tree itself, slower
     and with the same results."""
@@ -69,6 +73,18 @@ class LexicalIndexer:
             self._folder, tokenizer.decode_batch, branch=spec.branch, batch_blocks=spec.batch_blocks
         )
 
+    @classmethod
+    def patient(cls, spec: LexicalIndexerSpec, tokenizer: Tokenizer) -> LexicalIndexer:
+        """The same, waiting `LOCK_WAIT_S` for the place: the process that had it may be dying. Errors as there."""
+        give_up = time.monotonic() + LOCK_WAIT_S
+        while True:
+            try:
+                return cls(spec, tokenizer)
+            except WriterConflictError:
+                if time.monotonic() > give_up:
+                    raise
+                time.sleep(0.2)
+
     @property
     def num_blocks(self) -> int:
         """Blocks of the timeline that are indexed."""
@@ -94,10 +110,6 @@ class LexicalIndexer:
         self._writer.close()
 
 
-LOCK_WAIT_S = 10.0
-"""How long an actor waits for the index's lock: a predecessor that was killed may take a moment to die."""
-
-
 class LexicalIndexerActor:
     """Hosts an indexer; the first call opens it, so that a refusal reaches the caller as itself."""
 
@@ -108,19 +120,8 @@ class LexicalIndexerActor:
     def advance(self) -> int:
         """As `LexicalIndexer.advance`."""
         if self._indexer is None:
-            self._indexer = self._opened()
+            self._indexer = LexicalIndexer.patient(self._spec, Tokenizer.load(self._spec.base_lm))
         return self._indexer.advance()
-
-    def _opened(self) -> LexicalIndexer:
-        tokenizer = Tokenizer.load(self._spec.base_lm)
-        give_up = time.monotonic() + LOCK_WAIT_S
-        while True:
-            try:
-                return LexicalIndexer(self._spec, tokenizer)
-            except WriterConflictError:
-                if time.monotonic() > give_up:
-                    raise
-                time.sleep(0.2)
 
     def close(self) -> None:
         """Give up the index writer's place."""

@@ -36,7 +36,7 @@ def index_text(store: StoreConfig, plan: CompactionPlan, job_run: JobRun) -> Non
     if not has_index(store):
         job_run.log.info("version %s has no lexical index: its text is searched in the tree", store.version)
         return
-    indexer = LexicalIndexer(LexicalIndexerSpec(store, plan.base_lm), plan.tokenizer)
+    indexer = LexicalIndexer.patient(LexicalIndexerSpec(store, plan.base_lm), plan.tokenizer)
     try:
         if num_indexed := indexer.advance():
             job_run.log.info("indexed the text of %s blocks", f"{num_indexed:,}")

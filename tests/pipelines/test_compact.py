@@ -73,7 +73,7 @@ def test_both_feeds_make_the_same_tree(make_job: JobFactory) -> None:
 
 def indexed_blocks(job: CompactJob) -> int:
     with contextlib.closing(
-        LexicalIndexer(LexicalIndexerSpec(job.store, job.base_lm), Tokenizer.load(job.base_lm))
+        LexicalIndexer.patient(LexicalIndexerSpec(job.store, job.base_lm), Tokenizer.load(job.base_lm))
     ) as i:
         return i.num_blocks
 
