@@ -25,13 +25,15 @@ def run(job: TreeDeleteJob) -> None:
     """
     store, name = Store(job.store.root), job.store.context
     with store.open_reader(name, job.store.version) as reader:
-        # An erase that was interrupted has taken the document out of this branch already.
-        documents = chosen(job, erasable_documents(store, name) if job.erase else reader.documents())
+        shown = reader.documents()
         branch = reader.version.branch
+    # An erase that was interrupted has taken the document out of this branch already.
+    documents = chosen(job, shown, erasable_documents(store, name) if job.erase else shown)
     keys = [document.meta.key for document in documents]
+    still = holders(store, name, keys, but=branch)
     report = {
         "documents": documents_json(documents),
-        "still_shown_by": holders(store, name, keys, but=branch),
+        "still_shown_by": still,
         "applied": job.apply,
         "erased": job.apply and job.erase,
     }
@@ -47,27 +49,26 @@ def run(job: TreeDeleteJob) -> None:
         report |= {"version": done.version.seq, "blocks": done.blocks, "moved_blocks": done.moved_blocks}
         moved = {"version": str(done.version.seq), "blocks out": done.blocks, "blocks stored again": done.moved_blocks}
         tables.append(Table([moved], "Upper levels behind them come with the next `compact` or `chat`"))
-    elif report["still_shown_by"]:
-        tables.append(Table([{"who": who} for who in holders(store, name, keys, but=branch)], "Still shown by"))
+    elif still:
+        tables.append(Table([{"who": who} for who in still], "Still shown by"))
     emit(job.json, report, *tables)
 
 
-def chosen(job: TreeDeleteJob, documents: Sequence[DocumentInfo]) -> list[DocumentInfo]:
-    """The documents that the job names, in timeline order.
+def chosen(job: TreeDeleteJob, shown: Sequence[DocumentInfo], reachable: Sequence[DocumentInfo]) -> list[DocumentInfo]:
+    """The documents that the job means: by URI of those it can reach, superseded ones of those the branch shows.
 
     Raises:
         ConfigError: a pattern fits none.
     """
-    uris = [document.meta.uri for document in documents]
-    wanted = set()
+    uris = {document.meta.uri for document in reachable}
+    wanted: set[str] = set()
     for pattern in job.documents:
-        found = {uri for uri in uris if uri == pattern} or set(fnmatch.filter(uris, pattern))
+        found = {pattern} & uris or set(fnmatch.filter(uris, pattern))
         if not found:
             raise ConfigError(f"no document of context {job.store.context!r} fits {pattern!r}; `inspect` lists them")
         wanted |= found
-    newest = {document.meta.uri: document.first_block for document in documents}
-    return [
-        document
-        for document in documents
-        if document.meta.uri in wanted or (job.superseded and document.first_block < newest[document.meta.uri])
-    ]
+    # Documents come in timeline order, so the last of a URI is the newest.
+    newest = {document.meta.uri: document.meta.key for document in shown}
+    superseded = [d for d in shown if job.superseded and d.meta.key != newest[d.meta.uri]]
+    meant = {d.meta.key: d for d in [*(d for d in reachable if d.meta.uri in wanted), *superseded]}
+    return list(meant.values())

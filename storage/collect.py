@@ -63,7 +63,7 @@ class Garbage:
     def __bool__(self) -> bool:
         """Whether there is any."""
         return bool(
-            self.segments or self.shortened or self.journal_rows or self.versions or self.documents or self.branches
+            self.segments or self.shortened or self.journal_bytes or self.versions or self.documents or self.branches
         )
 
 

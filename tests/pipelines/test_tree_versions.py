@@ -120,6 +120,21 @@ def test_what_an_updated_file_left_behind_goes(root: Path, capsys: pytest.Captur
         assert [d.meta.key for d in reader.documents()] == ["two", "one@newer"]
 
 
+def test_erasing_what_is_superseded_looks_at_the_branch_alone(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A retired branch, where the newest document of a URI is an older one, has no say in what is newest."""
+    with open_context(root) as writer:
+        before = writer.version().seq
+        newer = Text("one", 30 * K)
+        writer.append([replace(newer.span(ENCODING), document=replace(newer.meta, key="one@newer"))])
+    after = asked(root, capsys, "tree", "show")["version"]
+    assert run(root, "tree", "rollback", "--to", str(before)) == 0
+    assert run(root, "tree", "rollback", "--to", str(after)) == 0
+    done = asked(root, capsys, "tree", "delete", "--superseded", "true", "--erase", "true", "--apply", "true")
+    assert [d["meta"]["key"] for d in done["documents"]] == ["one"]
+    with Store(root).open_reader(CONTEXT) as reader:
+        assert [d.meta.key for d in reader.documents()] == ["two", "one@newer"]
+
+
 def test_a_backup_is_verified_and_read_where_it_is(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = root / "elsewhere"
     first = asked(root, capsys, "tree", "backup", "--to", str(target))
