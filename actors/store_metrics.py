@@ -52,8 +52,7 @@ class StoreMetrics:
 
 def store_numbers(writer: ContextWriter, latencies_ms: Sequence[float]) -> dict[str, float]:
     """A writer's present state by metric name; sizes in bytes, times in ms."""
-    with writer.lock, catalogue.translated(writer.folder / catalogue.CATALOGUE_FILE):
-        db = writer.connection
+    with writer.reading() as db:
         rows, journal = db.execute("SELECT count(*), coalesce(sum(length(payload)), 0) FROM journal").fetchone()
         segments, sealed = db.execute("SELECT count(*), coalesce(sum(stored_bytes), 0) FROM segments").fetchone()
         retired = db.execute("SELECT count(*) FROM branches WHERE state != 'live'").fetchone()[0]

@@ -19,7 +19,7 @@ import numpy as np
 
 from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.errors import BranchConflictError, StorageError
-from storage import catalogue, journal
+from storage import journal
 from storage.commits import insert_commit
 from storage.contract import DocumentInfo, SpanWrite, Version
 from storage.documents import OpenDocument, insert_document, open_document
@@ -166,7 +166,7 @@ class Branching:
             StorageError: no such tag.
         """
         writer = self._writer
-        with writer.lock, writer.commit() as db:
+        with writer.commit() as db:
             found = db.execute("SELECT seq FROM tags WHERE name = ?", (name,)).fetchone()
             if found is None:
                 raise StorageError(f"context {writer.name!r} has no tag {name!r}")
@@ -296,8 +296,7 @@ class Branching:
 
     def _check_free(self, name: str) -> None:
         _check_name("branch", name)
-        with catalogue.translated(self._writer.folder / catalogue.CATALOGUE_FILE):
-            db = self._writer.connection
+        with self._writer.reading() as db:
             if find_branch(db, name) is not None:
                 raise StorageError(f"context {self._writer.name!r} has a branch {name!r} already")
             if db.execute("SELECT 1 FROM tags WHERE name = ?", (name,)).fetchone() is not None:
@@ -307,16 +306,14 @@ class Branching:
         writer = self._writer
         branch = writer.branch
         lineage = self._tip(source)
-        with catalogue.translated(writer.folder / catalogue.CATALOGUE_FILE):
+        with writer.reading() as db:
             child = next((b for b in lineage.branches if b.parent_id == branch.branch_id), None)
             if child is None:
                 raise BranchConflictError(
                     f"branch {source!r} was not forked from {branch.name!r} as it is now; merge it instead"
                 )
-            then = writer.connection.execute(
-                "SELECT num_tokens FROM commits WHERE seq = ?", (child.fork_seq,)
-            ).fetchone()
-            since = writer.connection.execute(
+            then = db.execute("SELECT num_tokens FROM commits WHERE seq = ?", (child.fork_seq,)).fetchone()
+            since = db.execute(
                 "SELECT count(*) FROM commits WHERE branch_id = ? AND seq > ? "
                 "AND (num_tokens != ? OR request_id IN ('tail', 'close', 'activate'))",
                 (branch.branch_id, child.fork_seq, then[0]),
@@ -329,11 +326,11 @@ class Branching:
 
     def _tip(self, name: str) -> Lineage:
         writer = self._writer
-        with catalogue.translated(writer.folder / catalogue.CATALOGUE_FILE):
-            branch = find_branch(writer.connection, name)
+        with writer.reading() as db:
+            branch = find_branch(db, name)
             if branch is None or branch.state != LIVE:
                 raise StorageError(f"context {writer.name!r} has no branch {name!r}; `tree branch` lists them")
-            return load_lineage(writer.connection, branch.branch_id)
+            return load_lineage(db, branch.branch_id)
 
 
 @dataclass(frozen=True)
@@ -425,15 +422,16 @@ def _plan_fork(reader: ContextReader, writer: ContextWriter, at_block: int | Non
         counts=counts,
         bases=bases,
         copies=copies,
-        document=_document_at(reader, writer.connection, block),
+        document=_document_at(reader, writer, block),
     )
 
 
-def _document_at(reader: ContextReader, connection: sqlite3.Connection, block: int) -> OpenDocument | None:
+def _document_at(reader: ContextReader, writer: ContextWriter, block: int) -> OpenDocument | None:
     """The document that goes on behind a fork: the one that the block lies in, or the one that is open at the tip."""
     branch = reader.lineage.branch
     if block == reader.version.num_blocks and branch.head_seq == reader.version.seq:
-        growing = open_document(connection, branch.branch_id)
+        with writer.reading() as db:
+            growing = open_document(db, branch.branch_id)
         return None if growing is None else replace(growing, document_id=None)
     if block == 0:
         return None

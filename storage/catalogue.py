@@ -273,6 +273,8 @@ def translated(path: Path) -> Iterator[None]:
         raise StorageError(
             f"{path}: {text}. What was acknowledged before is safe. Check the disk and the file's permissions."
         ) from error
+    except sqlite3.IntegrityError as error:
+        raise StorageError(f"{path} refused a write: {error}. Nothing was changed.") from error
     except sqlite3.ProgrammingError as error:
         raise StorageError(f"{path}: {error}; open the context again") from error
     except sqlite3.DatabaseError as error:

@@ -105,7 +105,8 @@ def collect(
     # What is being sealed would be recorded for nodes that are gone by then.
     with writer.sealer.paused(), writer.lock:
         if dry_run:
-            return _Collection(writer.connection, pins, now - keep_s, clip_share).look()
+            with writer.reading() as db:
+                return _Collection(db, pins, now - keep_s, clip_share).look()
         with contextlib.ExitStack() as stack, writer.commit() as db:
             collection = _Collection(db, pins, now - keep_s, clip_share)
             garbage = collection.look()

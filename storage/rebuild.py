@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.errors import OutOfOrderError
-from storage import catalogue, journal
+from storage import journal
 from storage.codec import Values
 from storage.contract import Ack
 from storage.levels import fresh_nodes, level_counts
@@ -27,8 +27,8 @@ class EncodingBuilder:
         self.encoding = encoding
         body = encoding.to_json()
         with writer.lock:
-            with catalogue.translated(writer.folder / catalogue.CATALOGUE_FILE):
-                row = writer.connection.execute(
+            with writer.reading() as db:
+                row = db.execute(
                     "SELECT encoding_id FROM encodings WHERE body = ? ORDER BY encoding_id DESC LIMIT 1", (body,)
                 ).fetchone()
             if row is not None:
@@ -48,8 +48,8 @@ class EncodingBuilder:
     def level_counts(self) -> tuple[int, ...]:
         """Nodes of LOD1, LOD2, … built so far."""
         writer = self._writer
-        with writer.lock, catalogue.translated(writer.folder / catalogue.CATALOGUE_FILE):
-            return level_counts(writer.connection, writer.branch, self.encoding_id, self.encoding)
+        with writer.reading() as db:
+            return level_counts(db, writer.branch, self.encoding_id, self.encoding)
 
     def put_nodes(self, lod: int, first: int, arrays: Mapping[str, Values]) -> Ack:
         """Store nodes of any level from LOD1 on; idempotent and gapless like `TreeWriter.put_nodes`."""

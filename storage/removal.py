@@ -59,7 +59,8 @@ def remove_documents(writer: ContextWriter, keys: Sequence[str], message: str = 
     name = writer.version().branch
     wanted = set(keys)
     with writer.reader() as reader:
-        places = {key: place for key, place in shown_keys(writer.connection, reader.lineage).items() if key in wanted}
+        with writer.reading() as db:
+            places = {key: place for key, place in shown_keys(db, reader.lineage).items() if key in wanted}
         if unknown := sorted(wanted - places.keys()):
             raise StorageError(f"branch {name!r} of context {writer.name!r} has no document {unknown[0]!r}")
         growing = writer.open_document()
@@ -85,7 +86,9 @@ def remove_documents(writer: ContextWriter, keys: Sequence[str], message: str = 
 
 def discard_unseen(writer: ContextWriter) -> None:
     """Discard what an interrupted removal left."""
-    if find_branch(writer.connection, UNSEEN) is not None:
+    with writer.reading() as db:
+        unseen = find_branch(db, UNSEEN)
+    if unseen is not None:
         Branching(writer).discard(UNSEEN)
 
 
@@ -171,7 +174,8 @@ def erase_documents(store: Store, writer: ContextWriter, keys: Sequence[str], *,
     with lexical_lock(writer.folder):
         for suffix in ("", "-wal", "-shm"):
             (writer.folder / f"{LEXICAL_FILE}{suffix}").unlink(missing_ok=True)
-        here = shown_keys(writer.connection, writer.lineage)
+        with writer.reading() as db:
+            here = shown_keys(db, writer.lineage)
         removed = Removed(writer.version(), 0, 0, 0)
         if shown := [key for key in keys if key in here]:
             removed = remove_documents(writer, shown, "erase documents")

@@ -7,13 +7,14 @@ import errno
 import logging
 import secrets
 import shutil
+import sqlite3
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cluster.errors import DiskFullError, StaleWriterError, StorageError
-from storage import catalogue, journal, sealing
+from storage import journal, sealing
 from storage.levels import level_counts, sealed_nodes
 from storage.schema import Encoding
 
@@ -144,12 +145,12 @@ class Sealer:
             if self._stopping:
                 return
 
-    def _full_levels(self) -> list[tuple[journal.Level, int, int]]:
+    def _full_levels(self, db: sqlite3.Connection) -> list[tuple[journal.Level, int, int]]:
         """`(level, first node, nodes)` of the next segment: one level, or the tokens with their gists; else nothing.
 
         Segments end at multiples of `segment_nodes`, also when an earlier writer had another segment size.
         """
-        writer, db = self._writer, self._writer.connection
+        writer = self._writer
         num_blocks = writer.version().num_blocks
         base = writer.branch.block_level()
         gists = writer.branch.level(writer.encoding_id, writer.encoding, 1)
@@ -171,15 +172,15 @@ class Sealer:
 
     def _seal_once(self) -> bool:
         writer = self._writer
-        with writer.lock, catalogue.translated(writer.folder / catalogue.CATALOGUE_FILE):
+        with writer.reading() as db:
             parts = [
-                sealing.Part(level, first, size, journal.read_range(writer.connection, level, first, size))
-                for level, first, size in self._full_levels()
+                sealing.Part(level, first, size, journal.read_range(db, level, first, size))
+                for level, first, size in self._full_levels(db)
             ]
         if not parts:
             return False
         # Files are written without the lock: commits go on meanwhile.
-        with self.written(parts) as sealed, writer.lock, writer.commit() as db:
+        with self.written(parts) as sealed, writer.commit() as db:
             sealed.record(db)
             for part in parts:
                 journal.delete_range(db, part.level, part.first, part.count)

@@ -90,7 +90,7 @@ class ContextWriter:
         self._catalogue_path = folder / catalogue.CATALOGUE_FILE
         self._lock_file = _take_lock(folder, name)
         try:
-            self.connection = catalogue.connect(folder, read_only=False)
+            self._connection = catalogue.connect(folder, read_only=False)
             try:
                 self._epoch = self._take_epoch()
                 # A reader may hold the id of a row that was sealed since, so no id ever comes twice: epochs do not.
@@ -98,7 +98,7 @@ class ContextWriter:
                 self._load_branch(branch)
                 self._recover()
             except BaseException:
-                self.connection.close()
+                self._connection.close()
                 raise
         except BaseException:
             self._lock_file.close()
@@ -111,13 +111,13 @@ class ContextWriter:
     # -- state ---------------------------------------------------------------------------------------------------
 
     def _take_epoch(self) -> int:
-        with catalogue.translated(self._catalogue_path), catalogue.transaction(self.connection) as db:
+        with catalogue.translated(self._catalogue_path), catalogue.transaction(self._connection) as db:
             db.execute("UPDATE writer SET epoch = epoch + 1, owner = ?", (self.writing.job,))
             return int(db.execute("SELECT epoch FROM writer").fetchone()[0])
 
     def _load_branch(self, branch: str) -> None:
-        with catalogue.translated(self._catalogue_path):
-            row = self.connection.execute(
+        with self.reading() as db:
+            row = db.execute(
                 "SELECT b.branch_id, b.encoding_id, e.body, c.seq, c.num_tokens, c.level_counts, b.state "
                 "FROM branches b JOIN encodings e USING (encoding_id) JOIN commits c ON c.seq = b.head_seq "
                 "WHERE b.name = ?",
@@ -130,12 +130,12 @@ class ContextWriter:
                     f"branch {branch!r} of context {self.name!r} is {row[6]}, so what is written to it would be "
                     "collected. Fork a branch from it, or roll back to it"
                 )
-            self.lineage = load_lineage(self.connection, row[0])
+            self.lineage = load_lineage(db, row[0])
             self.encoding_id = int(row[1])
             self.encoding = Encoding.from_json(row[2])
             counts = tuple(json.loads(row[5]))
             self._version = Version(self.name, branch, int(row[3]), self.encoding, int(row[4]), counts, row[0])
-            self._open = open_document(self.connection, self.branch.branch_id)
+            self._open = open_document(db, self.branch.branch_id)
 
     def reload(self) -> None:
         """Take the branch's state from disk again."""
@@ -156,8 +156,8 @@ class ContextWriter:
         segments = self.folder / sealing.SEGMENT_FOLDER
         with disk_errors(f"cannot make {segments}"):
             segments.mkdir(exist_ok=True)
-        with catalogue.translated(self._catalogue_path):
-            known = {row[0] for row in self.connection.execute("SELECT folder FROM segments")}
+        with self.reading() as db:
+            known = {row[0] for row in db.execute("SELECT folder FROM segments")}
         orphans = [path for path in segments.iterdir() if path.name not in known and sealing.is_ours(path.name)]
         for path in orphans:
             shutil.rmtree(path, ignore_errors=True)
@@ -188,8 +188,8 @@ class ContextWriter:
 
     def document(self, key: str) -> OpenDocument | None:
         """A copy of what is stored of a document, with its tail."""
-        with self.lock, catalogue.translated(self._catalogue_path):
-            return find_document(self.connection, self.lineage, key)
+        with self.reading() as db:
+            return find_document(db, self.lineage, key)
 
     def marks(self, keys: Sequence[str]) -> dict[str, DocumentMark]:
         """High-water marks of those documents that are known."""
@@ -205,22 +205,33 @@ class ContextWriter:
 
     @contextlib.contextmanager
     def commit(self) -> Iterator[sqlite3.Connection]:
-        """A transaction under the epoch; on failure the writer's memory goes back to what is on disk."""
+        """A transaction under the lock and the epoch; on failure the writer's memory goes back to what is on disk."""
         if self._closed:
             raise StorageError(f"the writer of context {self.name!r} is closed")
-        try:
-            with catalogue.translated(self._catalogue_path), catalogue.transaction(self.connection) as db:
-                found = db.execute("SELECT epoch, owner FROM writer").fetchone()
-                if found[0] != self._epoch:
-                    raise StaleWriterError(
-                        f"context {self.name!r} was taken over by {found[1]} (epoch {found[0]}, this writer has "
-                        f"{self._epoch}); nothing was written. Stop this job."
-                    )
-                yield db
-        except BaseException:
-            with contextlib.suppress(StorageError):
-                self.reload()
-            raise
+        with self.lock:
+            try:
+                with catalogue.translated(self._catalogue_path), catalogue.transaction(self._connection) as db:
+                    found = db.execute("SELECT epoch, owner FROM writer").fetchone()
+                    if found[0] != self._epoch:
+                        raise StaleWriterError(
+                            f"context {self.name!r} was taken over by {found[1]} (epoch {found[0]}, this writer has "
+                            f"{self._epoch}); nothing was written. Stop this job."
+                        )
+                    yield db
+            except BaseException:
+                with contextlib.suppress(StorageError):
+                    self.reload()
+                raise
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[sqlite3.Connection]:
+        """The catalogue as this writer sees it, for reads that belong together.
+
+        The connection is only used under the writer's lock: SQLite keeps one error a connection, so that two threads
+        can take each other's, and a failed write would look like one that succeeded.
+        """
+        with self.lock, catalogue.translated(self._catalogue_path):
+            yield self._connection
 
     def _advance(
         self,
@@ -289,8 +300,8 @@ class ContextWriter:
 
     def _check_direct(self, first: int, count: int, levels: Sequence[journal.Level]) -> None:
         size = self.sealer.segment_nodes
-        with catalogue.translated(self._catalogue_path):
-            num_sealed = [sealed_nodes(self.connection, level) for level in levels]
+        with self.reading() as db:
+            num_sealed = [sealed_nodes(db, level) for level in levels]
         if first % size or count != size or any(sealed != first for sealed in num_sealed):
             raise InvalidWriteError(
                 f"a direct write must fill one segment of {size} blocks behind the sealed ones; got {count} at {first}"
@@ -353,14 +364,14 @@ class ContextWriter:
             StorageError: a reader is in the middle of a transaction, so that the log could not be emptied.
         """
         with self.lock, catalogue.translated(self._catalogue_path):
-            self.connection.execute("VACUUM")
-            busy = self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
+            self._connection.execute("VACUUM")
+            busy = self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
         if busy:
             raise StorageError(
                 f"{self._catalogue_path} is being read, so its log still holds deleted rows; `tree gc --apply true` "
                 "empties it once nothing reads"
             )
-        with self.lock, self.commit() as db:
+        with self.commit() as db:
             db.execute("DELETE FROM meta WHERE key = ?", (_WANTS_SCRUB,))
 
     def want_scrub(self, db: sqlite3.Connection) -> None:
@@ -370,8 +381,8 @@ class ContextWriter:
     @property
     def wants_scrub(self) -> bool:
         """Whether an erase did not come to its end."""
-        with self.lock, catalogue.translated(self._catalogue_path):
-            return self.connection.execute("SELECT 1 FROM meta WHERE key = ?", (_WANTS_SCRUB,)).fetchone() is not None
+        with self.reading() as db:
+            return db.execute("SELECT 1 FROM meta WHERE key = ?", (_WANTS_SCRUB,)).fetchone() is not None
 
     def switch_encoding(self, db: sqlite3.Connection, encoding_id: int, counts: tuple[int, ...]) -> None:
         """Give the branch another encoding in a new version; inside `commit`, followed by `reload`."""
@@ -394,8 +405,9 @@ class ContextWriter:
         if self._closed:
             return
         self.sealer.stop()
-        self._closed = True
-        self.connection.close()
+        with self.lock:
+            self._closed = True
+            self._connection.close()
         self._lock_file.close()
 
     def __enter__(self) -> ContextWriter:

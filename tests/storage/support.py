@@ -124,6 +124,12 @@ def open_context(root: Path, **options) -> ContextWriter:
     return ContextWriter(root / CONTEXT, CONTEXT, **{"segment_super_blocks": 1, **options})
 
 
+def rows(writer: ContextWriter, statement: str, *parameters: object) -> list[tuple]:
+    """What the writer's catalogue answers."""
+    with writer.reading() as db:
+        return db.execute(statement, parameters).fetchall()
+
+
 def assert_holds(reader: TreeReader, texts: Sequence[Text], encoding: Encoding, *, exact: bool = True) -> None:
     """The reader's timeline is these documents, one after the other: tokens, counts, prefix sums, places and gists."""
     num_blocks = sum(text.num_blocks for text in texts)

@@ -16,7 +16,7 @@ from storage.reader import ContextReader
 from storage.rebuild import EncodingBuilder
 from storage.store import Store
 from storage.writer import ContextWriter
-from tests.storage.support import CONTEXT, Text, assert_holds, encoding_of, new_store, open_context
+from tests.storage.support import CONTEXT, Text, assert_holds, encoding_of, new_store, open_context, rows
 from tests.storage.version_support import history, holds, is_sound, write_and_seal
 
 ENCODING = encoding_of("float16")
@@ -161,8 +161,7 @@ def test_replaced_gists_go_and_unfinished_ones_stay(root: Path) -> None:
         # Tokens share segments with the first gists, so those stay; the rest of them was in the journal.
         assert done.segments == []
         assert done.journal_rows == 2
-        old = writer.connection.execute("SELECT count(*) FROM extents WHERE encoding_id = 1").fetchone()
-        assert old == (0,)
+        assert rows(writer, "SELECT count(*) FROM extents WHERE encoding_id = 1") == [(0,)]
         assert unfinished.level_counts() == (70,)
         with writer.reader() as reader:
             assert_holds(reader, [ONE], new)

@@ -21,7 +21,7 @@ from storage.bulk_writer import BulkWriter
 from storage.contract import TreeWriter
 from storage.verify import verify_context
 from storage.writer import ContextWriter
-from tests.storage.support import CONTEXT, Text, assert_holds, encoding_of, follow, new_store, open_context, put
+from tests.storage.support import CONTEXT, Text, assert_holds, encoding_of, follow, new_store, open_context, put, rows
 
 ENCODING = encoding_of()
 ONE, TWO = Text("one", 100 * K), Text("two", 60 * K - 7)
@@ -65,9 +65,7 @@ def wait_for(condition: Callable[[], bool], what: str, seconds: float = 20.0) ->
 
 
 def num_sealed(writer: ContextWriter) -> int:
-    with writer.lock:
-        row = writer.connection.execute("SELECT coalesce(sum(count), 0) FROM extents WHERE lod = 0").fetchone()
-    return int(row[0])
+    return int(rows(writer, "SELECT coalesce(sum(count), 0) FROM extents WHERE lod = 0")[0][0])
 
 
 def segment_folders(root: Path) -> set[str]:
@@ -240,8 +238,8 @@ def test_a_commit_without_room_stores_nothing_and_work_resumes(root: Path) -> No
     with open_context(root, seal_in_background=False) as writer:
         writer.append([ONE.span(ENCODING, 0, 50)])
         version, marks = writer.version(), writer.marks(["one"])
-        pages = writer.connection.execute("PRAGMA page_count").fetchone()[0]
-        writer.connection.execute(f"PRAGMA max_page_count = {pages + 1}")
+        [(pages,)] = rows(writer, "PRAGMA page_count")
+        rows(writer, f"PRAGMA max_page_count = {pages + 1}")
         for write in (
             lambda: writer.append([ONE.span(ENCODING, 50), TWO.span(ENCODING)]),
             lambda: writer.append_tail(ONE.meta, 50 * K, ONE.tokens(50 * K, 60 * K).repeat(8)),
@@ -256,11 +254,30 @@ def test_a_commit_without_room_stores_nothing_and_work_resumes(root: Path) -> No
             assert reader.version == version
             assert reader.tail() is None
             np.testing.assert_array_equal(reader.tokens(0, 50)[0], ONE.packed(0, 50)[0])
-        writer.connection.execute("PRAGMA max_page_count = 1073741823")
+        rows(writer, "PRAGMA max_page_count = 1073741823")
         writer.append([ONE.span(ENCODING, 50), TWO.span(ENCODING)])
         writer.flush()
         assert_reads(writer, ONE, TWO)
     assert verify_context(root / CONTEXT, CONTEXT).ok
+
+
+def test_a_commit_waits_for_whoever_reads_with_the_same_connection(root: Path) -> None:
+    entered, order = threading.Event(), []
+
+    def commit() -> None:
+        entered.set()
+        with writer.commit():
+            order.append("committed")
+
+    with open_context(root) as writer:
+        thread = threading.Thread(target=commit)
+        with writer.reading():
+            thread.start()
+            entered.wait()
+            thread.join(timeout=0.2)
+            order.append("read")
+        thread.join()
+    assert order == ["read", "committed"]
 
 
 @pytest.mark.parametrize(
@@ -279,7 +296,8 @@ def test_a_failing_commit_leaves_the_writer_usable(
             patch.setattr(journal, "insert", raising(error))
             with pytest.raises((StorageError, type(error))):
                 writer.append([ONE.span(ENCODING, 10), TWO.span(ENCODING)])
-        assert not writer.connection.in_transaction
+        with writer.reading() as db:
+            assert not db.in_transaction
         assert (writer.version(), writer.marks(["one", "two"])) == (version, marks)
         assert writer.open_document() == ONE.meta
         writer.append([ONE.span(ENCODING, 10), TWO.span(ENCODING)])

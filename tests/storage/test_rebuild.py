@@ -26,6 +26,7 @@ from tests.storage.support import (
     new_store,
     nodes_of,
     open_context,
+    rows,
     vectors,
 )
 
@@ -183,7 +184,7 @@ def test_appending_and_sealing_go_on_after_the_switch(root: Path) -> None:
         writer.flush()
         extents = "SELECT max(first + count) FROM extents WHERE lod = ? AND encoding_id = ?"
         for lod, encoding_id in ((0, 0), (1, builder.encoding_id)):
-            assert writer.connection.execute(extents, (lod, encoding_id)).fetchone()[0] == 1170 // 32 * 32
+            assert rows(writer, extents, lod, encoding_id) == [(1170 // 32 * 32,)]
     with open_context(root) as writer:
         assert writer.encoding == new
         writer.append([more.span(new, 70)])

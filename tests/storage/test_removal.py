@@ -16,7 +16,7 @@ from storage.lexical import LexicalSearcher
 from storage.lexical_index import LexicalWriter
 from storage.removal import erase_documents, remove_documents
 from storage.store import Store
-from tests.storage.support import CONTEXT, Text, encoding_of, new_store, open_context
+from tests.storage.support import CONTEXT, Text, encoding_of, new_store, open_context, rows
 from tests.storage.version_support import history, holds, is_sound, write
 
 ENCODING = encoding_of("float16", width=8, key_width=6)
@@ -250,7 +250,7 @@ def test_a_tail_on_a_fork_is_still_shown(root: Path) -> None:
         Branching(writer).discard("side")
         erase_documents(Store(root), writer, ["secret"], keep_s=NEVER_S)
         assert traces(root, secret) == set()
-        assert writer.connection.execute("SELECT count(*) FROM tails").fetchone() == (0,)
+        assert rows(writer, "SELECT count(*) FROM tails") == [(0,)]
 
 
 def test_a_document_that_was_cut_before_its_first_block_is_erased(root: Path) -> None:

@@ -27,7 +27,7 @@ from storage.segment import (
     window_over,
     write_segment,
 )
-from tests.storage.support import CONTEXT, Text, assert_holds, encoding_of, follow, new_store, open_context
+from tests.storage.support import CONTEXT, Text, assert_holds, encoding_of, follow, new_store, open_context, rows
 
 ROWS = SegmentArraySpec("lod1/gists", "<f2", 96, 8, 32)
 FLAT = SegmentArraySpec("lod0/tokens", "<u4", 4096, 0, 1024)
@@ -346,9 +346,9 @@ def test_segments_stay_aligned_when_their_size_changes(tmp_path: Path) -> None:
         with open_context(tmp_path, segment_super_blocks=size) as writer:
             writer.append([text.span(encoding, stored, stop)])
             writer.flush()
-            extents = writer.connection.execute("SELECT first, count FROM extents WHERE lod = 0 ORDER BY first")
-            ends = [first + count for first, count in extents.fetchall()]
-            left = writer.connection.execute("SELECT min(first) FROM journal WHERE lod = 0").fetchone()[0]
+            extents = rows(writer, "SELECT first, count FROM extents WHERE lod = 0 ORDER BY first")
+            ends = [first + count for first, count in extents]
+            [(left,)] = rows(writer, "SELECT min(first) FROM journal WHERE lod = 0")
             assert left == ends[-1] == stop // (32 * size) * 32 * size
             stored = stop
     with open_context(tmp_path) as writer, writer.reader() as reader:
