@@ -26,7 +26,7 @@ from models.gistnet import GistNet
 from models.lensnet.features import FEATURES, CandidateSet
 from models.tokenizer import Tokenizer
 from storage.contract import TreeReader
-from storage.lexical import LexicalSearcher, ReplacedText
+from storage.lexical.search import LexicalSearcher, ReplacedText
 from storage.schema import GISTS, KEYS
 
 QUERY_CONTEXT_TOKENS = 512

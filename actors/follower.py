@@ -21,9 +21,9 @@ from models.gistnet import GistNet
 from models.node_encoder import NodeEncoder
 from storage.codec import encode_arrays
 from storage.contract import Ack, Version
-from storage.reader import ContextReader
 from storage.schema import GISTS, KEYS
-from storage.writer import MAIN_BRANCH
+from storage.tree.reader import ContextReader
+from storage.tree.writer import MAIN_BRANCH
 
 GROUPS_AT_A_TIME = 64
 """Sibling groups read and written at once: about 5 MB at d = 576 with keys."""

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from cluster.config import BaseLMConfig, StoreConfig
 from cluster.errors import IncompatibleTreeError, WriterConflictError
 from models.tokenizer import Tokenizer
-from storage.lexical_index import BATCH_BLOCKS, LexicalWriter
-from storage.reader import ContextReader
+from storage.lexical.index import BATCH_BLOCKS, LexicalWriter
 from storage.store import Store
-from storage.writer import MAIN_BRANCH
+from storage.tree.reader import ContextReader
+from storage.tree.writer import MAIN_BRANCH
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 from cluster.errors import StorageError
 from models.decoding.focused_cache import Reuse
 from models.focus.refocus import BlockName, Focus, RefocusPolicy
-from storage.focus_events import FocusEvent, FocusEventLog, read_focus_events
+from storage.focus.events import FocusEvent, FocusEventLog, read_focus_events
 
 logger = logging.getLogger("megacontext.session")
 

@@ -26,9 +26,9 @@ from cluster.errors import StorageError, WriterConflictError
 from models.base_lm import BaseLM
 from models.focus.history import History
 from storage.contract import DocumentInfo, DocumentMeta, TreeReader
-from storage.reader import ContextReader
 from storage.schema import check_same
 from storage.store import LEASE_S, PinnedReader, Store
+from storage.tree.reader import ContextReader
 
 logger = logging.getLogger("megacontext.session")
 

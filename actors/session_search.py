@@ -21,7 +21,7 @@ from models.focus.refocus import BlockName
 from models.gistnet import GistNet
 from models.tokenizer import Tokenizer
 from storage.contract import TreeReader
-from storage.lexical import LexicalSearcher
+from storage.lexical.search import LexicalSearcher
 from storage.schema import KEYS
 
 FUSION_CONSTANT = 10.0

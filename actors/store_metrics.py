@@ -12,9 +12,9 @@ import numpy as np
 from cluster import metric_names as names
 from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.metrics import MetricPublisher
-from storage import catalogue
 from storage.contract import Ack
-from storage.writer import ContextWriter
+from storage.tree import catalogue
+from storage.tree.writer import ContextWriter
 
 PUBLISH_S = 5.0
 """Between two looks at the catalogue, which cost it a millisecond each."""

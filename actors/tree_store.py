@@ -17,13 +17,13 @@ from actors.rows import spans_from
 from actors.store_metrics import StoreMetrics
 from cluster.config import StoreConfig
 from cluster.errors import StorageError, StoreRestartedError
-from storage.bulk_writer import BulkWriter
 from storage.codec import Values
 from storage.contract import Ack, DocumentMark, DocumentMeta, SpanWrite, Version
-from storage.rebuild import EncodingBuilder
 from storage.schema import Encoding, TreeIdentity
 from storage.store import Store
-from storage.writer import ContextWriter
+from storage.tree.bulk_writer import BulkWriter
+from storage.tree.rebuild import EncodingBuilder
+from storage.tree.writer import ContextWriter
 
 logger = logging.getLogger("megacontext.storage")
 

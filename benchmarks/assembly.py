@@ -25,9 +25,9 @@ from models.focus.allocators import FocusRequest, Ranked, Uniform
 from models.focus.assembly import Assembled, Assembler
 from models.focus.history import History
 from models.focus.working_context import Node, WorkingContext
-from storage.reader import ContextReader
 from storage.schema import GISTS
 from storage.store import Store
+from storage.tree.reader import ContextReader
 
 LM_DTYPE = torch.bfloat16
 """What the rows are wanted in; the gists are stored as float16."""

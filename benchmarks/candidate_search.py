@@ -36,7 +36,7 @@ from models.focus.dense import KeyIndex, KeySpace
 from models.focus.key_search import KeySearch
 from models.window_encoder import WindowEncoder
 from storage.contract import TreeReader
-from storage.lexical import LexicalSearcher
+from storage.lexical.search import LexicalSearcher
 from storage.schema import KEYS
 
 QUESTION_TOKENS = 24

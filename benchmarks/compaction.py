@@ -23,10 +23,10 @@ from benchmarks.corpus import open_files
 from benchmarks.harness import BenchmarkError, Setting
 from cluster.config import CompactionConfig, GistNetConfig, RayConfig, StoreConfig
 from cluster.ray_runtime import ray_session
-from storage.bulk_writer import BulkWriter
 from storage.contract import Ack, TreeWriter, Version
 from storage.corpus import QuarantinedItem, read_corpus
 from storage.store import Store
+from storage.tree.bulk_writer import BulkWriter
 
 COMPUTE_THREADS = 1
 """torch threads of the compactor and of the follower, in every one of the three."""

@@ -21,9 +21,9 @@ from models.focus.allocators import Allocator, FocusRequest, Ranked, Recency, Un
 from models.focus.assembly import Assembler
 from models.focus.history import History
 from models.focus.working_context import Mode, WorkingContext, smallest_budget
-from storage.reader import ContextReader
 from storage.schema import GISTS
 from storage.store import Store
+from storage.tree.reader import ContextReader
 
 BUDGET = 512
 TAIL_TOKENS = 128

@@ -7,7 +7,7 @@ from pathlib import Path
 from benchmarks.harness import Result, Setting
 from benchmarks.synthetic import build_context, encoding
 from cluster.config import SLOTS_PER_SUPER_BLOCK
-from storage.sealing import SEGMENT_FOLDER
+from storage.tree.sealing import SEGMENT_FOLDER
 
 TOKEN_BYTES = 4
 

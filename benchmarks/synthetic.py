@@ -10,12 +10,12 @@ import numpy as np
 
 from cluster.config import BLOCKS_PER_SUPER_BLOCK, SLOTS_PER_SUPER_BLOCK
 from cluster.config import TOKENS_PER_BLOCK as K
-from storage.bulk_writer import BulkWriter
 from storage.contract import DocumentMeta, SpanWrite, TreeWriter
 from storage.geometry import complete_nodes, deepest_lod
 from storage.schema import ArraySpec, Encoding, TreeIdentity
 from storage.store import Store
-from storage.writer import ContextWriter
+from storage.tree.bulk_writer import BulkWriter
+from storage.tree.writer import ContextWriter
 
 DIM = 576
 """Width of SmolLM2-135M, and of its gists and keys."""

@@ -22,11 +22,11 @@ from benchmarks.harness import Setting
 from benchmarks.synthetic import put_levels
 from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.config import StoreConfig
-from storage.bulk_writer import BulkWriter
 from storage.contract import SpanWrite
 from storage.corpus import read_corpus
 from storage.schema import GISTS, KEYS
 from storage.store import Store
+from storage.tree.bulk_writer import BulkWriter
 
 SPANS_AT_A_TIME = 8
 

@@ -34,7 +34,7 @@ from pipelines.focus_report import focus_tables, plot_gains
 from pipelines.session_report import draw_session
 from pipelines.tree_report import encoding_rows, measure_tree, plot_growth
 from storage.corpus import open_corpus
-from storage.lexical import LexicalSearcher
+from storage.lexical.search import LexicalSearcher
 from storage.store import Store
 
 DESCRIPTIONS = {

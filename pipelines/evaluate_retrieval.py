@@ -23,7 +23,7 @@ from models.sentence_encoder import SentenceEncoder
 from pipelines.evaluation import index_text
 from pipelines.retrieval_report import plot_searcher, retrieval_tables
 from storage.contract import TreeReader
-from storage.lexical import LexicalSearcher
+from storage.lexical.search import LexicalSearcher
 from storage.store import Store
 
 

@@ -35,7 +35,7 @@ from models.focus.working_context import smallest_budget
 from models.lensnet.features import FEATURES
 from pipelines.evaluation import depends_on, index_text, measure_missing
 from storage.contract import TreeReader
-from storage.focus_labels import EDIT_KINDS, LabelledContext, LabelledEdit, write_labels
+from storage.focus.labels import EDIT_KINDS, LabelledContext, LabelledEdit, write_labels
 from storage.store import Store
 
 LABELS = "labels.parquet"

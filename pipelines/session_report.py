@@ -19,7 +19,7 @@ from cluster.tables import Table
 from models.focus.history import blocks_per_node
 
 Event = Mapping[str, Any]
-"""A row of `storage.focus_events.SCHEMA`."""
+"""A row of `storage.focus.events.SCHEMA`."""
 
 COLUMNS = 720
 """Of the timeline in pictures."""

@@ -29,7 +29,7 @@ from models.lensnet.features import FEATURES
 from models.lensnet.net import LensNet, LensNetSpec
 from pipelines.label import LABELS
 from pipelines.lensnet_report import folds_numbers, folds_tables, lens_card, lens_numbers, lens_tables, plot_lens
-from storage.focus_labels import label_settings, read_labels
+from storage.focus.labels import label_settings, read_labels
 
 LENSNET = "lensnet"
 """Folder of the exported net."""

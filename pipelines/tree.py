@@ -28,7 +28,7 @@ from pipelines.tree_report import encoding_rows, human_bytes, level_rows, measur
 from storage.contract import TreeReader
 from storage.geometry import NO_TOKEN
 from storage.store import Store
-from storage.verify import VerifyReport, verify_context
+from storage.tree.verify import VerifyReport, verify_context
 
 logger = logging.getLogger("megacontext.tree")
 

@@ -10,8 +10,8 @@ from cluster.tables import Table
 from cluster.tree_config import TreeBackupJob
 from pipelines.tree_report import human_bytes
 from pipelines.tree_versions import emit
-from storage.backup import back_up
 from storage.store import Store
+from storage.versions.backup import back_up
 
 
 def run(job: TreeBackupJob) -> None:

@@ -10,8 +10,8 @@ from cluster.tables import Table
 from cluster.tree_config import TreeDeleteJob
 from pipelines.tree_versions import DAY_S, document_rows, documents_json, emit, maintained
 from storage.contract import DocumentInfo
-from storage.removal import erasable_documents, erase_documents, holders, remove_documents
 from storage.store import Store
+from storage.versions.removal import erasable_documents, erase_documents, holders, remove_documents
 
 SHOWN_DOCUMENTS = 20
 

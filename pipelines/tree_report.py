@@ -9,11 +9,11 @@ from pathlib import Path
 from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.config import StoreConfig
 from cluster.plots import figure
-from storage import catalogue
 from storage.contract import Version
-from storage.journal import BLOCK_LAYOUT
 from storage.schema import Encoding
 from storage.store import Store
+from storage.tree import catalogue
+from storage.tree.journal import BLOCK_LAYOUT
 
 Growth = list[tuple[float, int, tuple[int, ...]]]
 

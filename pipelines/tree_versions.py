@@ -24,12 +24,12 @@ from cluster.tree_config import (
     TreeTagJob,
 )
 from pipelines.tree_report import human_bytes, level_bytes
-from storage.branching import Branching
 from storage.contract import DocumentInfo
-from storage.history import History
-from storage.lineage import LIVE
 from storage.store import Store
-from storage.writer import ContextWriter
+from storage.tree.lineage import LIVE
+from storage.tree.writer import ContextWriter
+from storage.versions.branching import Branching
+from storage.versions.history import History
 
 DAY_S = 86400.0
 

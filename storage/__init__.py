@@ -1,4 +1,5 @@
 """Bytes only: the MegaContext Tree on disk and in memory, and the readers of corpora.
 
-Start with `contract.py` (what a tree promises), then `writer.py` and `reader.py` (how the one on disk keeps it).
+Start with `contract.py` (what a tree promises), then `tree/writer.py` and `tree/reader.py` (how the one on disk
+keeps it).
 """

@@ -13,12 +13,12 @@ import torch
 
 from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.errors import InvalidWriteError, NodeMissingError
-from storage.accept import accept_spans, accept_tail, ended_document
 from storage.codec import Values, check_names, decode_array, encoded_pieces
 from storage.contract import Ack, DocumentInfo, DocumentMark, DocumentMeta, SpanWrite, Tail, Version
-from storage.documents import OpenDocument
-from storage.levels import stored_prefix
 from storage.schema import ArraySpec, Encoding
+from storage.tree.accept import accept_spans, accept_tail, ended_document
+from storage.tree.documents import OpenDocument
+from storage.tree.levels import stored_prefix
 
 _Level = dict[str, list[torch.Tensor]]
 

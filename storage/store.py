@@ -17,15 +17,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from cluster.errors import ContextNotFoundError, DiskFullError, IncompatibleTreeError, WriterConflictError
-from storage import catalogue
-from storage.collect import CLIP_SHARE, Garbage, collect
-from storage.commits import Writing, insert_commit
 from storage.durable import disk_errors, fsync_folder, make_folder_durably
-from storage.history import History, find_version
-from storage.reader import ContextReader
 from storage.schema import Encoding, TreeIdentity, check_same
-from storage.sealing import SEGMENT_FOLDER
-from storage.writer import MAIN_BRANCH, ContextWriter
+from storage.tree import catalogue
+from storage.tree.commits import Writing, insert_commit
+from storage.tree.reader import ContextReader
+from storage.tree.sealing import SEGMENT_FOLDER
+from storage.tree.writer import MAIN_BRANCH, ContextWriter
+from storage.versions.collect import CLIP_SHARE, Garbage, collect
+from storage.versions.history import History, find_version
 
 STORE_FILE = "store.sqlite"
 LEASE_S = 3600.0

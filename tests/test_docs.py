@@ -17,12 +17,12 @@ import torch
 import ray_job
 from cluster.config import BaseLMConfig, validate_sections
 from cluster.config_parser import parse_job
-from storage.branching import Branching
 from storage.contract import TreeReader
-from storage.history import History
-from storage.sealing import SEGMENT_FOLDER
 from storage.store import Store
-from storage.writer import ContextWriter
+from storage.tree.sealing import SEGMENT_FOLDER
+from storage.tree.writer import ContextWriter
+from storage.versions.branching import Branching
+from storage.versions.history import History
 from tests.actors.helpers import follow, ingest, make_compactor, make_documents, open_context, tiny_plan
 
 ROOT = Path(__file__).parents[1]

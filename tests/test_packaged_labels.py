@@ -11,7 +11,7 @@ from actors.training.lens_metrics import usable
 from cluster.environment import PROJECT_ROOT
 from models.gistnet import GistNet
 from models.lensnet import FEATURES, LensNet
-from storage.focus_labels import label_settings, read_labels
+from storage.focus.labels import label_settings, read_labels
 
 FOLDER = PROJECT_ROOT / "models/packaged/lensnet-smollm2-135m"
 

@@ -25,7 +25,7 @@ from models.focus.dense import KeySpace
 from models.gistnet import GistNet
 from models.lensnet import CandidateSet
 from models.tokenizer import Tokenizer
-from storage.lexical import LexicalSearcher
+from storage.lexical.search import LexicalSearcher
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from models.lensnet import LensNet
 from models.sentence_encoder import SentenceEncoder
 from models.tokenizer import Tokenizer
 from storage.contract import TreeReader
-from storage.lexical import LexicalSearcher
+from storage.lexical.search import LexicalSearcher
 from storage.schema import KEYS
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from models.focus.history import History
 from models.tokenizer import Tokenizer
 from storage.contract import TreeReader
-from storage.lexical_terms import block_terms, terms_of
+from storage.lexical.terms import block_terms, terms_of
 
 NAME_SHARE = 0.05
 """A term of the horizon is a name where at most this share of the history's blocks hold it, and one does."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from cluster.config import StoreConfig
 from models.tokenizer import Tokenizer
 from storage.contract import TreeReader
-from storage.lexical import LexicalSearcher
+from storage.lexical.search import LexicalSearcher
 from storage.store import Store
 
 

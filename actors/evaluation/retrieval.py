@@ -25,7 +25,7 @@ from models.focus.dense import KeyIndex, KeySpace, Match, query_states
 from models.gistnet import GistNet
 from models.tokenizer import Tokenizer
 from storage.contract import TreeReader
-from storage.lexical import LexicalParameters, LexicalSearcher, ReplacedText
+from storage.lexical.search import LexicalParameters, LexicalSearcher, ReplacedText
 from storage.schema import KEYS
 
 RANDOM_SEED_STRIDE = 1_000_003

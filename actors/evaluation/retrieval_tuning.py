@@ -38,7 +38,7 @@ from models.focus.history import History
 from models.gistnet import GistNet
 from models.tokenizer import Tokenizer
 from storage.contract import TreeReader
-from storage.lexical import LexicalSearcher
+from storage.lexical.search import LexicalSearcher
 from storage.schema import KEYS
 
 Metric = Literal["gain_at_1", "gain_at_k", "hit_at_1", "best_rank", "num_picked"]

@@ -45,7 +45,7 @@ from models.node_encoder import NodeEncoder
 from models.sentence_encoder import SentenceEncoder
 from models.tokenizer import Tokenizer
 from storage.contract import TreeReader
-from storage.lexical import LexicalSearcher
+from storage.lexical.search import LexicalSearcher
 from storage.schema import KEYS
 
 EXTRA_TOKENS = 4

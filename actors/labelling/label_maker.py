@@ -22,7 +22,7 @@ from models.focus.layout import policy_for
 from models.gistnet import GistNet
 from models.tokenizer import Tokenizer
 from storage.contract import TreeReader
-from storage.lexical import LexicalSearcher
+from storage.lexical.search import LexicalSearcher
 from storage.schema import KEYS
 
 

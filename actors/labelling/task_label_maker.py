@@ -30,7 +30,7 @@ from models.gistnet import GistNet
 from models.node_encoder import NodeEncoder
 from models.tokenizer import Tokenizer
 from storage.contract import TreeReader
-from storage.lexical import LexicalSearcher
+from storage.lexical.search import LexicalSearcher
 from storage.schema import KEYS
 
 

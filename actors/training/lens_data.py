@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float32
 from models.lensnet.features import CandidateSet
 from models.lensnet.net import padded
 from models.training.lens_losses import LensBatch
-from storage.focus_labels import LabelledContext
+from storage.focus.labels import LabelledContext
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,8 +15,8 @@ import numpy as np
 
 from cluster.config import TOKENS_PER_BLOCK as K
 from storage.bundles.manifest import Manifest
-from storage.journal import BLOCK_LAYOUT
 from storage.schema import Encoding, StoredArray
+from storage.tree.journal import BLOCK_LAYOUT
 
 MAX_CHUNK_NODES = 8192
 MAX_CHUNK_BYTES = 32 * 2**20

@@ -24,9 +24,9 @@ from storage.bundles.manifest import (
 from storage.bundles.strict_json import Unexpected
 from storage.contract import DocumentInfo, Version
 from storage.geometry import complete_nodes
-from storage.reader import ContextReader
 from storage.schema import TreeIdentity
 from storage.store import check_room
+from storage.tree.reader import ContextReader
 
 _DOCUMENT_BYTES = 1024
 """Room for a document's line in the estimate of a bundle's size."""

@@ -15,12 +15,12 @@ from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.errors import BundleError, StorageError
 from storage.bundles.reader import BundleReader, Piece, is_end
 from storage.contract import DocumentInfo, SpanWrite, Version
-from storage.documents import OpenDocument
-from storage.history import History
-from storage.reader import ContextReader
 from storage.schema import check_same
 from storage.store import Store, check_room, estimate_bytes
-from storage.writer import MAIN_BRANCH, ContextWriter
+from storage.tree.documents import OpenDocument
+from storage.tree.reader import ContextReader
+from storage.tree.writer import MAIN_BRANCH, ContextWriter
+from storage.versions.history import History
 
 OnBlocks = Callable[[int, str], None]
 """Is told of every so many blocks, and what was done with them: `checking`, `comparing` or `writing`."""

@@ -16,7 +16,7 @@ from cluster.config import BaseLMConfig, GistNetConfig, StoreConfig
 from storage.contract import TreeReader, TreeWriter
 from storage.corpus import CorpusItem, Document
 from storage.store import Store
-from storage.writer import ContextWriter
+from storage.tree.writer import ContextWriter
 
 SENTENCE = "the tree keeps every token it has read and shows a working context of fixed size to the model"
 WORDS = SENTENCE.split()

@@ -10,9 +10,9 @@ import pytest
 from actors.packing import document_meta
 from actors.streaming import DocumentStream
 from cluster.config import BaseLMConfig
-from storage.bulk_writer import BulkWriter
 from storage.memory_tree import MemoryTree
-from storage.verify import verify_context
+from storage.tree.bulk_writer import BulkWriter
+from storage.tree.verify import verify_context
 from tests.actors.helpers import (
     assert_same_tree,
     follow,

@@ -18,8 +18,8 @@ from cluster.errors import ContextNotFoundError, IncompatibleTreeError, WriterCo
 from cluster.ray_runtime import RaySession
 from models.tokenizer import Tokenizer
 from storage.corpus import Document
-from storage.lexical import LexicalSearcher
-from storage.writer import ContextWriter
+from storage.lexical.search import LexicalSearcher
+from storage.tree.writer import ContextWriter
 from tests.actors.helpers import ingest, make_compactor, make_text, open_context, tiny_plan
 
 NEEDLE = "the vault_code of Überlingen is 7391840"

@@ -14,7 +14,7 @@ from cluster import metric_names
 from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.config import RayConfig
 from cluster.ray_runtime import ray_session
-from storage.branching import Branching
+from storage.versions.branching import Branching
 from tests.prometheus import scrape
 from tests.storage.support import Text, encoding_of, follow, new_store, open_context
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from storage.store import Store
-from storage.verify import verify_context
+from storage.tree.verify import verify_context
 from tests.actors.helpers import assert_same_tree, make_text
 from tests.cluster.conftest import ROOT, SubmittedCluster
 

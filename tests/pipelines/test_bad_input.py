@@ -16,9 +16,9 @@ from cluster.cli import main
 from cluster.config import BaseLMConfig, CorpusConfig, GistNetConfig, StoreConfig
 from ray_job import JOBS
 from storage.corpus import open_corpus, read_corpus
-from storage.reader import ContextReader
 from storage.store import Store
-from storage.verify import verify_context
+from storage.tree.reader import ContextReader
+from storage.tree.verify import verify_context
 from tests.actors.helpers import assert_same_tree, follow, ingest, make_compactor, make_text
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")

@@ -23,7 +23,7 @@ from cluster.errors import ConfigError, CorpusError, NodeMissingError
 from pipelines.chat import read_files
 from pipelines.chat_commands import Commands
 from storage.store import Store
-from storage.verify import verify_context
+from storage.tree.verify import verify_context
 from tests.actors.helpers import make_text
 
 REFUSED = 2

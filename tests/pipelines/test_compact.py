@@ -30,10 +30,10 @@ from cluster.errors import (
 )
 from cluster.ray_runtime import RaySession
 from models.tokenizer import Tokenizer
-from storage.lexical import LexicalSearcher
-from storage.lexical_index import LEXICAL_FILE
+from storage.lexical.index import LEXICAL_FILE
+from storage.lexical.search import LexicalSearcher
 from storage.store import Store
-from storage.verify import verify_context
+from storage.tree.verify import verify_context
 from tests.actors.helpers import assert_same_tree, make_text
 from tests.pipelines.conftest import JobFactory
 

@@ -16,7 +16,7 @@ from cluster.ray_runtime import RaySession
 from models.lensnet import FEATURES, LensNet
 from pipelines.label import LABELS
 from ray_job import JOBS
-from storage.focus_labels import EDIT_KINDS, label_settings, read_labels, write_labels
+from storage.focus.labels import EDIT_KINDS, label_settings, read_labels, write_labels
 from tests.actors.helpers import make_text
 
 Door = Callable[..., int]

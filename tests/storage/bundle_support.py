@@ -13,9 +13,9 @@ import numpy as np
 from storage.bundles import BundleReader, ImportResult, export_bundle, import_bundle
 from storage.bundles.container import ContainerReader, ContainerWriter
 from storage.bundles.manifest import MANIFEST_NAME, MANIFEST_SUM_NAME, Manifest, manifest_sum
-from storage.reader import ContextReader
 from storage.store import Store
-from storage.verify import verify_context
+from storage.tree.reader import ContextReader
+from storage.tree.verify import verify_context
 from tests.storage.support import CONTEXT, IDENTITY
 
 Contents = dict[str, bytes]

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from storage.bulk_writer import BulkWriter
 from storage.contract import TreeWriter
 from storage.memory_tree import MemoryTree
 from storage.schema import Encoding
+from storage.tree.bulk_writer import BulkWriter
 from tests.storage.support import encoding_of, new_store, open_context
 
 MakeTree = Callable[..., TreeWriter]

@@ -11,7 +11,7 @@ import numpy as np
 from cluster.config import TOKENS_PER_BLOCK as K
 from storage.contract import DocumentMeta, SpanWrite, TreeWriter
 from storage.geometry import NO_TOKEN
-from storage.lexical import LexicalParameters
+from storage.lexical.search import LexicalParameters
 from tests.storage.support import encoding_of
 
 ENCODING = encoding_of()

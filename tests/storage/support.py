@@ -16,7 +16,7 @@ from storage.contract import DocumentMeta, SpanWrite, TreeReader, TreeWriter
 from storage.geometry import NO_TOKEN, complete_nodes, deepest_lod
 from storage.schema import ArraySpec, Encoding, TreeIdentity
 from storage.store import Store
-from storage.writer import ContextWriter
+from storage.tree.writer import ContextWriter
 
 IDENTITY = TreeIdentity("tiny-lm", "sha256:base", "sha256:tokenizer")
 CONTEXT = "ctx"

@@ -11,11 +11,11 @@ import pytest
 
 from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.errors import ContextNotFoundError, CorruptTreeError, StorageError, WriterConflictError
-from storage import backup as backup_module
-from storage.backup import back_up
-from storage.branching import Branching
-from storage.history import History
 from storage.store import Store
+from storage.versions import backup as backup_module
+from storage.versions.backup import back_up
+from storage.versions.branching import Branching
+from storage.versions.history import History
 from tests.storage.support import CONTEXT, IDENTITY, Text, assert_holds, encoding_of, new_store, open_context
 from tests.storage.version_support import holds, is_sound, write_and_seal
 

@@ -11,11 +11,11 @@ import torch
 
 from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.errors import BranchConflictError, OutOfOrderError, StorageError
-from storage import catalogue
-from storage.branching import Branching
-from storage.reader import ContextReader
-from storage.rebuild import EncodingBuilder
-from storage.writer import ContextWriter
+from storage.tree import catalogue
+from storage.tree.reader import ContextReader
+from storage.tree.rebuild import EncodingBuilder
+from storage.tree.writer import ContextWriter
+from storage.versions.branching import Branching
 from tests.storage.support import CONTEXT, Text, assert_holds, encoding_of, follow, new_store, open_context, rows
 from tests.storage.version_support import clipped, history, holds, is_sound, write
 

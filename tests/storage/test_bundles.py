@@ -17,12 +17,12 @@ from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.config import GistDtype
 from cluster.errors import BundleError, DiskFullError, IncompatibleTreeError, StorageError
 from storage import store as store_module
-from storage.branching import Branching
 from storage.bundles import BundleReader, chunks, export_bundle, import_bundle
 from storage.contract import DocumentMeta
-from storage.history import History
 from storage.store import Store
-from storage.writer import ContextWriter
+from storage.tree.writer import ContextWriter
+from storage.versions.branching import Branching
+from storage.versions.history import History
 from tests.storage.bundle_support import assert_same_bytes, bring_in, export, is_sound, open_tree
 from tests.storage.support import (
     CONTEXT,

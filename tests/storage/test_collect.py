@@ -10,12 +10,12 @@ import torch
 
 from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.errors import StorageError
-from storage.branching import Branching
-from storage.collect import Garbage
-from storage.reader import ContextReader
-from storage.rebuild import EncodingBuilder
 from storage.store import Store
-from storage.writer import ContextWriter
+from storage.tree.reader import ContextReader
+from storage.tree.rebuild import EncodingBuilder
+from storage.tree.writer import ContextWriter
+from storage.versions.branching import Branching
+from storage.versions.collect import Garbage
 from tests.storage.support import CONTEXT, Text, assert_holds, encoding_of, new_store, open_context, rows
 from tests.storage.version_support import history, holds, is_sound, write_and_seal
 

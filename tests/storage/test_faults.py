@@ -16,11 +16,11 @@ import torch
 
 from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.errors import DiskFullError, OutOfOrderError, StorageError
-from storage import journal, sealing
-from storage.bulk_writer import BulkWriter
 from storage.contract import TreeWriter
-from storage.verify import verify_context
-from storage.writer import ContextWriter
+from storage.tree import journal, sealing
+from storage.tree.bulk_writer import BulkWriter
+from storage.tree.verify import verify_context
+from storage.tree.writer import ContextWriter
 from tests.storage.support import CONTEXT, Text, assert_holds, encoding_of, follow, new_store, open_context, put, rows
 
 ENCODING = encoding_of()

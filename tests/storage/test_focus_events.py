@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from cluster.errors import CorruptTreeError, DiskFullError, StorageError
-from storage import focus_events
-from storage.focus_events import EVENTS_FOLDER, SCHEMA, FocusEvent, FocusEventLog, read_focus_events
+from storage.focus import events as focus_events
+from storage.focus.events import EVENTS_FOLDER, SCHEMA, FocusEvent, FocusEventLog, read_focus_events
 
 
 def event(number: int, session: str = "s", **fields: Any) -> FocusEvent:

@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from cluster.errors import StorageError
-from storage import focus_labels
-from storage.focus_labels import LabelledContext, LabelledEdit, label_settings, read_labels, write_labels
+from storage.focus import labels as focus_labels
+from storage.focus.labels import LabelledContext, LabelledEdit, label_settings, read_labels, write_labels
 
 FEATURES = ["age", "match"]
 

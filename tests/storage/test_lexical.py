@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from cluster.errors import ConfigError, NodeMissingError
 from storage.contract import SpanWrite, TreeReader
-from storage.lexical import LexicalParameters, LexicalSearcher, ReplacedText
-from storage.lexical_index import LEXICAL_FILE, LexicalWriter
+from storage.lexical.index import LEXICAL_FILE, LexicalWriter
+from storage.lexical.search import LexicalParameters, LexicalSearcher, ReplacedText
 from storage.memory_tree import MemoryTree
 from tests.storage.lexical_support import (
     ENCODING,
@@ -120,7 +120,7 @@ def prose(num_words: int, seed: int = 0) -> str:
         ("id 550e8400-e29b-41d4-a716-446655440000", "show 550E8400-E29B-41D4-A716-446655440000"),
         ("def read_lexical_mark():", "lexical"),
         ("class LexicalMark:", "where is the mark of lexical search"),
-        ("storage.lexical.mark = 1", "storage.lexical.mark"),
+        ("storage.lexical.search.mark = 1", "storage.lexical.search.mark"),
     ],
 )
 @pytest.mark.parametrize("num_indexed", [0, 1, 3])

@@ -17,11 +17,11 @@ import pytest
 
 from cluster.errors import DiskFullError, StorageError, WriterConflictError
 from storage.contract import TreeReader
-from storage.lexical import LexicalSearcher
-from storage.lexical_index import LEXICAL_FILE, LexicalWriter
+from storage.lexical.index import LEXICAL_FILE, LexicalWriter
+from storage.lexical.search import LexicalSearcher
 from storage.memory_tree import MemoryTree
-from storage.reader import ContextReader
-from storage.writer import ContextWriter
+from storage.tree.reader import ContextReader
+from storage.tree.writer import ContextWriter
 from tests.storage.lexical_support import ENCODING, UNPRUNED, decode, write
 from tests.storage.support import CONTEXT, new_store, open_context
 
@@ -250,7 +250,7 @@ def test_an_index_in_a_read_only_folder(tmp_path: Path, monkeypatch: pytest.Monk
     for suffix in ("-wal", "-shm"):
         (tmp_path / f"{LEXICAL_FILE}{suffix}").unlink(missing_ok=True)
     # Root may write anywhere, so the answer is given for it.
-    monkeypatch.setattr("storage.lexical_reader.os.access", lambda *_: False)
+    monkeypatch.setattr("storage.lexical.reader.os.access", lambda *_: False)
     assert found_by(tmp_path, reader) == expected
     assert not (tmp_path / f"{LEXICAL_FILE}-shm").exists()
 

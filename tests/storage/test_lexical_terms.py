@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from storage.lexical_terms import MAX_TERM_CHARS, block_terms, settled_blocks, terms_of
+from storage.lexical.terms import MAX_TERM_CHARS, block_terms, settled_blocks, terms_of
 from storage.memory_tree import MemoryTree
 from tests.storage.lexical_support import ENCODING, decode, span, write
 

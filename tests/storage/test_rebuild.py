@@ -11,10 +11,10 @@ import torch
 from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.errors import IncompatibleTreeError, InvalidWriteError, OutOfOrderError
 from storage.geometry import complete_nodes, deepest_lod
-from storage.rebuild import EncodingBuilder
 from storage.schema import Encoding
 from storage.store import Store
-from storage.verify import verify_context
+from storage.tree.rebuild import EncodingBuilder
+from storage.tree.verify import verify_context
 from tests.storage.support import (
     CONTEXT,
     IDENTITY,

@@ -10,12 +10,12 @@ import pytest
 
 from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.errors import BranchConflictError, StorageError
-from storage.backup import back_up
-from storage.branching import Branching
-from storage.lexical import LexicalSearcher
-from storage.lexical_index import LexicalWriter
-from storage.removal import erase_documents, remove_documents
+from storage.lexical.index import LexicalWriter
+from storage.lexical.search import LexicalSearcher
 from storage.store import Store
+from storage.versions.backup import back_up
+from storage.versions.branching import Branching
+from storage.versions.removal import erase_documents, remove_documents
 from tests.storage.support import CONTEXT, Text, encoding_of, new_store, open_context, rows
 from tests.storage.version_support import history, holds, is_sound, write
 

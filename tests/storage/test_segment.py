@@ -16,9 +16,9 @@ from zarr.codecs import Crc32cCodec
 
 from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.errors import CorruptTreeError, StorageError
-from storage import sealing
-from storage.sealing import SEGMENT_FOLDER
-from storage.segment import (
+from storage.tree import sealing
+from storage.tree.sealing import SEGMENT_FOLDER
+from storage.tree.segment import (
     CRC_BYTES,
     SegmentArray,
     SegmentArraySpec,

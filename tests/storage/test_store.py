@@ -26,11 +26,12 @@ from cluster.errors import (
     StorageError,
     WriterConflictError,
 )
-from storage import catalogue, store
-from storage.reader import ContextReader
+from storage import store
 from storage.schema import FORMAT_VERSION
 from storage.store import Store
-from storage.verify import verify_context
+from storage.tree import catalogue
+from storage.tree.reader import ContextReader
+from storage.tree.verify import verify_context
 from tests.storage.support import CONTEXT, IDENTITY, Text, assert_holds, encoding_of, new_store, open_context
 
 ENCODING = encoding_of()

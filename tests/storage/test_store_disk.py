@@ -13,8 +13,9 @@ import pytest
 
 from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.errors import DiskFullError, StorageError
-from storage import catalogue, durable, store
+from storage import durable, store
 from storage.store import Store, check_disk_space, estimate_bytes
+from storage.tree import catalogue
 from tests.storage.support import CONTEXT, IDENTITY, Text, encoding_of, follow, new_store, open_context
 
 ENCODING = encoding_of()

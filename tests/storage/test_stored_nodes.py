@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.errors import CorruptTreeError, NodeMissingError
-from storage.reader import ContextReader
 from storage.schema import Encoding
-from storage.sealing import SEGMENT_FOLDER
-from storage.segment import SegmentArray
+from storage.tree.reader import ContextReader
+from storage.tree.sealing import SEGMENT_FOLDER
+from storage.tree.segment import SegmentArray
 from tests.storage.support import CONTEXT, Text, encoding_of, new_store, open_context
 
 NUM_BLOCKS = 170

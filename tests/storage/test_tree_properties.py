@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from cluster.config import TOKENS_PER_BLOCK as K
 from storage.memory_tree import MemoryTree
-from storage.verify import verify_context
+from storage.tree.verify import verify_context
 from tests.storage.support import (
     CONTEXT,
     Text,

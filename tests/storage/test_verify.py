@@ -14,10 +14,10 @@ import pytest
 
 from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.errors import CorruptTreeError
-from storage import catalogue, journal
-from storage.reader import ContextReader
-from storage.rebuild import EncodingBuilder
-from storage.verify import verify_context
+from storage.tree import catalogue, journal
+from storage.tree.reader import ContextReader
+from storage.tree.rebuild import EncodingBuilder
+from storage.tree.verify import verify_context
 from tests.storage.support import CONTEXT, Text, encoding_of, follow, new_store, nodes_of, open_context
 
 ENCODING = encoding_of("float16", width=5, key_width=3)

@@ -12,11 +12,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.errors import BranchConflictError
-from storage.branching import Branching
-from storage.reader import ContextReader
-from storage.removal import remove_documents
 from storage.store import Store
-from storage.verify import verify_context
+from storage.tree.reader import ContextReader
+from storage.tree.verify import verify_context
+from storage.versions.branching import Branching
+from storage.versions.removal import remove_documents
 from tests.storage.support import CONTEXT, Text, assert_holds, encoding_of, follow, new_store, open_context
 
 ENCODING = encoding_of("float16", width=3)

@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 
 from cluster.config import TOKENS_PER_BLOCK as K
-from storage.history import History
-from storage.reader import ContextReader
-from storage.verify import verify_context
-from storage.writer import ContextWriter
+from storage.tree.reader import ContextReader
+from storage.tree.verify import verify_context
+from storage.tree.writer import ContextWriter
+from storage.versions.history import History
 from tests.storage.support import CONTEXT, Text, assert_holds, follow
 
 

@@ -10,13 +10,13 @@ import numpy as np
 
 from cluster.errors import MegaContextError
 from storage.contract import TreeReader
-from storage.focus_events import FocusEventLog, read_focus_events
-from storage.lexical import LexicalSearcher
-from storage.lexical_index import LexicalWriter
-from storage.reader import ContextReader
-from storage.rebuild import EncodingBuilder
+from storage.focus.events import FocusEventLog, read_focus_events
+from storage.lexical.index import LexicalWriter
+from storage.lexical.search import LexicalSearcher
 from storage.store import Store
-from storage.verify import verify_context
+from storage.tree.reader import ContextReader
+from storage.tree.rebuild import EncodingBuilder
+from storage.tree.verify import verify_context
 from tests.storage.support import CONTEXT, Text, follow, new_store, nodes_of, open_context
 from tests.torture.workloads import ENCODINGS, event_number
 

@@ -16,9 +16,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from cluster.errors import StorageError
-from storage.bulk_writer import BulkWriter
-from storage.focus_events import FocusEventLog, read_focus_events
-from storage.writer import ContextWriter
+from storage.focus.events import FocusEventLog, read_focus_events
+from storage.tree.bulk_writer import BulkWriter
+from storage.tree.writer import ContextWriter
 from tests.torture.children import Child
 from tests.torture.counts import Counts
 from tests.torture.interposer import FOR_EVER, Action, Plan, arm, heal, num_points

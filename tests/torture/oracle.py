@@ -14,12 +14,12 @@ import numpy as np
 import torch
 
 from cluster.errors import MegaContextError
-from storage import catalogue
-from storage.focus_events import read_focus_events
-from storage.history import History
-from storage.reader import ContextReader
+from storage.focus.events import read_focus_events
 from storage.store import Store
-from storage.verify import verify_context
+from storage.tree import catalogue
+from storage.tree.reader import ContextReader
+from storage.tree.verify import verify_context
+from storage.versions.history import History
 from tests.storage.support import CONTEXT, Text, assert_holds, vectors
 from tests.torture.workloads import (
     ENCODINGS,

@@ -18,17 +18,17 @@ from typing import Protocol
 import torch
 
 from cluster.config import TOKENS_PER_BLOCK as K
-from storage.branching import Branching
-from storage.bulk_writer import BulkWriter
 from storage.contract import Ack, TreeWriter
-from storage.focus_events import FocusEvent, FocusEventLog, read_focus_events
+from storage.focus.events import FocusEvent, FocusEventLog, read_focus_events
 from storage.geometry import complete_nodes, deepest_lod
-from storage.history import History
-from storage.rebuild import EncodingBuilder
-from storage.removal import remove_documents
 from storage.schema import Encoding
 from storage.store import Store
-from storage.writer import ContextWriter
+from storage.tree.bulk_writer import BulkWriter
+from storage.tree.rebuild import EncodingBuilder
+from storage.tree.writer import ContextWriter
+from storage.versions.branching import Branching
+from storage.versions.history import History
+from storage.versions.removal import remove_documents
 from tests.storage.support import CONTEXT, Text, encoding_of, follow, new_store, nodes_of, open_context
 
 ENCODINGS = (encoding_of("float16", width=6, rows=2, key_width=3), encoding_of("float16", width=7, key_width=2))

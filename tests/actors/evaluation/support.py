@@ -21,7 +21,7 @@ from models.positions import Positions
 from storage.contract import DocumentMeta, SpanWrite, TreeReader
 from storage.corpus import Document
 from storage.geometry import NO_TOKEN
-from storage.lexical import LexicalSearcher
+from storage.lexical.search import LexicalSearcher
 from storage.memory_tree import MemoryTree
 from storage.schema import GISTS, KEYS, ArraySpec, Encoding
 from tests.actors.helpers import follow, ingest, make_compactor, make_text, open_context, tiny_plan

@@ -27,7 +27,7 @@ from models.focus.history import History
 from models.focus.layout import Policy
 from models.sentence_encoder import SentenceEncoder
 from storage.contract import DocumentMeta
-from storage.lexical import LexicalSearcher
+from storage.lexical.search import LexicalSearcher
 from tests.actors.evaluation.support import NEEDLE, StoredText, plain_nll, stored, text_with_needle
 from tests.actors.helpers import make_compactor, make_text, open_context
 

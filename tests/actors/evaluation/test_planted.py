@@ -36,7 +36,7 @@ from models.node_encoder import NodeEncoder
 from storage.contract import DocumentMeta, SpanWrite, TreeReader
 from storage.memory_tree import MemoryTree
 from storage.schema import GISTS, KEYS
-from storage.writer import ContextWriter
+from storage.tree.writer import ContextWriter
 from tests.actors.helpers import assert_same_tree, follow, make_compactor, open_context
 from tests.models.focus.trees import readers
 from tests.models.gistnet.nets import perturb

@@ -22,7 +22,7 @@ from models.focus.block_embeddings import BlockEmbeddings
 from models.focus.dense import KeySpace, dense_scores, query_states
 from models.focus.history import History
 from models.sentence_encoder import VECTOR_DIM
-from storage.lexical import LexicalParameters
+from storage.lexical.search import LexicalParameters
 from storage.schema import KEYS
 from tests.actors.evaluation.support import NEEDLE, StoredText, plain_nll, stored, text_with_needle
 

@@ -28,9 +28,9 @@ from models.lensnet import LensNetSpec
 from models.lensnet.net import untrained_lensnet
 from models.sentence_encoder import SentenceEncoder
 from storage.contract import TreeReader
-from storage.lexical import LexicalSearcher
-from storage.lexical_index import LexicalWriter
-from storage.writer import ContextWriter
+from storage.lexical.index import LexicalWriter
+from storage.lexical.search import LexicalSearcher
+from storage.tree.writer import ContextWriter
 from tests.actors.helpers import follow, ingest, make_compactor, make_documents, open_context, tiny_plan
 
 LENGTH = 8192

@@ -27,9 +27,9 @@ from cluster.errors import (
 from models.base_lm import BaseLM
 from models.focus.picture import picture
 from pipelines.session_report import session_numbers, swap_rate
-from storage.focus_events import read_focus_events
+from storage.focus.events import read_focus_events
 from storage.store import Store
-from storage.verify import verify_context
+from storage.tree.verify import verify_context
 from tests.actors.helpers import make_text, open_context
 from tests.actors.sessions.support import CONFIG, SAMPLING, ask, assert_as_full_pass, document, other_context, said
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from models.lensnet.features import FEATURES
-from storage.focus_labels import LabelledContext, LabelledEdit
+from storage.focus.labels import LabelledContext, LabelledEdit
 
 KEY_DIM = 4
 WORTH = 0.2

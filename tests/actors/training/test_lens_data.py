@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from actors.training.lens_data import batch_of, measured_sets, split_documents
-from storage.focus_labels import LabelledContext
+from storage.focus.labels import LabelledContext
 from tests.actors.training.lens_support import labelled_context
 
 

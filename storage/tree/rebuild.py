@@ -10,12 +10,12 @@ from collections.abc import Mapping
 
 from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.errors import OutOfOrderError
-from storage import journal
 from storage.codec import Values
 from storage.contract import Ack
-from storage.levels import fresh_nodes, level_counts
 from storage.schema import Encoding
-from storage.writer import ContextWriter
+from storage.tree import journal
+from storage.tree.levels import fresh_nodes, level_counts
+from storage.tree.writer import ContextWriter
 
 
 class EncodingBuilder:

@@ -11,12 +11,12 @@ from dataclasses import replace
 
 import numpy as np
 
-from storage.accept import accept_spans
 from storage.codec import Values, encode_arrays
 from storage.contract import Ack, DocumentMark, DocumentMeta, SpanWrite, Version
-from storage.documents import OpenDocument
-from storage.reader import ContextReader
-from storage.writer import ContextWriter
+from storage.tree.accept import accept_spans
+from storage.tree.documents import OpenDocument
+from storage.tree.reader import ContextReader
+from storage.tree.writer import ContextWriter
 
 
 class BulkWriter:

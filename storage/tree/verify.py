@@ -12,14 +12,14 @@ import numpy as np
 
 from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.errors import CorruptTreeError, StorageError
-from storage import catalogue, journal
 from storage.geometry import NO_TOKEN
-from storage.journal import Level
-from storage.lineage import COLLECTED, LIVE, Branch, branches, load_lineage
-from storage.reader import ContextReader
 from storage.schema import Encoding
-from storage.sealing import SEGMENT_FOLDER, array_spec
-from storage.segment import SegmentArray, check_manifest
+from storage.tree import catalogue, journal
+from storage.tree.journal import Level
+from storage.tree.lineage import COLLECTED, LIVE, Branch, branches, load_lineage
+from storage.tree.reader import ContextReader
+from storage.tree.sealing import SEGMENT_FOLDER, array_spec
+from storage.tree.segment import SegmentArray, check_manifest
 
 BLOCKS_AT_A_TIME = 4096
 

@@ -19,13 +19,13 @@ import numpy as np
 
 from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.errors import BranchConflictError, StorageError
-from storage import journal
-from storage.commits import insert_commit
 from storage.contract import DocumentInfo, SpanWrite, Version
-from storage.documents import OpenDocument, insert_document, open_document
-from storage.lineage import LIVE, RETIRED, Lineage, find_branch, inherited_nodes, load_lineage
-from storage.reader import ContextReader
-from storage.writer import MAIN_BRANCH, ContextWriter
+from storage.tree import journal
+from storage.tree.commits import insert_commit
+from storage.tree.documents import OpenDocument, insert_document, open_document
+from storage.tree.lineage import LIVE, RETIRED, Lineage, find_branch, inherited_nodes, load_lineage
+from storage.tree.reader import ContextReader
+from storage.tree.writer import MAIN_BRANCH, ContextWriter
 
 NAME_RULE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 MERGE_BLOCKS = 4096

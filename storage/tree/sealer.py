@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cluster.errors import DiskFullError, StaleWriterError, StorageError
-from storage import journal, sealing
-from storage.levels import level_counts, sealed_nodes
 from storage.schema import Encoding
+from storage.tree import journal, sealing
+from storage.tree.levels import level_counts, sealed_nodes
 
 if TYPE_CHECKING:
-    from storage.writer import ContextWriter
+    from storage.tree.writer import ContextWriter
 
 logger = logging.getLogger("megacontext.storage")
 

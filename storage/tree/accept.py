@@ -10,9 +10,9 @@ import numpy as np
 from cluster.errors import InvalidWriteError, OutOfOrderError
 from storage.codec import encode_arrays
 from storage.contract import DocumentMeta, SpanWrite
-from storage.documents import OpenDocument
 from storage.geometry import NO_TOKEN
 from storage.schema import Encoding
+from storage.tree.documents import OpenDocument
 
 
 @dataclass

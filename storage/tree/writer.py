@@ -30,18 +30,18 @@ from cluster.errors import (
     StorageError,
     WriterConflictError,
 )
-from storage import catalogue, journal, sealing
-from storage.accept import accept_spans, accept_tail, ended_document
 from storage.codec import Values
-from storage.commits import Writing, insert_audit, insert_commit
 from storage.contract import Ack, DocumentMark, DocumentMeta, SpanWrite, Version
-from storage.documents import OpenDocument, find_document, insert_document, open_document, update_document
 from storage.durable import disk_errors
-from storage.levels import fresh_nodes, sealed_nodes
-from storage.lineage import LIVE, Branch, load_lineage
-from storage.reader import ContextReader
 from storage.schema import Encoding
-from storage.sealer import Sealer
+from storage.tree import catalogue, journal, sealing
+from storage.tree.accept import accept_spans, accept_tail, ended_document
+from storage.tree.commits import Writing, insert_audit, insert_commit
+from storage.tree.documents import OpenDocument, find_document, insert_document, open_document, update_document
+from storage.tree.levels import fresh_nodes, sealed_nodes
+from storage.tree.lineage import LIVE, Branch, load_lineage
+from storage.tree.reader import ContextReader
+from storage.tree.sealer import Sealer
 
 logger = logging.getLogger("megacontext.storage")
 

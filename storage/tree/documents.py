@@ -12,7 +12,7 @@ import numpy as np
 from cluster.errors import OutOfOrderError
 from storage.contract import DocumentInfo, DocumentMark, DocumentMeta, SpanWrite
 from storage.geometry import NO_TOKEN
-from storage.lineage import Lineage
+from storage.tree.lineage import Lineage
 
 _COLUMNS = (
     "d.document_id, d.key, d.uri, d.content_sha256, d.size_bytes, d.modified_at, d.tags, d.first_block, d.num_blocks, "

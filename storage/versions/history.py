@@ -14,10 +14,10 @@ import numpy as np
 
 from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.errors import StorageError
-from storage import catalogue, journal
 from storage.contract import DocumentInfo
-from storage.lineage import COLLECTED, LIVE, Branch, branches, find_branch, load_lineage
-from storage.reader import ContextReader
+from storage.tree import catalogue, journal
+from storage.tree.lineage import COLLECTED, LIVE, Branch, branches, find_branch, load_lineage
+from storage.tree.reader import ContextReader
 
 
 @dataclass(frozen=True)

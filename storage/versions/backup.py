@@ -20,13 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.errors import CorruptTreeError, DiskFullError, StorageError
-from storage import catalogue
 from storage.durable import fsync_folder, fsync_path
-from storage.focus_events import EVENTS_FOLDER
-from storage.sealing import SEGMENT_FOLDER, is_ours
-from storage.segment import Manifest, check_manifest
+from storage.focus.events import EVENTS_FOLDER
 from storage.store import Store
-from storage.writer import writer_lock
+from storage.tree import catalogue
+from storage.tree.sealing import SEGMENT_FOLDER, is_ours
+from storage.tree.segment import Manifest, check_manifest
+from storage.tree.writer import writer_lock
 
 logger = logging.getLogger("megacontext.storage")
 

@@ -15,15 +15,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cluster.errors import BranchConflictError, StorageError
-from storage.branching import Branching
 from storage.contract import DocumentInfo, Version
-from storage.documents import plain_key
-from storage.history import History
-from storage.lexical_index import LEXICAL_FILE, lexical_lock
-from storage.lineage import LIVE, RETIRED, Lineage, branches, find_branch, load_lineage
-from storage.reader import ContextReader
+from storage.lexical.index import LEXICAL_FILE, lexical_lock
 from storage.store import Store
-from storage.writer import ContextWriter
+from storage.tree.documents import plain_key
+from storage.tree.lineage import LIVE, RETIRED, Lineage, branches, find_branch, load_lineage
+from storage.tree.reader import ContextReader
+from storage.tree.writer import ContextWriter
+from storage.versions.branching import Branching
+from storage.versions.history import History
 
 UNSEEN = "being-rewritten"
 """Name of the branch that is made behind the scenes; one that an interrupted removal left is discarded."""

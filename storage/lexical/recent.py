@@ -12,7 +12,7 @@ from collections import Counter, defaultdict, deque
 import numpy as np
 
 from storage.contract import TreeReader
-from storage.lexical_terms import Decode, block_terms, settled_blocks
+from storage.lexical.terms import Decode, block_terms, settled_blocks
 
 logger = logging.getLogger("megacontext.storage")
 

@@ -19,13 +19,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cluster.config import TOKENS_PER_BLOCK as K
-from storage import journal, sealing
 from storage.durable import fsync_folder
-from storage.journal import Level
-from storage.lineage import COLLECTED, LIVE, RETIRED, Branch, branches, load_lineage
 from storage.schema import Encoding
-from storage.sealing import SEGMENT_FOLDER
-from storage.writer import ContextWriter
+from storage.tree import journal, sealing
+from storage.tree.journal import Level
+from storage.tree.lineage import COLLECTED, LIVE, RETIRED, Branch, branches, load_lineage
+from storage.tree.sealing import SEGMENT_FOLDER
+from storage.tree.writer import ContextWriter
 
 KEEP_DAYS = 14.0
 """How long a version can be gone back to by default, once its branch was retired or its gists were replaced."""

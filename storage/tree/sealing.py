@@ -12,10 +12,10 @@ from typing import Any
 
 from cluster.config import SLOTS_PER_SUPER_BLOCK
 from cluster.config import TOKENS_PER_BLOCK as K
-from storage import journal
-from storage.journal import Arrays, Level
 from storage.schema import StoredArray
-from storage.segment import Manifest, SegmentArray, SegmentArraySpec, write_segment
+from storage.tree import journal
+from storage.tree.journal import Arrays, Level
+from storage.tree.segment import Manifest, SegmentArray, SegmentArraySpec, write_segment
 
 SEGMENT_FOLDER = "segments"
 

@@ -20,16 +20,16 @@ import torch
 
 from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.errors import CorruptTreeError, NodeMissingError, StorageError
-from storage import catalogue, journal
 from storage.codec import decode_array
 from storage.contract import DocumentInfo, Tail, Version
-from storage.documents import document_info_at, document_infos, open_document
-from storage.journal import Level, Run
-from storage.levels import level_counts
-from storage.lineage import LIVE, Branch, Lineage, Part, branches, find_branch, load_lineage
 from storage.schema import ArraySpec, Encoding
-from storage.sealing import SEGMENT_FOLDER
-from storage.stored_nodes import Extent, StoredNodes
+from storage.tree import catalogue, journal
+from storage.tree.documents import document_info_at, document_infos, open_document
+from storage.tree.journal import Level, Run
+from storage.tree.levels import level_counts
+from storage.tree.lineage import LIVE, Branch, Lineage, Part, branches, find_branch, load_lineage
+from storage.tree.sealing import SEGMENT_FOLDER
+from storage.tree.stored_nodes import Extent, StoredNodes
 
 CACHED_RUNS = 256
 """Journal runs kept parsed: at most 32 nodes each, about 20 MB at d = 576 with keys."""

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.errors import CorruptTreeError
-from storage import journal
-from storage.journal import Level
 from storage.schema import Encoding
+from storage.tree import journal
+from storage.tree.journal import Level
 
 LIVE = "live"
 RETIRED = "retired"

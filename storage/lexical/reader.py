@@ -15,9 +15,9 @@ from typing import TypeVar
 
 import numpy as np
 
-from storage import catalogue
 from storage.contract import TreeReader
-from storage.lexical_index import LENGTHS_PER_ROW, IndexState, is_damage, load_lengths, no_index, primary_code
+from storage.lexical.index import LENGTHS_PER_ROW, IndexState, is_damage, load_lengths, no_index, primary_code
+from storage.tree import catalogue
 
 logger = logging.getLogger("megacontext.storage")
 

@@ -15,12 +15,12 @@ import numpy as np
 
 from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.errors import CorruptTreeError, NodeMissingError
-from storage import journal
 from storage.contract import Version
-from storage.journal import Level, Run
 from storage.schema import StoredArray
-from storage.sealing import array_spec
-from storage.segment import CRC_BYTES, SegmentArray, window_over
+from storage.tree import journal
+from storage.tree.journal import Level, Run
+from storage.tree.sealing import array_spec
+from storage.tree.segment import CRC_BYTES, SegmentArray, window_over
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,10 @@ import numpy as np
 
 from cluster.errors import ConfigError, NodeMissingError
 from storage.contract import TreeReader
-from storage.lexical_index import LEXICAL_FILE
-from storage.lexical_reader import IndexReader, IndexSnapshot
-from storage.lexical_recent import RecentTerms
-from storage.lexical_terms import Decode, block_terms, terms_of
+from storage.lexical.index import LEXICAL_FILE
+from storage.lexical.reader import IndexReader, IndexSnapshot
+from storage.lexical.recent import RecentTerms
+from storage.lexical.terms import Decode, block_terms, terms_of
 
 
 @dataclass(frozen=True)

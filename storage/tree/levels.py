@@ -12,9 +12,9 @@ import numpy as np
 from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.errors import InvalidWriteError, OutOfOrderError
 from storage.codec import Values, check_names, encode_arrays
-from storage.journal import Level
-from storage.lineage import Branch
 from storage.schema import Encoding
+from storage.tree.journal import Level
+from storage.tree.lineage import Branch
 
 
 def sealed_nodes(connection: sqlite3.Connection, level: Level) -> int:

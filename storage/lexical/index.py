@@ -25,9 +25,9 @@ import google_crc32c
 import numpy as np
 
 from cluster.errors import StorageError, WriterConflictError
-from storage import catalogue
 from storage.contract import TreeReader
-from storage.lexical_terms import Decode, block_terms, settled_blocks
+from storage.lexical.terms import Decode, block_terms, settled_blocks
+from storage.tree import catalogue
 
 logger = logging.getLogger("megacontext.storage")
 

@@ -1,0 +1,1 @@
+"""What sessions and label jobs write down of Working Contexts: focus events and focus labels, as Parquet."""
