@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol, runtime_checkable
+from enum import IntEnum
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -56,6 +57,28 @@ class DocumentMark:
     state: str
 
 
+class BlockState(IntEnum):
+    """What there is of a block."""
+
+    WHOLE = 0
+    GIST_ONLY = 1
+    """Its tokens were taken out of the tree by curation; gists of all levels stay."""
+    TOMBSTONED = 2
+    """The same, and no detail of it is to be shown: a Working Context represents it as coarsely as it can."""
+    SPECULATIVE = 3
+    """Has its tokens, and may be discarded or replaced at its place."""
+
+
+class PrunedSpan(NamedTuple):
+    """Blocks that are not whole."""
+
+    first: int
+    num_blocks: int
+    state: BlockState
+    keep_until: float
+    """Unix seconds: when their tokens may be collected."""
+
+
 @dataclass(frozen=True)
 class SpanWrite:
     """Consecutive blocks of one document.
@@ -72,6 +95,9 @@ class SpanWrite:
     arrays: Mapping[str, Values]
     last: bool = False
     """The document ends with this span."""
+    pruned: tuple[PrunedSpan, ...] = ()
+    """Blocks, counted in the span, that are not whole. Where their tokens are gone every slot holds NO_TOKEN; counts
+    stay."""
 
     @property
     def num_blocks(self) -> int:
@@ -91,6 +117,7 @@ class SpanWrite:
             num_tokens=self.num_tokens[start:stop],
             arrays=arrays,
             last=self.last and stop == self.num_blocks,
+            pruned=_clipped(self.pruned, start, stop),
         )
 
     def check(self) -> None:
@@ -117,7 +144,9 @@ class SpanWrite:
         # NO_TOKEN is the largest number there is, so one maximum tells that the used slots hold none.
         slots = self.tokens.reshape(-1)
         used = len(slots) - short
-        if slots[:used].max() == NO_TOKEN or (short and slots[used:].min() != NO_TOKEN):
+        if self.pruned:
+            self._check_pruned(where)
+        elif slots[:used].max() == NO_TOKEN or (short and slots[used:].min() != NO_TOKEN):
             raise InvalidWriteError(f"{where}: unused slots, and only those, must hold NO_TOKEN")
         for name, values in self.arrays.items():
             num_rows = math.prod(values.shape[:-1])
@@ -126,6 +155,22 @@ class SpanWrite:
                     f"{where}: array {name!r} has shape {tuple(values.shape)}, which does not share out to "
                     f"{len(counts)} blocks"
                 )
+
+    def _check_pruned(self, where: str) -> None:
+        may_be_gone = np.zeros(self.num_blocks, bool)
+        for span in self.pruned:
+            may_be_gone[span.first : span.first + span.num_blocks] = True
+        empty = self.tokens == NO_TOKEN
+        gone = empty.all(axis=1)
+        unused = np.arange(K) >= self.num_tokens[:, None]
+        if (gone & ~may_be_gone).any() or not np.array_equal(empty[~gone], unused[~gone]):
+            raise InvalidWriteError(f"{where}: unused slots and pruned blocks, and only those, may hold NO_TOKEN")
+
+
+def _clipped(spans: tuple[PrunedSpan, ...], start: int, stop: int) -> tuple[PrunedSpan, ...]:
+    """The parts of spans in `[start, stop)`, counted from there."""
+    cut = [(max(s.first, start), min(s.first + s.num_blocks, stop), s) for s in spans]
+    return tuple(s._replace(first=low - start, num_blocks=high - low) for low, high, s in cut if low < high)
 
 
 @dataclass(frozen=True)
@@ -193,7 +238,8 @@ class TreeReader(Protocol):
         """Tokens of consecutive blocks.
 
         Returns:
-            `(num_blocks, 32)` uint32 with `NO_TOKEN` in unused slots, and `(num_blocks,)` uint8 real tokens.
+            `(num_blocks, 32)` uint32 with `NO_TOKEN` in unused slots, and `(num_blocks,)` uint8 tokens in each row. A
+            block that curation pruned has none here, though the timeline counts those it had (`tokens_before`).
 
         Raises:
             NodeMissingError: blocks outside the version.

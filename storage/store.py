@@ -283,7 +283,13 @@ class Store:
         return PinnedReader(self, folder, name, MAIN_BRANCH, seq)
 
     def collect(
-        self, writer: ContextWriter, *, keep_s: float, clip_share: float = CLIP_SHARE, dry_run: bool = False
+        self,
+        writer: ContextWriter,
+        *,
+        keep_s: float,
+        clip_share: float = CLIP_SHARE,
+        dry_run: bool = False,
+        now: float | None = None,
     ) -> Garbage:
         """Remove what no branch, tag, lease or `keep_s` needs of a writer's context (`collect.collect`).
 
@@ -294,7 +300,7 @@ class Store:
                 "SELECT seq FROM pins WHERE context = ? AND expires_at >= ?", (writer.name, time.time())
             ).fetchall()
             held = [row[0] for row in pins]
-            return collect(writer, held, keep_s=keep_s, clip_share=clip_share, dry_run=dry_run)
+            return collect(writer, held, keep_s=keep_s, clip_share=clip_share, dry_run=dry_run, now=now)
 
     # -- pins ----------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from cluster.errors import InvalidWriteError, OutOfOrderError
 from storage.codec import encode_arrays
-from storage.contract import DocumentMeta, SpanWrite
+from storage.contract import DocumentMeta, PrunedSpan, SpanWrite
 from storage.geometry import NO_TOKEN
 from storage.schema import Encoding
 from storage.tree.documents import OpenDocument
@@ -32,6 +32,14 @@ class Accepted:
     def open_document(self) -> OpenDocument | None:
         """The document that goes on growing after this write."""
         return self.documents[-1] if self.documents[-1].state == "open" else None
+
+    def pruned(self, first_block: int) -> list[PrunedSpan]:
+        """What is not whole of the new blocks, on the timeline; the first new one is `first_block`."""
+        found, start = [], first_block
+        for span in self.spans:
+            found += [part._replace(first=start + part.first) for part in span.pruned]
+            start += span.num_blocks
+        return found
 
     def blocks(self, tokens_before: int) -> dict[str, np.ndarray]:
         """Tokens, counts and prefix sum of the run, given the timeline's tokens before it."""

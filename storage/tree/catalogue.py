@@ -68,10 +68,6 @@ CREATE TABLE extents (
   segment_id INTEGER NOT NULL, branch_id INTEGER NOT NULL, encoding_id INTEGER NOT NULL, lod INTEGER NOT NULL,
   first INTEGER NOT NULL, count INTEGER NOT NULL, PRIMARY KEY (branch_id, encoding_id, lod, first)) WITHOUT ROWID;
 
--- Spans that are not `whole`: gist_only, tombstoned, speculative.
-CREATE TABLE node_states (
-  branch_id INTEGER NOT NULL, lod INTEGER NOT NULL, first INTEGER NOT NULL, count INTEGER NOT NULL,
-  state TEXT NOT NULL, PRIMARY KEY (branch_id, lod, first)) WITHOUT ROWID;
 -- Data derived behind the commits (counters) and how far each has come; the lexical index keeps its own mark.
 CREATE TABLE derived (name TEXT PRIMARY KEY, branch_id INTEGER NOT NULL, next_block INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE tags (
@@ -80,6 +76,14 @@ CREATE TABLE tags (
 CREATE TABLE audit (
   audit_id INTEGER PRIMARY KEY AUTOINCREMENT, at REAL NOT NULL, actor TEXT NOT NULL, action TEXT NOT NULL,
   detail TEXT NOT NULL);
+"""
+
+_BLOCK_STATES = """
+-- From version since_seq on, a span of blocks has a state (BlockState). keep_until: unix seconds, when tokens of a
+-- pruned span may be collected.
+CREATE TABLE block_states (
+  branch_id INTEGER NOT NULL, since_seq INTEGER NOT NULL, first INTEGER NOT NULL, count INTEGER NOT NULL,
+  state INTEGER NOT NULL, keep_until REAL NOT NULL, PRIMARY KEY (branch_id, since_seq, first)) WITHOUT ROWID;
 """
 
 # The audit log only grows, whoever opens the file.
@@ -122,7 +126,13 @@ def _add_forks_and_authors(db: sqlite3.Connection) -> None:
     _run(db, _AUDIT_GUARDS)
 
 
-MIGRATIONS: dict[int, Callable[[sqlite3.Connection], None]] = {1: _add_forks_and_authors}
+def _add_block_states(db: sqlite3.Connection) -> None:
+    """Format 2 to 3: states of blocks belong to versions. Before, nothing ever had another state than whole."""
+    db.execute("DROP TABLE node_states")
+    _run(db, _BLOCK_STATES)
+
+
+MIGRATIONS: dict[int, Callable[[sqlite3.Connection], None]] = {1: _add_forks_and_authors, 2: _add_block_states}
 """Step from format n to n + 1, run by the writer in one transaction before anything else."""
 
 
@@ -142,7 +152,7 @@ def create(folder: Path, meta: dict[str, str]) -> None:
             connection.execute("PRAGMA synchronous=FULL")
             # One explicit transaction: a crash leaves an empty database, never half a schema.
             connection.execute("BEGIN IMMEDIATE")
-            _run(connection, _SCHEMA + _AUDIT_GUARDS)
+            _run(connection, _SCHEMA + _BLOCK_STATES + _AUDIT_GUARDS)
             rows = {**meta, "format_version": str(FORMAT_VERSION), "created_at": str(time.time())}
             connection.executemany("INSERT INTO meta VALUES (?, ?)", rows.items())
             connection.execute("INSERT INTO writer VALUES (1, 0, '')")

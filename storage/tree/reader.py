@@ -21,7 +21,8 @@ import torch
 from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.errors import CorruptTreeError, NodeMissingError, StorageError
 from storage.codec import decode_array
-from storage.contract import DocumentInfo, Tail, Version
+from storage.contract import DocumentInfo, PrunedSpan, Tail, Version
+from storage.geometry import NO_TOKEN
 from storage.schema import ArraySpec, Encoding
 from storage.tree import catalogue, journal
 from storage.tree.documents import document_info_at, document_infos, open_document
@@ -29,6 +30,7 @@ from storage.tree.journal import Level, Run
 from storage.tree.levels import level_counts
 from storage.tree.lineage import LIVE, Branch, Lineage, Part, branches, find_branch, load_lineage
 from storage.tree.sealing import SEGMENT_FOLDER
+from storage.tree.states import PRUNED, as_spans, block_states, pruned_spans
 from storage.tree.stored_nodes import Extent, StoredNodes
 
 CACHED_RUNS = 256
@@ -179,9 +181,63 @@ class ContextReader:
 
     def tokens(self, first_block: int, num_blocks: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens of consecutive blocks (`TreeReader.tokens`)."""
-        tokens = self._blocks("tokens").nodes(first_block, num_blocks)
-        counts = self._blocks("num_tokens").nodes(first_block, num_blocks)
-        return tokens.reshape(num_blocks, K), counts.reshape(num_blocks)
+        tokens = self._blocks("tokens").nodes(first_block, num_blocks).reshape(num_blocks, K)
+        counts = self._blocks("num_tokens").nodes(first_block, num_blocks).reshape(num_blocks)
+        if self._states is not None:
+            pruned = np.isin(self._states[first_block : first_block + num_blocks], PRUNED)
+            tokens[pruned], counts[pruned] = NO_TOKEN, 0
+        if ((tokens[:, 0] == NO_TOKEN) & (counts > 0)).any():
+            raise StorageError(
+                f"version {self._version.seq} of context {self._version.context!r} was read without a lease, and "
+                "tokens that curation pruned since were collected. Open the newest version"
+            )
+        return tokens, counts
+
+    @functools.cached_property
+    def _states(self) -> np.ndarray | None:
+        version = self._version
+        with catalogue.translated(self.folder / catalogue.CATALOGUE_FILE):
+            return block_states(self._connection, self._lineage, version.seq, version.num_blocks)
+
+    def block_states(self, first_block: int, num_blocks: int) -> np.ndarray:
+        """`BlockState` of consecutive blocks: `(num_blocks,)` int8.
+
+        Raises:
+            NodeMissingError: blocks outside the version.
+        """
+        if first_block < 0 or num_blocks < 0 or first_block + num_blocks > self._version.num_blocks:
+            raise NodeMissingError(
+                f"blocks {first_block} to {first_block + num_blocks - 1} were asked for; version {self._version.seq} "
+                f"of context {self._version.context!r} has {self._version.num_blocks}"
+            )
+        if self._states is None:
+            return np.zeros(num_blocks, np.int8)
+        return self._states[first_block : first_block + num_blocks].copy()
+
+    def pruned_spans(self, first_block: int, num_blocks: int) -> tuple[PrunedSpan, ...]:
+        """What is not whole of consecutive blocks, counted from the first of them."""
+        if self._states is None:
+            return ()
+        version = self._version
+        with catalogue.translated(self.folder / catalogue.CATALOGUE_FILE):
+            return pruned_spans(
+                self._connection, self._lineage, version.seq, version.num_blocks, first_block, num_blocks
+            )
+
+    def require_whole(self, first_block: int, num_blocks: int, what: str) -> None:
+        """Refuse to go on where tokens were pruned.
+
+        Raises:
+            StorageError: saying where, and what needs them.
+        """
+        pruned = as_spans(np.isin(self.block_states(first_block, num_blocks), PRUNED), first_block)
+        if pruned:
+            first, count = pruned[0]
+            raise StorageError(
+                f"{what} needs all tokens, and curation took those of blocks {first}-{first + count - 1} of context "
+                f"{self._version.context!r} away ({len(pruned)} span(s)). `curate restore` brings them back while they "
+                "are kept"
+            )
 
     def tokens_before(self, blocks: np.ndarray) -> np.ndarray:
         """Real tokens of the timeline before each block (`TreeReader.tokens_before`)."""

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
 import sqlite3
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cluster.config import SLOTS_PER_SUPER_BLOCK
 from cluster.config import TOKENS_PER_BLOCK as K
+from storage.durable import fsync_folder
+from storage.geometry import NO_TOKEN
 from storage.schema import StoredArray
 from storage.tree import journal
 from storage.tree.journal import Arrays, Level
@@ -42,10 +46,22 @@ def array_spec(level: Level, stored: StoredArray, count: int) -> SegmentArraySpe
     if level.encoding_id == journal.BLOCKS:
         num_rows = count * stored.width
         chunk = SLOTS_PER_SUPER_BLOCK if stored.name == "tokens" else K
-        return SegmentArraySpec(path, stored.dtype, num_rows, 0, chunk)
+        # What holds no token was pruned. It is none of the numbers that tell how many tokens there were.
+        fill = NO_TOKEN if stored.name == "tokens" else None
+        return SegmentArraySpec(path, stored.dtype, num_rows, 0, chunk, fill=fill)
     rows = stored.rows_per_node
     logical = stored.logical_dtype if stored.logical_dtype == "bfloat16" else ""
     return SegmentArraySpec(path, stored.dtype, count * rows, stored.width, K * rows, logical)
+
+
+def open_tokens(context_folder: Path, segment: str, level: Level, count: int) -> SegmentArray:
+    """A segment's tokens of `count` blocks.
+
+    Raises:
+        CorruptTreeError: the file is not what was written.
+    """
+    stored = next(stored for stored in level.layout if stored.name == "tokens")
+    return SegmentArray(context_folder / SEGMENT_FOLDER / segment, array_spec(level, stored, count))
 
 
 def read_part(context_folder: Path, segment: str, level: Level, count: int, wanted: int) -> Arrays:
@@ -87,6 +103,18 @@ class SealedSegment:
                 "INSERT INTO extents VALUES (?, ?, ?, ?, ?, ?)",
                 (cursor.lastrowid, *part.level.key, part.first, part.count),
             )
+
+
+def remove_folders(context_folder: Path, names: Iterable[str]) -> None:
+    """Remove segments that no row names any more."""
+    folder = context_folder / SEGMENT_FOLDER
+    for name in names:
+        # The name goes first: who looks for the segment finds all of it or nothing.
+        gone = folder / f".{name}.tmp-gone"
+        with contextlib.suppress(FileNotFoundError):
+            (folder / name).rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
+    fsync_folder(folder)
 
 
 def write(

@@ -53,6 +53,8 @@ class SegmentArraySpec:
     chunk_rows: int
     logical_dtype: str = ""
     """What the bytes mean where Zarr has no such dtype (bfloat16 stored as uint16)."""
+    fill: int | None = None
+    """A chunk that holds nothing else is left out of the shard, as Zarr allows; None stores every chunk."""
 
     @property
     def chunk_bytes(self) -> int:
@@ -76,7 +78,7 @@ class SegmentArraySpec:
 
     @property
     def file_bytes(self) -> int:
-        """Size of the shard file."""
+        """Size of the shard file when no chunk is left out."""
         return self.num_chunks * self.stride + self.index_bytes
 
     @property
@@ -96,7 +98,7 @@ class SegmentArraySpec:
             "data_type": _ZARR_DTYPES[self.dtype],
             "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [self.num_rows, *columns]}},
             "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
-            "fill_value": 0,
+            "fill_value": 0 if self.fill is None else self.fill,
             "codecs": [
                 {
                     "name": "sharding_indexed",
@@ -122,19 +124,26 @@ def shard_bytes(spec: SegmentArraySpec, values: np.ndarray) -> bytes:
     """
     flat = np.ascontiguousarray(values, dtype=spec.dtype).reshape(-1).view(np.uint8)
     chunks = flat.reshape(spec.num_chunks, spec.chunk_bytes)
-    out = np.empty((spec.num_chunks, spec.stride), np.uint8)
+    present = np.ones(spec.num_chunks, bool)
+    if spec.fill is not None:
+        present = (chunks.view(spec.dtype) != spec.fill).any(axis=1)
+        chunks = chunks[present]
+    out = np.empty((len(chunks), spec.stride), np.uint8)
     out[:, : spec.chunk_bytes] = chunks
-    crcs = np.fromiter((google_crc32c.value(chunk.tobytes()) for chunk in chunks), "<u4", spec.num_chunks)
+    crcs = np.fromiter((google_crc32c.value(chunk.tobytes()) for chunk in chunks), "<u4", len(chunks))
     out[:, spec.chunk_bytes :] = crcs[:, None].view(np.uint8)
-    index = _index_bytes(spec)
-    return out.tobytes() + index
+    return out.tobytes() + _index_bytes(spec, present)
 
 
-def _index_bytes(spec: SegmentArraySpec) -> bytes:
-    entries = np.empty((spec.num_chunks, 2), "<u8")
-    entries[:, 0] = np.arange(spec.num_chunks, dtype=np.uint64) * np.uint64(spec.stride)
+_ABSENT = 2**64 - 1
+"""Offset and length of a chunk that is not in the shard (Zarr v3, sharding_indexed codec)."""
+
+
+def _index_bytes(spec: SegmentArraySpec, present: np.ndarray) -> bytes:
+    entries = np.full((spec.num_chunks, 2), _ABSENT, "<u8")
+    entries[present, 0] = np.arange(present.sum(), dtype=np.uint64) * np.uint64(spec.stride)
     # The recorded length covers the chunk as encoded: payload and checksum.
-    entries[:, 1] = spec.stride
+    entries[present, 1] = spec.stride
     raw = entries.tobytes()
     return raw + google_crc32c.value(raw).to_bytes(CRC_BYTES, "little")
 
@@ -204,8 +213,10 @@ class SegmentArray:
         self.path = segment_folder / spec.shard_file
         try:
             size = self.path.stat().st_size
+            left_out, odd = divmod(spec.file_bytes - size, spec.stride)
+            self.num_present = spec.num_chunks - left_out
             # A map of a truncated file would kill the process with SIGBUS on touch.
-            if size != spec.file_bytes:
+            if odd or not 0 <= left_out <= (0 if spec.fill is None else spec.num_chunks):
                 raise CorruptTreeError(
                     f"segment file {self.path} has {size} bytes, expected {spec.file_bytes}: it was truncated or "
                     "overwritten. Restore it from a backup."
@@ -220,21 +231,36 @@ class SegmentArray:
             raise StorageError(f"segment file {self.path} cannot be read: {error}") from error
         mapped.flags.writeable = False
         self._bytes = mapped
-        index_start = spec.num_chunks * spec.stride
-        if self._bytes[index_start:].tobytes() != _index_bytes(spec):
+        index = self._bytes[self.num_present * spec.stride :].tobytes()
+        present = np.ones(spec.num_chunks, bool)
+        if left_out:
+            present = np.frombuffer(index, "<u8", 2 * spec.num_chunks)[::2] != _ABSENT
+        if int(present.sum()) != self.num_present or index != _index_bytes(spec, present):
             raise CorruptTreeError(f"segment file {self.path}: the shard index is damaged. Restore it from a backup.")
         itemsize = np.dtype(spec.dtype).itemsize
-        # (num_chunks, chunk_rows, width): every chunk, skipping the checksums between them.
+        self._place: np.ndarray | None = None
+        """Where each chunk is among those in the file, -1 for one that is not; None where all are."""
+        if left_out:
+            self._place = np.where(present, np.cumsum(present) - 1, -1)
+        # (num_present, chunk_rows, width): every chunk, skipping the checksums between them.
         self._chunks = np.ndarray(
-            (spec.num_chunks, spec.chunk_rows, max(spec.width, 1)),
+            (self.num_present, spec.chunk_rows, max(spec.width, 1)),
             spec.dtype,
             self._bytes,
             strides=(spec.stride, max(spec.width, 1) * itemsize, itemsize),
         )
-        self._payload = np.ndarray((spec.num_chunks, spec.chunk_bytes), np.uint8, self._bytes, strides=(spec.stride, 1))
+        self._payload = np.ndarray(
+            (self.num_present, spec.chunk_bytes), np.uint8, self._bytes, strides=(spec.stride, 1)
+        )
         self._verified = bytearray(spec.num_chunks)
         self.address = self._bytes.ctypes.data
         """Of the file's first byte in memory."""
+        self.num_bytes = size
+        """Of the file."""
+
+    def present(self) -> np.ndarray:
+        """Which chunks are in the shard: `(num_chunks,)` bool."""
+        return np.ones(self.spec.num_chunks, bool) if self._place is None else self._place >= 0
 
     def touch_chunk(self, chunk: int) -> None:
         """Check a chunk's crc32c if nobody has read from it yet.
@@ -251,9 +277,13 @@ class SegmentArray:
         Raises:
             CorruptTreeError: naming the file and the rows that are damaged.
         """
-        start = chunk * self.spec.stride + self.spec.chunk_bytes
+        place = chunk if self._place is None else int(self._place[chunk])
+        if place < 0:
+            self._verified[chunk] = 1
+            return
+        start = place * self.spec.stride + self.spec.chunk_bytes
         expected = int.from_bytes(self._bytes[start : start + CRC_BYTES].tobytes(), "little")
-        if google_crc32c.value(self._payload[chunk].tobytes()) != expected:
+        if google_crc32c.value(self._payload[place].tobytes()) != expected:
             rows = self.spec.chunk_rows
             raise CorruptTreeError(
                 f"segment file {self.path}: checksum of rows {chunk * rows}-{(chunk + 1) * rows - 1} does not match; "
@@ -263,6 +293,8 @@ class SegmentArray:
 
     def rows(self, first: int, count: int) -> np.ndarray:
         """Copy of consecutive rows: `(count, width)`."""
+        if self._place is not None:
+            return self._sparse_rows(first, count)
         size = self.spec.chunk_rows
         chunk, offset = divmod(first, size)
         if offset + count <= size:
@@ -275,6 +307,19 @@ class SegmentArray:
         # The checksums between chunks make `reshape` copy.
         whole = self._chunks[chunk : last + 1].reshape(-1, max(self.spec.width, 1))
         return whole[offset : offset + count]
+
+    def _sparse_rows(self, first: int, count: int) -> np.ndarray:
+        """As `rows`, with the fill value where chunks are left out."""
+        assert self._place is not None
+        size = self.spec.chunk_rows
+        start, stop = first // size, -(-(first + count) // size)
+        out = np.full((stop - start, size, max(self.spec.width, 1)), self.spec.fill, self.spec.dtype)
+        for chunk in range(start, stop):
+            if self._place[chunk] >= 0:
+                self.touch_chunk(chunk)
+                out[chunk - start] = self._chunks[self._place[chunk]]
+        offset = first - start * size
+        return out.reshape(-1, max(self.spec.width, 1))[offset : offset + count].copy()
 
 
 @dataclass(frozen=True)
@@ -295,7 +340,7 @@ def window_over(arrays: Sequence[SegmentArray], item_bytes: int) -> tuple[np.nda
         `(window, base)`: `window[addresses - base]` copies the items at these addresses, `|V<item_bytes>`.
     """
     base = min(array.address for array in arrays)
-    stop = max(array.address + array.spec.file_bytes for array in arrays)
+    stop = max(array.address + array.num_bytes for array in arrays)
     interface = {
         "version": 3,
         "typestr": f"|V{item_bytes}",

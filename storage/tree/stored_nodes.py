@@ -193,7 +193,8 @@ class StoredNodes:
         )
 
     def gather(self, indices: np.ndarray) -> np.ndarray:
-        """Copy of nodes in any order: `(len(indices), rows_per_node, width)`."""
+        """Copy of nodes in any order: `(len(indices), rows_per_node, width)`. Not for tokens, of which a segment may
+        leave chunks out."""
         if len(indices) == 0:
             return np.empty((0, *self._shape), self._stored.dtype)
         self._check(int(indices.min()), 1)

@@ -16,6 +16,7 @@ import logging
 import shutil
 import sqlite3
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +32,7 @@ from cluster.errors import (
     WriterConflictError,
 )
 from storage.codec import Values
-from storage.contract import Ack, DocumentMark, DocumentMeta, SpanWrite, Version
+from storage.contract import Ack, DocumentMark, DocumentMeta, PrunedSpan, SpanWrite, Version
 from storage.durable import disk_errors
 from storage.schema import Encoding
 from storage.tree import catalogue, journal, sealing
@@ -42,6 +43,7 @@ from storage.tree.levels import fresh_nodes, sealed_nodes
 from storage.tree.lineage import LIVE, Branch, load_lineage
 from storage.tree.reader import ContextReader
 from storage.tree.sealer import Sealer
+from storage.tree.states import insert_states
 
 logger = logging.getLogger("megacontext.storage")
 
@@ -293,6 +295,7 @@ class ContextWriter:
                     sealed.record(db)
                 counts = (first + count, *self._version.level_counts[1:])
                 version = self._advance(db, request_id, num_tokens, counts, message=message)
+                insert_states(db, self.branch.branch_id, version.seq, accepted.pruned(first))
             self._version = version
             self._open = accepted.open_document
             self.sealer.notify(first, count)
@@ -352,6 +355,27 @@ class ContextWriter:
             self._version = version
             self.sealer.notify(nodes.first, nodes.count)
             return Ack(version, new_nodes=nodes.count)
+
+    def set_states(self, db: sqlite3.Connection, spans: Sequence[PrunedSpan], action: str, message: str = "") -> None:
+        """Give spans of blocks their states in a new version; inside `commit`, followed by `reload`.
+
+        Raises:
+            InvalidWriteError: a span outside the version, or two that overlap.
+        """
+        spans = sorted(spans)
+        stops = [0, *(span.first + span.num_blocks for span in spans)]
+        if any(s.num_blocks < 1 or s.first < stop for s, stop in zip(spans, stops, strict=False)):
+            raise InvalidWriteError("spans must have blocks, and not overlap")
+        if stops[-1] > self._version.num_blocks:
+            raise InvalidWriteError(
+                f"a span ends at block {stops[-1]}; context {self.name!r} has {self._version.num_blocks}"
+            )
+        version = self._advance(db, action, self._version.num_tokens, self._version.level_counts, message=message)
+        insert_states(db, self.branch.branch_id, version.seq, spans)
+        blocks = Counter()
+        for span in spans:
+            blocks[span.state.name.lower()] += span.num_blocks
+        self.audit(db, action, {"spans": len(spans), "blocks": blocks, "message": message})
 
     def mark(self, db: sqlite3.Connection, request_id: str) -> None:
         """Add a version that holds what the newest one does; inside `commit`, followed by `reload`."""

@@ -313,9 +313,14 @@ class Branching:
                     f"branch {source!r} was not forked from {branch.name!r} as it is now; merge it instead"
                 )
             then = db.execute("SELECT num_tokens FROM commits WHERE seq = ?", (child.fork_seq,)).fetchone()
+            if then is None:
+                raise BranchConflictError(
+                    f"the version that {source!r} was forked from was collected with tokens that were pruned since; "
+                    "merge it instead"
+                )
             since = db.execute(
                 "SELECT count(*) FROM commits WHERE branch_id = ? AND seq > ? "
-                "AND (num_tokens != ? OR request_id IN ('tail', 'close', 'activate'))",
+                "AND (num_tokens != ? OR request_id IN ('tail', 'close', 'activate', 'prune', 'restore'))",
                 (branch.branch_id, child.fork_seq, then[0]),
             ).fetchone()[0]
         if since or child.fork_block != writer.version().num_blocks:
@@ -478,6 +483,15 @@ def _batches(documents: Sequence[DocumentInfo]) -> Iterator[list[DocumentInfo]]:
 
 
 def _span_of(reader: ContextReader, document: DocumentInfo) -> SpanWrite:
-    tokens, counts = reader.tokens(document.first_block, document.num_blocks)
-    arrays = reader.stored_arrays(1, document.first_block, document.num_blocks)
-    return SpanWrite(document.meta, 0, tokens, counts, arrays, last=document.state == "complete")
+    first, count = document.first_block, document.num_blocks
+    # Tokens of pruned blocks come along for as long as they are kept.
+    blocks = reader.stored_arrays(0, first, count)
+    return SpanWrite(
+        document.meta,
+        0,
+        blocks["tokens"].reshape(count, K),
+        blocks["num_tokens"].reshape(count),
+        reader.stored_arrays(1, first, count),
+        last=document.state == "complete",
+        pruned=reader.pruned_spans(first, count),
+    )

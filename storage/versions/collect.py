@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 import sqlite3
 import time
 from collections import Counter
@@ -18,13 +17,15 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from cluster.config import TOKENS_PER_BLOCK as K
-from storage.durable import fsync_folder
+from storage.geometry import NO_TOKEN
 from storage.schema import Encoding
 from storage.tree import journal, sealing
 from storage.tree.journal import Level
-from storage.tree.lineage import COLLECTED, LIVE, RETIRED, Branch, branches, load_lineage
-from storage.tree.sealing import SEGMENT_FOLDER
+from storage.tree.lineage import COLLECTED, LIVE, RETIRED, Branch, Lineage, branches, load_lineage
+from storage.tree.states import collectable_tokens
 from storage.tree.writer import ContextWriter
 
 KEEP_DAYS = 14.0
@@ -32,6 +33,9 @@ KEEP_DAYS = 14.0
 
 CLIP_SHARE = 0.5
 """A segment is replaced by a shorter one when so much of it is not needed."""
+
+TOKEN_SHARE = 0.25
+"""A segment is written anew without its pruned tokens when they are so much of those it has."""
 
 _ALL = 2**62
 
@@ -50,6 +54,8 @@ class Garbage:
     """Folders that are replaced by shorter ones."""
     shortened_bytes: int = 0
     """What that saves of payload."""
+    token_bytes: int = 0
+    """Of pruned tokens, a part of what it saves."""
     journal_rows: int = 0
     journal_bytes: int = 0
     """Their pages are used again; the catalogue's file does not shrink."""
@@ -106,9 +112,9 @@ def collect(
     with writer.sealer.paused(), writer.lock:
         if dry_run:
             with writer.reading() as db:
-                return _Collection(db, pins, now - keep_s, clip_share).look()
+                return _Collection(db, writer.folder, pins, now - keep_s, clip_share, now).look()
         with contextlib.ExitStack() as stack, writer.commit() as db:
-            collection = _Collection(db, pins, now - keep_s, clip_share)
+            collection = _Collection(db, writer.folder, pins, now - keep_s, clip_share, now)
             garbage = collection.look()
             if not garbage:
                 return garbage
@@ -129,23 +135,20 @@ def collect(
                 },
             )
         writer.reload()
-    folder = writer.folder / SEGMENT_FOLDER
-    for name in (*garbage.segments, *garbage.shortened):
-        # The name goes first: who looks for the segment finds all of it or nothing.
-        gone = folder / f".{name}.tmp-gone"
-        with contextlib.suppress(FileNotFoundError):
-            (folder / name).rename(gone)
-        shutil.rmtree(gone, ignore_errors=True)
-    fsync_folder(folder)
+    sealing.remove_folders(writer.folder, (*garbage.segments, *garbage.shortened))
     return garbage
 
 
 class _Collection:
     """One look at a catalogue; call inside a transaction."""
 
-    def __init__(self, db: sqlite3.Connection, pins: Iterable[int], oldest: float, clip_share: float) -> None:
+    def __init__(
+        self, db: sqlite3.Connection, folder: Path, pins: Iterable[int], oldest: float, clip_share: float, now: float
+    ) -> None:
         self._db = db
+        self._folder = folder
         self._clip_share = clip_share
+        self._now = now
         self._branches = {branch.branch_id: branch for branch in branches(db)}
         self._encodings = {
             row[0]: Encoding.from_json(row[1]) for row in db.execute("SELECT encoding_id, body FROM encodings")
@@ -158,6 +161,10 @@ class _Collection:
         self._needed: dict[LevelKey, int] = {}
         self._read: set[tuple[int, int]] = set()
         self._needed_documents: dict[int, int] = {}
+        # Without a row there is nothing to ask of every version.
+        self._anything_pruned = db.execute("SELECT EXISTS (SELECT 1 FROM block_states)").fetchone()[0]
+        self._used_tokens: dict[int, np.ndarray] = {}
+        self._pruned_since: dict[int, int] = {}
         for seq in self._kept:
             self._need_version(seq)
         self._need_unfinished_encodings(groups)
@@ -206,12 +213,50 @@ class _Collection:
             parts = lineage.parts(encoding_id, self._encodings[encoding_id], lod) if lod else lineage.block_parts()
             for part in parts:
                 self._need(part.level.key, count if part.stop is None else part.stop)
+        if self._anything_pruned:
+            self._use_tokens(seq, lineage, counts[0] if counts else 0)
         # Documents are shared up to another block than nodes: a fork copies the group it cuts, not the rows of those
         # documents that end in it.
         num_blocks = counts[0] if counts else 0
         for part in lineage.document_parts():
             stop = num_blocks if part.stop is None else part.stop
             self._needed_documents[part.branch_id] = max(self._needed_documents.get(part.branch_id, 0), stop)
+
+    def _use_tokens(self, seq: int, lineage: Lineage, num_blocks: int) -> None:
+        """Of which blocks a version uses the tokens, on the branches that hold them."""
+        unused, since = collectable_tokens(self._db, lineage, seq, num_blocks, self._now)
+        branch_id = lineage.branch.branch_id
+        self._pruned_since[branch_id] = max(self._pruned_since.get(branch_id, 0), since)
+        for part in lineage.block_parts():
+            stop = num_blocks if part.stop is None else part.stop
+            used = self._used_tokens.get(part.level.branch_id, np.zeros(0, bool))
+            if len(used) < stop:
+                used = np.pad(used, (0, stop - len(used)))
+            used[part.first : stop] |= True if unused is None else ~unused[part.first : stop]
+            self._used_tokens[part.level.branch_id] = used
+
+    def _unused_tokens(self, branch_id: int, first: int, count: int) -> np.ndarray:
+        """Blocks `[first, first + count)` of a branch whose tokens no kept version uses: `(count,)` bool."""
+        used = self._used_tokens.get(branch_id)
+        out = np.zeros(count, bool)
+        if used is not None:
+            there = used[first : first + count]
+            out[: len(there)] = ~there
+        return out
+
+    def _collectable_token_bytes(self, folder: str, kept: list[tuple[Level, int, int, int]]) -> tuple[int, int]:
+        """`(collectable, all)`: bytes of tokens in a segment, of whole groups of blocks that nobody uses and of all."""
+        for level, first, count, needed in kept:
+            if level.encoding_id != journal.BLOCKS:
+                continue
+            unused = self._unused_tokens(level.branch_id, first, needed // K * K)
+            groups = np.asarray(unused.reshape(-1, K).all(axis=1))
+            if not groups.any():
+                return 0, 0
+            present = sealing.open_tokens(self._folder, folder, level, count).present()
+            chunk = K * K * np.dtype(np.uint32).itemsize
+            return int((groups & present[: len(groups)]).sum()) * chunk, int(present.sum()) * chunk
+        return 0, 0
 
     def _need_unfinished_encodings(self, groups: list[_Group]) -> None:
         """Gists that are being made on a live branch, and that no version shows yet."""
@@ -246,15 +291,17 @@ class _Collection:
             ]
             kept = [part for part in kept if part[3] > 0]
             unneeded = size - sum(level.node_bytes * needed for level, _, _, needed in kept)
+            tokens, of_all = self._collectable_token_bytes(folder, kept) if self._anything_pruned else (0, 0)
             whole = len(kept) == len(held.get(segment_id, [])) and all(n == needed for _, _, n, needed in kept)
             if not kept:
                 self._segments.append(segment_id)
                 garbage.segments.append(folder)
                 garbage.segment_bytes += size
-            elif not whole and unneeded >= self._clip_share * size:
+            elif (not whole and unneeded >= self._clip_share * size) or (tokens and tokens >= TOKEN_SHARE * of_all):
                 self._shorter.append((segment_id, folder, kept))
                 garbage.shortened.append(folder)
-                garbage.shortened_bytes += unneeded
+                garbage.shortened_bytes += (0 if whole else unneeded) + tokens
+                garbage.token_bytes += tokens
             else:
                 # It stays for the sake of some levels; of the others it holds nothing from now on.
                 held[segment_id] = [(key, n, c) for key, n, c in held[segment_id] if n >= self._needed.get(key, 0)]
@@ -271,18 +318,20 @@ class _Collection:
             elif needed < count:
                 self._trimmed.append((self._level(tuple(key)), row_id, needed))
                 garbage.journal_bytes += size * (count - needed) // count
-        self._gone_versions = self._unneeded_versions()
+        self._gone_versions = self._unneeded_versions(garbage.token_bytes)
         garbage.versions = len(self._gone_versions)
         self._gone_branches, self._collected = self._unneeded_branches()
         garbage.branches = [branch.name for branch in (*self._gone_branches, *self._collected)]
         garbage.documents = sum(self._count_documents(branch) for branch in self._branches.values())
         return garbage
 
-    def _unneeded_versions(self) -> list[int]:
+    def _unneeded_versions(self, token_bytes: int) -> list[int]:
+        """Versions of what is not kept, and those that show tokens which this collection takes."""
         return [
             seq
             for seq, *group in self._db.execute("SELECT seq, branch_id, encoding_id FROM commits")
-            if tuple(group) not in self._kept_groups and seq not in self._kept
+            if seq not in self._kept
+            and (tuple(group) not in self._kept_groups or (token_bytes and seq < self._pruned_since.get(group[0], 0)))
         ]
 
     def _unneeded_branches(self) -> tuple[list[Branch], list[Branch]]:
@@ -333,6 +382,8 @@ class _Collection:
             parts = []
             for level, first, count, needed in kept:
                 arrays = sealing.read_part(folder, name, level, count, needed)
+                if level.encoding_id == journal.BLOCKS and self._anything_pruned:
+                    arrays["tokens"][self._unused_tokens(level.branch_id, first, needed)] = NO_TOKEN
                 whole = needed // K * K
                 if whole < needed:
                     rest = {s.name: arrays[s.name][whole * s.rows_per_node :] for s in level.layout}
@@ -378,7 +429,8 @@ class _Collection:
             "branches.branch_id), head_seq) WHERE state = ?",
             (RETIRED,),
         )
-        db.executemany("DELETE FROM branches WHERE branch_id = ?", [(b.branch_id,) for b in self._gone_branches])
+        for table in ("branches", "block_states"):
+            db.executemany(f"DELETE FROM {table} WHERE branch_id = ?", [(b.branch_id,) for b in self._gone_branches])
         db.executemany(
             "UPDATE branches SET state = ? WHERE branch_id = ?", [(COLLECTED, b.branch_id) for b in self._collected]
         )

@@ -22,6 +22,7 @@ from storage.tree.documents import plain_key
 from storage.tree.lineage import LIVE, RETIRED, Lineage, branches, find_branch, load_lineage
 from storage.tree.reader import ContextReader
 from storage.tree.writer import ContextWriter
+from storage.versions.archive import Archives
 from storage.versions.branching import Branching
 from storage.versions.history import History
 
@@ -184,6 +185,7 @@ def erase_documents(store: Store, writer: ContextWriter, keys: Sequence[str], *,
             raise StorageError(
                 f"context {writer.name!r} has no document {keys[0]!r}" if keys else "no document is named"
             )
+        Archives(writer.folder).forget(set(keys))
         with writer.commit() as db:
             db.executemany("UPDATE branches SET retired_at = 0 WHERE branch_id = ?", [(number,) for number in expired])
             digests = [hashlib.sha256(key.encode()).hexdigest() for key in keys]
