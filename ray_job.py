@@ -10,6 +10,7 @@ import sys
 from cluster.ablations_config import TrainAblationsJob
 from cluster.cli import Job, main
 from cluster.config import CompactJob, InspectJob, TreeRebuildGistsJob, TreeVerifyJob
+from cluster.curation_config import CurateApplyJob, CuratePlanJob, CurateReportJob, CurateRestoreJob, CurateWatchJob
 from cluster.demo_config import DemoJob
 from cluster.evaluation_config import EvaluateFocusJob
 from cluster.gist_evaluation_config import EvaluateGistJob
@@ -64,6 +65,11 @@ JOBS = (
     Job("tree rollback", TreeRollbackJob, "pipelines.tree_versions:rollback"),
     Job("tree gc", TreeGcJob, "pipelines.tree_versions:gc"),
     Job("tree backup", TreeBackupJob, "pipelines.tree_backup:run"),
+    Job("curate report", CurateReportJob, "pipelines.curate:report"),
+    Job("curate plan", CuratePlanJob, "pipelines.curate:plan"),
+    Job("curate apply", CurateApplyJob, "pipelines.curate:apply"),
+    Job("curate restore", CurateRestoreJob, "pipelines.curate:restore_"),
+    Job("curate watch", CurateWatchJob, "pipelines.curate:watch"),
     Job("tree delete", TreeDeleteJob, "pipelines.tree_removal:run"),
 )
 

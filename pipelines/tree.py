@@ -77,6 +77,7 @@ def rebuild_gists(job: TreeRebuildGistsJob) -> None:
     folder = store.folder(job.store.context)
     with store.open_reader(job.store.context, job.store.version) as reader:
         num_tokens = reader.version.num_tokens
+        reader.require_whole(0, reader.version.num_blocks, "making gists again")
     check_space(job.store, plan, num_tokens)
     with JobRun.start("tree rebuild-gists", job) as job_run:
         owner = f"run {job_run.name!r} of job {job_run.job_name}"

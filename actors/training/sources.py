@@ -160,6 +160,7 @@ class _CutDocuments:
     @staticmethod
     def _parts(reader: Any, documents: list[DocumentInfo]) -> Iterator[tuple[np.ndarray, bool]]:
         for one in documents:
+            reader.require_whole(one.first_block, one.num_blocks, "training")
             for first in range(0, one.num_tokens, TOKENS_PER_READ):
                 size = min(TOKENS_PER_READ, one.num_tokens - first)
                 tokens, _ = reader.tokens(one.first_block + first // K, -(-size // K))

@@ -60,6 +60,7 @@ def export_bundle(
         What the bundle says of itself.
 
     Raises:
+        StorageError: tokens of the span were pruned.
         BundleError: an empty span or one outside the version, a file that is there, a folder that cannot be written.
         DiskFullError: the disk cannot hold it.
         CorruptTreeError: the context is damaged; nothing was left.
@@ -71,6 +72,7 @@ def export_bundle(
             f"version {version.seq} of context {version.context!r} has {version.num_blocks} blocks; "
             f"{stop - first_block} blocks from {first_block} on cannot be exported"
         )
+    reader.require_whole(first_block, stop - first_block, "an export")
     upper_nodes = _upper_nodes(version, stop) if first_block == 0 else ()
     first_token, last_token = reader.tokens_before(np.array([first_block, stop]))
     manifest = Manifest(

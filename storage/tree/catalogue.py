@@ -84,6 +84,10 @@ _BLOCK_STATES = """
 CREATE TABLE block_states (
   branch_id INTEGER NOT NULL, since_seq INTEGER NOT NULL, first INTEGER NOT NULL, count INTEGER NOT NULL,
   state INTEGER NOT NULL, keep_until REAL NOT NULL, PRIMARY KEY (branch_id, since_seq, first)) WITHOUT ROWID;
+-- When a branch had how many blocks, of versions that were collected: the age of blocks outlives them.
+CREATE TABLE growth (
+  branch_id INTEGER NOT NULL, num_blocks INTEGER NOT NULL, at REAL NOT NULL,
+  PRIMARY KEY (branch_id, num_blocks)) WITHOUT ROWID;
 """
 
 # The audit log only grows, whoever opens the file.

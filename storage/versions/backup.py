@@ -27,6 +27,7 @@ from storage.tree import catalogue
 from storage.tree.sealing import SEGMENT_FOLDER, is_ours
 from storage.tree.segment import Manifest, check_manifest
 from storage.tree.writer import writer_lock
+from storage.versions.archive import ARCHIVE_FOLDER
 
 logger = logging.getLogger("megacontext.storage")
 
@@ -104,7 +105,8 @@ def _copy(folder: Path, copy: Path, on_progress: Callable[[int, int], None]) -> 
                 num_copied += 1
         on_progress(len(segments), len(segments))
         fsync_folder(copy / SEGMENT_FOLDER)
-        _copy_events(folder / EVENTS_FOLDER, copy / EVENTS_FOLDER)
+        for files in (EVENTS_FOLDER, ARCHIVE_FOLDER):
+            _copy_files(folder / files, copy / files)
         for suffix in ("-wal", "-shm"):
             (copy / f"{catalogue.CATALOGUE_FILE}{suffix}").unlink(missing_ok=True)
         fresh.rename(copy / catalogue.CATALOGUE_FILE)
@@ -161,16 +163,17 @@ def _copy_segment(segment: Path, copy: Path, manifest: Manifest) -> int:
     return sum(entry["bytes"] for entry in manifest.values())
 
 
-def _copy_events(events: Path, copy: Path) -> None:
-    """Bring the copy's focus events up to date: files are written once, and merged ones replace small ones."""
-    if not events.exists():
+def _copy_files(folder: Path, copy: Path) -> None:
+    """Bring the copy of a folder up to date whose files are written once: focus events, of which merged files replace
+    small ones, and archives."""
+    if not folder.exists():
         return
     copy.mkdir(exist_ok=True)
-    there = {path.name for path in events.glob("*.parquet")}
+    there = {path.name for path in folder.glob("*.parquet")}
     for name in sorted(there - {path.name for path in copy.glob("*.parquet")}):
         temporary = copy / f".{name}.tmp"
         with contextlib.suppress(FileNotFoundError):
-            shutil.copyfile(events / name, temporary)
+            shutil.copyfile(folder / name, temporary)
             fsync_path(temporary)
             temporary.rename(copy / name)
     for path in copy.glob("*.parquet"):

@@ -34,7 +34,7 @@ KEEP_DAYS = 14.0
 CLIP_SHARE = 0.5
 """A segment is replaced by a shorter one when so much of it is not needed."""
 
-TOKEN_SHARE = 0.25
+TOKEN_SHARE = 0.125
 """A segment is written anew without its pruned tokens when they are so much of those it has."""
 
 _ALL = 2**62
@@ -422,14 +422,20 @@ class _Collection:
                 (branch.branch_id, self._document_stop(branch)),
             )
         db.execute("DELETE FROM tails WHERE document_id NOT IN (SELECT document_id FROM documents)")
-        db.executemany("DELETE FROM commits WHERE seq = ?", [(seq,) for seq in self._gone_versions])
+        gone = [(seq,) for seq in self._gone_versions]
+        db.executemany(
+            "INSERT OR IGNORE INTO growth SELECT branch_id, json_extract(level_counts, '$[0]'), created_at "
+            "FROM commits WHERE seq = ? AND level_counts != '[]'",
+            gone,
+        )
+        db.executemany("DELETE FROM commits WHERE seq = ?", gone)
         # A retired branch whose newest version went stands at the newest that is kept.
         db.execute(
             "UPDATE branches SET head_seq = coalesce((SELECT max(seq) FROM commits c WHERE c.branch_id = "
             "branches.branch_id), head_seq) WHERE state = ?",
             (RETIRED,),
         )
-        for table in ("branches", "block_states"):
+        for table in ("branches", "block_states", "growth"):
             db.executemany(f"DELETE FROM {table} WHERE branch_id = ?", [(b.branch_id,) for b in self._gone_branches])
         db.executemany(
             "UPDATE branches SET state = ? WHERE branch_id = ?", [(COLLECTED, b.branch_id) for b in self._collected]

@@ -62,10 +62,15 @@ def prune(
 
     Raises:
         InvalidWriteError: spans outside the version, or that overlap.
+        StorageError: a span of a document that is still growing; nothing was pruned.
         DiskFullError, StorageError: the disk refused; nothing was pruned.
     """
-    if archive_until is not None:
-        with writer.reader() as reader:
+    with writer.reader() as reader:
+        num_blocks = reader.version.num_blocks
+        last = reader.document_at(num_blocks - 1) if num_blocks else None
+        if last is not None and last.state == "open" and any(n + count > last.first_block for n, count in spans):
+            raise StorageError(f"document {last.meta.key!r} is still growing; what grows is not pruned")
+        if archive_until is not None:
             Archives(writer.folder).add(reader, spans, keep_until=archive_until, now=now)
     pruned = [PrunedSpan(first, count, state, keep_until) for first, count in spans]
     with writer.lock:

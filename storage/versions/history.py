@@ -16,7 +16,7 @@ from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.errors import StorageError
 from storage.contract import DocumentInfo
 from storage.tree import catalogue, journal
-from storage.tree.lineage import COLLECTED, LIVE, Branch, branches, find_branch, load_lineage
+from storage.tree.lineage import COLLECTED, LIVE, Branch, Lineage, branches, find_branch, load_lineage
 from storage.tree.reader import ContextReader
 
 
@@ -166,6 +166,28 @@ class History:
                     )
                 newest = line.fork_seq
             return commits
+
+    def growth(self, lineage: Lineage, seq: int) -> tuple[np.ndarray, np.ndarray]:
+        """When a version's blocks were stored: `(num_blocks, at)`, ascending, `(n,)` int64 and float64 unix seconds. At
+        time `at[i]` there were `num_blocks[i]` of them."""
+        found: dict[int, float] = {}
+        newest, stop = seq, 2**62
+        with self.snapshot() as db:
+            for line in lineage.branches:
+                rows = db.execute(
+                    "SELECT json_extract(level_counts, '$[0]') n, min(created_at) FROM commits "
+                    "WHERE branch_id = ? AND seq <= ? AND level_counts != '[]' GROUP BY n "
+                    "UNION ALL SELECT num_blocks, at FROM growth WHERE branch_id = ?",
+                    (line.branch_id, newest, line.branch_id),
+                )
+                for num_blocks, at in rows:
+                    blocks = min(num_blocks, stop)
+                    found[blocks] = min(at, found.get(blocks, at))
+                newest, stop = min(newest, line.fork_seq or 0), min(stop, line.fork_block)
+        blocks = sorted(found)
+        # What was there earlier with more blocks had these, too.
+        times = np.minimum.accumulate([found[n] for n in blocks][::-1])[::-1] if blocks else []
+        return np.array(blocks, np.int64), np.array(times, np.float64)
 
     def audit(self, limit: int = 50) -> list[AuditEntry]:
         """The audit log's newest entries, newest first."""

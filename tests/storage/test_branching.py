@@ -384,7 +384,8 @@ def test_a_tree_of_the_first_format_is_migrated_by_its_next_writer(root: Path, t
         for table, columns in later.items():
             for column in columns.split():
                 db.execute(f"ALTER TABLE {table} DROP COLUMN {column}")
-        db.execute("DROP TABLE block_states")
+        for table in ("block_states", "growth"):
+            db.execute(f"DROP TABLE {table}")
         db.execute("CREATE TABLE node_states (branch_id INTEGER)")
         db.execute("UPDATE meta SET value = '1' WHERE key = 'format_version'")
     db.close()
