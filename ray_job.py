@@ -30,6 +30,7 @@ from cluster.tree_config import (
     TreeGcJob,
     TreeImportJob,
     TreeLogJob,
+    TreeRepairJob,
     TreeRollbackJob,
     TreeShowJob,
     TreeTagJob,
@@ -64,6 +65,7 @@ JOBS = (
     Job("tree rollback", TreeRollbackJob, "pipelines.tree_versions:rollback"),
     Job("tree gc", TreeGcJob, "pipelines.tree_versions:gc"),
     Job("tree backup", TreeBackupJob, "pipelines.tree_backup:run"),
+    Job("tree repair", TreeRepairJob, "pipelines.tree_repair:run"),
     Job("tree delete", TreeDeleteJob, "pipelines.tree_removal:run"),
 )
 

@@ -156,6 +156,12 @@ class Store:
             problems.append(lost)
         return [f"{path}: {problem}" for problem in problems]
 
+    def forget_damaged_leases(self) -> int:
+        """Drop leases whose rows are damaged, which end within the hour anyway; returns how many."""
+        with self._connect() as db, catalogue.transaction(db):
+            columns = row_checksums.columns_of(db, "pins")
+            return db.execute(f"DELETE FROM pins WHERE NOT {row_checksums.sound(columns, 'pins')}").rowcount
+
     # -- contexts ------------------------------------------------------------------------------------------------
 
     def contexts(self) -> list[ContextInfo]:

@@ -102,15 +102,18 @@ class IndexState:
     @classmethod
     def load(cls, db: sqlite3.Connection) -> IndexState:
         """The state as of the connection's snapshot."""
-        rows = db.execute("SELECT format, branch_id, num_blocks, num_terms, last_block_crc FROM state").fetchall()
-        if len(rows) != 1:
+        formats = db.execute("SELECT format FROM state").fetchall()
+        if len(formats) != 1:
             raise no_index("its state is missing")
-        state = cls(*rows[0])
-        if state.format == LEXICAL_FORMAT:
-            is_sound = db.execute(f"SELECT {row_checksums.sound(_STATE, 'state')} FROM state").fetchone()[0]
-            if not is_sound:
-                raise no_index("its state is damaged")
-        return state
+        if formats[0][0] != LEXICAL_FORMAT:
+            return cls(formats[0][0], 0, 0, 0, 0)
+        *state, is_sound = db.execute(
+            "SELECT format, branch_id, num_blocks, num_terms, last_block_crc, "
+            f"{row_checksums.sound(_STATE, 'state')} FROM state"
+        ).fetchone()
+        if not is_sound:
+            raise no_index("its state is damaged")
+        return cls(*state)
 
     def save(self, db: sqlite3.Connection) -> None:
         """Put it in the place of what is there; inside a transaction."""
@@ -369,6 +372,17 @@ def lexical_lock(folder: Path) -> Iterator[None]:
     """
     with contextlib.closing(_take_lock(folder)):
         yield
+
+
+def remove_index(folder: Path) -> None:
+    """Delete a context's index, if it has one.
+
+    Raises:
+        WriterConflictError: another live process builds it.
+    """
+    with lexical_lock(folder):
+        for suffix in ("", "-wal", "-shm"):
+            (folder / f"{LEXICAL_FILE}{suffix}").unlink(missing_ok=True)
 
 
 def _take_lock(folder: Path) -> IO[str]:

@@ -133,10 +133,10 @@ def _add_checksums(db: sqlite3.Connection) -> None:
     if row_checksums.COLUMN in {row[1] for row in db.execute("PRAGMA table_info(meta)")}:
         # Not an older format but a damaged number of it: new checksums would hide whatever else is damaged.
         raise CorruptTreeError("the catalogue's format version is damaged. Restore the file from a backup.")
-    old = db.execute("SELECT row_id, branch_id, encoding_id, lod, first, count, crc, payload FROM journal")
-    for row_id, *place, crc, payload in old.fetchall():
-        if google_crc32c.value(payload) == crc:
-            db.execute("UPDATE journal SET crc = ? WHERE row_id = ?", (journal.checksum(*place, payload), row_id))
+    old = db.execute("SELECT row_id, crc, branch_id, encoding_id, lod, first, count, payload FROM journal")
+    for row_id, crc, *row in old.fetchall():
+        if google_crc32c.value(row[-1]) == crc:
+            db.execute("UPDATE journal SET crc = ? WHERE row_id = ?", (journal.checksum(*row), row_id))
     _protect(db)
 
 

@@ -138,6 +138,11 @@ def unpack(level: Level, first: int, count: int, crc: int, payload: bytes) -> Ru
             f"journal row of LOD{level.lod} nodes {first}-{first + count - 1} is damaged and is not served. "
             "`tree verify` lists all damage; `tree repair` makes gists anew from the tokens."
         )
+    return split(level, first, count, payload)
+
+
+def split(level: Level, first: int, count: int, payload: bytes) -> Run:
+    """The arrays of a sound payload."""
     arrays, offset = {}, 0
     for stored in level.layout:
         rows = count * stored.rows_per_node

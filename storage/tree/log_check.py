@@ -11,9 +11,12 @@ the second follows from the first, whatever precedes them. Format: https://www.s
 from __future__ import annotations
 
 import functools
+import os
 from pathlib import Path
 
 import numpy as np
+
+from storage.durable import fsync_folder, write_file_durably
 
 _HEADER_BYTES = 32
 _FRAME_HEADER_BYTES = 24
@@ -80,6 +83,22 @@ def lost_commits(database: Path) -> str:
                 "earlier version is served, whole. Restore the context from a backup, or go on from that version"
             )
     return ""
+
+
+def forget_lost_commits(database: Path) -> None:
+    """Cut a log where SQLite ends it, and keep what it was beside it, as `<database>-wal.damaged`. For when nothing has
+    the database open: it is then what it has been read as since the damage."""
+    path = Path(f"{database}-wal")
+    data = path.read_bytes()
+    frame = _first_damaged(data)
+    if frame is None:
+        return
+    write_file_durably(Path(f"{path}.damaged"), data)
+    size = _FRAME_HEADER_BYTES + int.from_bytes(data[8:12], "big")
+    with path.open("r+b") as file:
+        file.truncate(_HEADER_BYTES + (frame - 1) * size if frame else 0)
+        os.fsync(file.fileno())
+    fsync_folder(path.parent)
 
 
 def _first_damaged(data: bytes) -> int | None:
