@@ -54,6 +54,7 @@ JOBS = (
     Job("train ablations", TrainAblationsJob, "pipelines.train_ablations:run"),
     Job("paper 0", PaperJob, "pipelines.paper:run"),
     Job("tree verify", TreeVerifyJob, "pipelines.tree:verify"),
+    Job("tree repair", TreeRepairJob, "pipelines.tree_repair:run"),
     Job("tree rebuild-gists", TreeRebuildGistsJob, "pipelines.tree:rebuild_gists"),
     Job("tree export", TreeExportJob, "pipelines.tree_bundles:export"),
     Job("tree import", TreeImportJob, "pipelines.tree_bundles:import_"),
@@ -65,7 +66,6 @@ JOBS = (
     Job("tree rollback", TreeRollbackJob, "pipelines.tree_versions:rollback"),
     Job("tree gc", TreeGcJob, "pipelines.tree_versions:gc"),
     Job("tree backup", TreeBackupJob, "pipelines.tree_backup:run"),
-    Job("tree repair", TreeRepairJob, "pipelines.tree_repair:run"),
     Job("tree delete", TreeDeleteJob, "pipelines.tree_removal:run"),
 )
 

@@ -66,6 +66,7 @@ class FlipDrill:
         self._folder = folder
         self._seed = seed
         self._work = folder / "work"
+        folder.mkdir(exist_ok=True)
         make_stores(folder)
         back_up(Store(folder / "tailed"), CONTEXT, folder / "backup")
         (folder / "bundles").mkdir()
