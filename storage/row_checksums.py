@@ -19,6 +19,9 @@ import google_crc32c
 
 COLUMN = "crc"
 FUNCTION = "row_crc"
+LEFT_OUT = frozenset({COLUMN, "head_seq"})
+"""Columns that are not under it. A branch's `head_seq` changes with every commit and follows from other rows: it is the
+branch's newest version, which is checked where it is used."""
 DAMAGED = "is damaged: its checksum does not match"
 """In the words of whoever finds it."""
 
@@ -52,7 +55,7 @@ def register(connection: sqlite3.Connection) -> None:
 
 def columns_of(db: sqlite3.Connection, table: str) -> list[str]:
     """A table's columns under the checksum, in its order."""
-    return sorted(row[1] for row in db.execute(f"PRAGMA table_info({table})") if row[1] != COLUMN)
+    return sorted(row[1] for row in db.execute(f"PRAGMA table_info({table})") if row[1] not in LEFT_OUT)
 
 
 def _key_of(db: sqlite3.Connection, table: str) -> list[str]:

@@ -170,6 +170,16 @@ def load_lineage(db: sqlite3.Connection, branch_id: int) -> Lineage:
     return Lineage(found)
 
 
+def check_head(db: sqlite3.Connection, branch_id: int, head_seq: int) -> None:
+    """Refuse a tip that is not the branch's newest version.
+
+    Raises:
+        CorruptTreeError: its number is damaged.
+    """
+    newest = db.execute("SELECT max(seq) FROM commits WHERE branch_id = ? AND seq >= ?", (branch_id, head_seq))
+    catalogue.require_sound(newest.fetchone()[0] == head_seq, f"the tip of branch {branch_id}")
+
+
 def _branch(row: tuple) -> Branch:
     *fields, bases, documents_from, is_sound = row
     catalogue.require_sound(is_sound, f"branch {row[1]!r}")

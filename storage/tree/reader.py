@@ -27,7 +27,7 @@ from storage.tree import catalogue, journal
 from storage.tree.documents import document_info_at, document_infos, open_document
 from storage.tree.journal import Level, Run
 from storage.tree.levels import level_counts
-from storage.tree.lineage import LIVE, Branch, Lineage, Part, branches, find_branch, load_lineage
+from storage.tree.lineage import LIVE, Branch, Lineage, Part, branches, check_head, find_branch, load_lineage
 from storage.tree.sealing import SEGMENT_FOLDER
 from storage.tree.stored_nodes import Extent, StoredNodes
 
@@ -301,6 +301,7 @@ def _load_version(db: sqlite3.Connection, name: str, branch_name: str, seq: int 
             known = ", ".join(b.name for b in branches(db) if b.state == LIVE)
             raise StorageError(f"context {name!r} has no branch {branch_name!r}; it has: {known}")
         wanted = branch.head_seq
+        check_head(db, branch.branch_id, wanted)
     commit = db.execute(
         f"SELECT c.branch_id, c.encoding_id, e.body, c.num_tokens, c.level_counts, {catalogue.sound('commits', 'c')}, "
         f"{catalogue.sound('encodings', 'e')} FROM commits c JOIN encodings e USING (encoding_id) WHERE c.seq = ?",

@@ -207,6 +207,11 @@ def _check_version(
     db: sqlite3.Connection, branch: Branch, stored: dict[tuple[int, int, int], int], report: VerifyReport
 ) -> None:
     """That the newest version of a branch has on every level what it promises, from its ancestors and itself."""
+    (newest,) = db.execute("SELECT max(seq) FROM commits WHERE branch_id = ?", (branch.branch_id,)).fetchone()
+    if newest != branch.head_seq:
+        report.problems.append(
+            f"row of branches (branch_id {branch.branch_id}) says version {branch.head_seq}, the newest is {newest}"
+        )
     commit = db.execute(
         "SELECT c.level_counts, c.encoding_id, e.body FROM commits c JOIN encodings e USING (encoding_id) "
         "WHERE c.seq = ?",

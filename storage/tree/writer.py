@@ -40,7 +40,7 @@ from storage.tree.accept import accept_spans, accept_tail, ended_document
 from storage.tree.commits import Writing, insert_audit, insert_commit
 from storage.tree.documents import OpenDocument, find_document, insert_document, open_document, update_document
 from storage.tree.levels import fresh_nodes, sealed_nodes
-from storage.tree.lineage import LIVE, Branch, load_lineage
+from storage.tree.lineage import LIVE, Branch, check_head, load_lineage
 from storage.tree.log_check import lost_commits
 from storage.tree.reader import ContextReader
 from storage.tree.sealer import Sealer
@@ -137,6 +137,7 @@ class ContextWriter:
                     "collected. Fork a branch from it, or roll back to it"
                 )
             self.lineage = load_lineage(db, row[0])
+            check_head(db, row[0], row[3])
             catalogue.require_sound(row[7], f"version {row[3]}")
             catalogue.require_sound(row[8], f"encoding {row[1]}")
             self.encoding_id = int(row[1])

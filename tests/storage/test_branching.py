@@ -397,7 +397,7 @@ def to_format_2(db: sqlite3.Connection) -> None:
     db.execute("UPDATE meta SET value = '2' WHERE key = 'format_version'")
 
 
-def schema_of(db: sqlite3.Connection) -> dict[str, object]:
+def schema_of(db: sqlite3.Connection) -> dict[str, list[tuple]]:
     tables = [row[0] for row in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
     triggers = db.execute("SELECT name, sql FROM sqlite_master WHERE type = 'trigger' ORDER BY name").fetchall()
     return {table: db.execute(f"PRAGMA table_info({table})").fetchall() for table in tables} | {"": triggers}
