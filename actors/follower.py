@@ -77,18 +77,21 @@ class LevelFollower:
                 lod, first, count = missing
                 for start in range(first, first + count, GROUPS_AT_A_TIME):
                     size = min(GROUPS_AT_A_TIME, first + count - start)
-                    self._put_nodes(lod, start, self._encode(reader, lod, start, size))
+                    self._put_nodes(lod, start, encode_groups(self._encoder, reader, lod, start, size))
                     made += size
 
-    def _encode(self, reader: ContextReader, lod: int, first: int, count: int) -> dict[str, np.ndarray]:
-        # Group by group: a group that is not sealed yet is one row of the journal, read once instead of 32 times.
-        gists, keys = (
-            torch.stack([reader.read_group(name, lod - 1, group) for group in range(first, first + count)]).float()
-            for name in (GISTS, KEYS)
-        )
-        nodes = self._encoder.encode_nodes(gists.numpy(), keys.flatten(2).numpy(), lod)
-        specs = reader.version.encoding.arrays
-        return encode_arrays(specs, {GISTS: nodes.gists, KEYS: nodes.keys}, count)
+
+def encode_groups(
+    encoder: NodeEncoder, reader: ContextReader, lod: int, first: int, count: int
+) -> dict[str, np.ndarray]:
+    """Nodes `[first, first + count)` of level `lod` >= 2 from their children, as stored bytes."""
+    # Group by group: a group that is not sealed yet is one row of the journal, read once instead of 32 times.
+    gists, keys = (
+        torch.stack([reader.read_group(name, lod - 1, group) for group in range(first, first + count)]).float()
+        for name in (GISTS, KEYS)
+    )
+    nodes = encoder.encode_nodes(gists.numpy(), keys.flatten(2).numpy(), lod)
+    return encode_arrays(reader.version.encoding.arrays, {GISTS: nodes.gists, KEYS: nodes.keys}, count)
 
 
 class FollowerActor:

@@ -24,6 +24,7 @@ from actors.curation.usage import DAY_S, measure_usage
 from benchmarks.harness import BenchmarkError, Result, Setting
 from cluster.config import BLOCKS_PER_SUPER_BLOCK, TOKENS_PER_BLOCK
 from cluster.curation_config import CurationPace, CurationPolicy
+from storage import row_checksums
 from storage.contract import DocumentMeta, SpanWrite
 from storage.focus.events import FocusEvent, FocusEventLog
 from storage.schema import ArraySpec, Encoding, TreeIdentity
@@ -112,6 +113,7 @@ def _append(writer: ContextWriter, number: int, num_spans: int) -> None:
 def _date(folder: Path, since_seq: int, at: float) -> None:
     """Give versions the simulated time."""
     with contextlib.closing(sqlite3.connect(folder / CATALOGUE_FILE)) as db, db:
+        row_checksums.register(db)
         db.execute("UPDATE commits SET created_at = ? WHERE seq > ?", (at, since_seq))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from cluster.config import StoreConfig, require
+from cluster.config import BaseLMConfig, GistNetConfig, StoreConfig, require
 
 
 @dataclass(frozen=True)
@@ -212,3 +212,27 @@ class TreeBackupJob:
 
     def validate(self) -> None:
         require(bool(self.to), "to is empty; give the folder that takes the backup")
+
+
+@dataclass(frozen=True)
+class TreeRepairJob:
+    """Mend what `tree verify` finds damaged and can be had again: gists from tokens, the lexical index from the blocks,
+    segments from a backup. Only looks unless `apply`."""
+
+    store: StoreConfig = field(default_factory=StoreConfig)
+    """Which store and context; every version of it is mended."""
+    from_store: str = ""
+    """Folder of a backup (a store that `tree backup` wrote), for what nothing else can bring back."""
+    base_lm: BaseLMConfig = field(default_factory=BaseLMConfig)
+    """The language model that the tree was made with; loaded only when gists or the index are made anew."""
+    gistnet: GistNetConfig = field(default_factory=GistNetConfig)
+    """The net that made the damaged gists; another one is refused."""
+    threads: int = 1
+    """CPU threads for making gists."""
+    apply: bool = False
+    """Do it. Without, the job says what it would do, and what is lost."""
+    json: bool = False
+    """Print JSON instead of tables."""
+
+    def validate(self) -> None:
+        require(self.threads >= 1, f"threads={self.threads} must be at least 1")

@@ -25,10 +25,11 @@ from cluster.ray_runtime import ray_session
 from cluster.run import JobRun
 from cluster.tables import Table
 from pipelines.tree_report import encoding_rows, human_bytes, level_rows, measure_tree
+from storage.check import check_context
 from storage.contract import TreeReader
 from storage.geometry import NO_TOKEN
 from storage.store import Store
-from storage.tree.verify import VerifyReport, verify_context
+from storage.tree.verify import VerifyReport
 
 logger = logging.getLogger("megacontext.tree")
 
@@ -42,28 +43,30 @@ def verify(job: TreeVerifyJob) -> None:
         CorruptTreeError: something is wrong; all of it has been printed.
     """
     name = job.store.context
-    report = verify_context(Store(job.store.root).folder(name), name)
+    found = check_context(Store(job.store.root), name)
+    problems = found.problems
     if job.json:
-        sys.stdout.write(json.dumps({"context": name, "ok": report.ok, **asdict(report)}, indent=1) + "\n")
+        shown = {**asdict(found.tree), "problems": problems}
+        sys.stdout.write(json.dumps({"context": name, "ok": not problems, **shown}, indent=1) + "\n")
     else:
-        Table(_verify_rows(report), f"Context {name}").show()
-        for problem in report.problems[:SHOWN_PROBLEMS]:
+        Table(_verify_rows(found.tree, len(problems)), f"Context {name}").show()
+        for problem in problems[:SHOWN_PROBLEMS]:
             sys.stdout.write(f"  {problem}\n")
-    if not report.ok:
+    if problems:
         raise CorruptTreeError(
-            f"context {name!r} has {len(report.problems)} problem(s); damaged nodes are not served. Restore the files "
-            "named above from a backup."
+            f"context {name!r} has {len(problems)} problem(s); damaged nodes are not served. `tree repair` says what "
+            "it can mend; restore the rest from a backup."
         )
 
 
-def _verify_rows(report: VerifyReport) -> list[dict[str, Any]]:
+def _verify_rows(report: VerifyReport, num_problems: int) -> list[dict[str, Any]]:
     return [
         {"what": "blocks", "value": f"{report.num_blocks:,}"},
         {"what": "documents", "value": f"{report.num_documents:,}"},
         {"what": "segments", "value": f"{report.num_segments:,}"},
         {"what": "journal rows", "value": f"{report.num_journal_rows:,}"},
         {"what": "bytes read", "value": human_bytes(report.num_bytes)},
-        {"what": "problems", "value": f"{len(report.problems):,}"},
+        {"what": "problems", "value": f"{num_problems:,}"},
     ]
 
 

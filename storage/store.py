@@ -16,11 +16,19 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from cluster.errors import ContextNotFoundError, DiskFullError, IncompatibleTreeError, WriterConflictError
+from cluster.errors import (
+    ContextNotFoundError,
+    CorruptTreeError,
+    DiskFullError,
+    IncompatibleTreeError,
+    WriterConflictError,
+)
+from storage import row_checksums
 from storage.durable import disk_errors, fsync_folder, make_folder_durably
 from storage.schema import Encoding, TreeIdentity, check_same
 from storage.tree import catalogue
 from storage.tree.commits import Writing, insert_commit
+from storage.tree.log_check import lost_commits
 from storage.tree.reader import ContextReader
 from storage.tree.sealing import SEGMENT_FOLDER
 from storage.tree.writer import MAIN_BRANCH, ContextWriter
@@ -37,6 +45,19 @@ CREATE TABLE IF NOT EXISTS contexts (
 CREATE TABLE IF NOT EXISTS pins (
   pin_id TEXT PRIMARY KEY, context TEXT NOT NULL, branch TEXT NOT NULL, seq INTEGER NOT NULL, expires_at REAL NOT NULL);
 """
+
+
+_TABLES = ("contexts", "pins")
+_CONTEXT_COLUMNS = ("created_at", "epoch", "folder", "name", "owner")
+
+
+def _unprotected(db: sqlite3.Connection) -> list[str]:
+    """Tables that were made before their rows had checksums."""
+    return [
+        table
+        for table in _TABLES
+        if row_checksums.COLUMN not in {row[1] for row in db.execute(f"PRAGMA table_info({table})")}
+    ]
 
 
 @dataclass(frozen=True)
@@ -110,6 +131,9 @@ class Store:
             for statement in _SCHEMA.split(";\n"):
                 if statement.strip():
                     db.execute(statement)
+            if _unprotected(db):
+                with catalogue.transaction(db):
+                    row_checksums.protect(db, _unprotected(db))
 
     @contextlib.contextmanager
     def _connect(self) -> Iterator[sqlite3.Connection]:
@@ -118,14 +142,41 @@ class Store:
             catalogue.translated(path),
             contextlib.closing(sqlite3.connect(path, isolation_level=None, timeout=30.0)) as connection,
         ):
+            row_checksums.register(connection)
             yield connection
+
+    def check(self) -> list[str]:
+        """One line for each thing that is wrong with `store.sqlite`."""
+        path = self.root / STORE_FILE
+        with self._connect() as db:
+            problems = [row[0] for row in db.execute("PRAGMA integrity_check(20)") if row[0] != "ok"]
+            if not problems:
+                problems = [damaged for table in _TABLES for damaged in row_checksums.damaged_rows(db, table)]
+        if lost := lost_commits(path):
+            problems.append(lost)
+        return [f"{path}: {problem}" for problem in problems]
+
+    def forget_damaged_leases(self) -> int:
+        """Drop leases whose rows are damaged, which end within the hour anyway; returns how many."""
+        with self._connect() as db, catalogue.transaction(db):
+            columns = row_checksums.columns_of(db, "pins")
+            return db.execute(f"DELETE FROM pins WHERE NOT {row_checksums.sound(columns, 'pins')}").rowcount
 
     # -- contexts ------------------------------------------------------------------------------------------------
 
     def contexts(self) -> list[ContextInfo]:
         """All contexts, by name."""
         with self._connect() as db:
-            rows = db.execute("SELECT name, folder, created_at, owner, epoch FROM contexts ORDER BY name").fetchall()
+            rows = db.execute(
+                "SELECT name, folder, created_at, owner, epoch, "
+                f"{row_checksums.sound(_CONTEXT_COLUMNS, 'contexts')} FROM contexts ORDER BY name"
+            ).fetchall()
+        for row in rows:
+            if not row[5]:
+                raise CorruptTreeError(
+                    f"{self.root / STORE_FILE}: the row of context {row[0]!r} {row_checksums.DAMAGED}. Move the file "
+                    "away and list the contexts anew (docs/operations.md)"
+                )
         return [ContextInfo(row[0], self.root / str(row[1]), row[2], row[3], row[4]) for row in rows]
 
     def has_context(self, name: str) -> bool:
@@ -164,7 +215,10 @@ class Store:
     def register(self, name: str) -> None:
         """List a context whose folder is there."""
         with self._connect() as db:
-            db.execute("INSERT OR IGNORE INTO contexts VALUES (?, ?, ?, '', 0)", (name, name, time.time()))
+            db.execute(
+                "INSERT OR IGNORE INTO contexts (name, folder, created_at, owner, epoch) VALUES (?, ?, ?, '', 0)",
+                (name, name, time.time()),
+            )
 
     def _make_folder(self, folder: Path, name: str, identity: TreeIdentity, encoding: Encoding) -> None:
         temporary = self.root / f".{name}.tmp-{uuid.uuid4().hex[:8]}"
@@ -296,6 +350,11 @@ class Store:
         No lease can be taken meanwhile: who asks for one waits, and is then told when the version is gone.
         """
         with self._connect() as db, catalogue.transaction(db):
+            if damaged := next(row_checksums.damaged_rows(db, "pins"), ""):
+                raise CorruptTreeError(
+                    f"{self.root / STORE_FILE}: {damaged}, so it is not known what readers hold. `tree repair` "
+                    "forgets damaged leases; nothing was removed"
+                )
             pins = db.execute(
                 "SELECT seq FROM pins WHERE context = ? AND expires_at >= ?", (writer.name, time.time())
             ).fetchall()
@@ -309,7 +368,8 @@ class Store:
         with self._connect() as db:
             db.execute("DELETE FROM pins WHERE expires_at < ?", (time.time(),))
             db.execute(
-                "INSERT INTO pins VALUES (?, ?, ?, ?, ?) ON CONFLICT (pin_id) DO UPDATE SET "
+                "INSERT INTO pins (pin_id, context, branch, seq, expires_at) VALUES (?, ?, ?, ?, ?) "
+                "ON CONFLICT (pin_id) DO UPDATE SET "
                 "expires_at = excluded.expires_at",
                 (pin_id, context, branch, seq, time.time() + LEASE_S),
             )

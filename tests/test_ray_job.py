@@ -38,6 +38,7 @@ def test_every_job_is_there_and_accepts_its_configuration() -> None:
         "train ablations",
         "paper 0",
         "tree verify",
+        "tree repair",
         "tree rebuild-gists",
         "tree export",
         "tree import",

@@ -188,6 +188,17 @@ def _read(path: Path, filters: list[tuple[str, str, str]] | None = None) -> pa.T
     return pq.read_table(pa.BufferReader(data), schema=SCHEMA, filters=filters)
 
 
+def check_focus_events(context_folder: Path) -> list[str]:
+    """One line for each file of a context's focus events that is damaged, naming it."""
+    problems = []
+    for path in sorted((context_folder / EVENTS_FOLDER).glob("*.parquet")):
+        try:
+            _read(path)
+        except (CorruptTreeError, pa.ArrowException, OSError) as error:
+            problems.append(str(error) if str(path) in str(error) else f"{path} holds no focus events: {error}")
+    return problems
+
+
 def read_focus_events(context_folder: Path, session: str | None = None) -> pa.Table:
     """Events of a context, all or one session's, oldest first; an empty table where there are none.
 

@@ -25,6 +25,7 @@ import google_crc32c
 import numpy as np
 
 from cluster.errors import StorageError, WriterConflictError
+from storage import row_checksums
 from storage.contract import TreeReader
 from storage.lexical.terms import Decode, block_terms, settled_blocks
 from storage.tree import catalogue
@@ -34,7 +35,7 @@ logger = logging.getLogger("megacontext.storage")
 LEXICAL_FILE = "lexical.sqlite"
 LEXICAL_LOCK_FILE = "lexical.lock"
 
-LEXICAL_FORMAT = 2
+LEXICAL_FORMAT = 3
 """Raised when the layout, or what counts as a term, changes. Other formats are rebuilt."""
 
 BATCH_BLOCKS = 1024
@@ -48,11 +49,23 @@ _SCHEMA = (
     """CREATE VIRTUAL TABLE postings USING fts5(
          terms, content='', columnsize=0, detail=none, tokenize="ascii tokenchars '_.-#'")""",
     "CREATE TABLE terms (term TEXT PRIMARY KEY, num_blocks INTEGER NOT NULL, most INTEGER NOT NULL) WITHOUT ROWID",
-    "CREATE TABLE lengths (number INTEGER PRIMARY KEY, lengths BLOB NOT NULL)",
+    "CREATE TABLE lengths (number INTEGER PRIMARY KEY, lengths BLOB NOT NULL, crc INTEGER NOT NULL)",
     """CREATE TABLE state (
          only INTEGER PRIMARY KEY CHECK (only = 1), format INTEGER NOT NULL, branch_id INTEGER NOT NULL,
-         num_blocks INTEGER NOT NULL, num_terms INTEGER NOT NULL, last_block_crc INTEGER NOT NULL)""",
+         num_blocks INTEGER NOT NULL, num_terms INTEGER NOT NULL, last_block_crc INTEGER NOT NULL,
+         crc INTEGER NOT NULL)""",
+    # FTS5 writes its pages whole, into a table that is like any other to triggers.
+    "CREATE TABLE page_sums (id INTEGER PRIMARY KEY, crc INTEGER NOT NULL)",
+    f"""CREATE TRIGGER page_sum_of_new AFTER INSERT ON postings_data
+         BEGIN INSERT OR REPLACE INTO page_sums VALUES (NEW.id, {row_checksums.FUNCTION}(NEW.block, NEW.id)); END""",
+    "CREATE TRIGGER page_sum_of_old AFTER DELETE ON postings_data BEGIN DELETE FROM page_sums WHERE id = OLD.id; END",
 )
+_CHECKED = ("lengths", "state")
+"""Tables whose rows have checksums, set by the statements that write them: a trigger would make FTS5 write its pages
+in the middle of one, which SQLite 3.40 does not survive. `terms` is compared with the postings."""
+
+_STATE = ("branch_id", "format", "last_block_crc", "num_blocks", "num_terms", "only")
+"""Columns of `state` in the order in which they are under its checksum."""
 
 # The schema is ours and the statements are fixed, so a plain SQLITE_ERROR means that the file holds something else.
 _DAMAGE = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR, sqlite3.SQLITE_FORMAT}
@@ -89,10 +102,26 @@ class IndexState:
     @classmethod
     def load(cls, db: sqlite3.Connection) -> IndexState:
         """The state as of the connection's snapshot."""
-        rows = db.execute("SELECT format, branch_id, num_blocks, num_terms, last_block_crc FROM state").fetchall()
-        if len(rows) != 1:
+        formats = db.execute("SELECT format FROM state").fetchall()
+        if len(formats) != 1:
             raise no_index("its state is missing")
-        return cls(*rows[0])
+        if formats[0][0] != LEXICAL_FORMAT:
+            return cls(formats[0][0], 0, 0, 0, 0)
+        *state, is_sound = db.execute(
+            "SELECT format, branch_id, num_blocks, num_terms, last_block_crc, "
+            f"{row_checksums.sound(_STATE, 'state')} FROM state"
+        ).fetchone()
+        if not is_sound:
+            raise no_index("its state is damaged")
+        return cls(*state)
+
+    def save(self, db: sqlite3.Connection) -> None:
+        """Put it in the place of what is there; inside a transaction."""
+        values = (self.branch_id, self.format, self.last_block_crc, self.num_blocks, self.num_terms, 1)
+        db.execute(
+            f"INSERT OR REPLACE INTO state ({', '.join(_STATE)}, {row_checksums.COLUMN}) VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (*values, row_checksums.row_crc(*values)),
+        )
 
     def foreign_to(self, reader: TreeReader) -> str:
         """Why the index was not made from what the reader reads; empty when nothing speaks against it."""
@@ -140,10 +169,7 @@ def append_blocks(
     _append_lengths(db, first, lengths)
     num_terms = state.num_terms + int(lengths.sum(dtype=np.int64))
     state = IndexState(state.format, branch_id, first + len(blocks), num_terms, crc)
-    db.execute(
-        "UPDATE state SET branch_id = ?, num_blocks = ?, num_terms = ?, last_block_crc = ?",
-        (state.branch_id, state.num_blocks, state.num_terms, state.last_block_crc),
-    )
+    state.save(db)
     return state
 
 
@@ -154,7 +180,7 @@ def _append_lengths(db: sqlite3.Connection, first: int, lengths: np.ndarray) -> 
         lengths = np.concatenate([np.frombuffer(stored[0], "<u4"), lengths])
     parts = range(0, len(lengths), LENGTHS_PER_ROW)
     db.executemany(
-        "INSERT OR REPLACE INTO lengths VALUES (?, ?)",
+        f"INSERT OR REPLACE INTO lengths VALUES (?1, ?2, {row_checksums.FUNCTION}(?2, ?1))",
         [(number + n, lengths[start : start + LENGTHS_PER_ROW].tobytes()) for n, start in enumerate(parts)],
     )
 
@@ -274,8 +300,8 @@ class LexicalWriter:
             with catalogue.transaction(self._db) as db:
                 for statement in _SCHEMA:
                     db.execute(statement)
-                db.execute("INSERT INTO state VALUES (1, ?, 0, 0, 0, 0)", (LEXICAL_FORMAT,))
-        self._state = IndexState(LEXICAL_FORMAT, 0, 0, 0, 0)
+                self._state = IndexState(LEXICAL_FORMAT, 0, 0, 0, 0)
+                self._state.save(db)
 
     def _disconnect(self) -> None:
         if self._db is not None:
@@ -296,6 +322,7 @@ class LexicalWriter:
 
 def _connect_for_writing(path: Path) -> sqlite3.Connection:
     connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=30.0)
+    row_checksums.register(connection)
     try:
         connection.execute("PRAGMA journal_mode=WAL")
         # After a power cut the last batches may be gone, mark and rows together; they are indexed again.
@@ -311,12 +338,29 @@ def _checked(db: sqlite3.Connection) -> IndexState:
     problem = db.execute("PRAGMA quick_check(1)").fetchone()[0]
     if problem != "ok":
         raise no_index(problem)
-    db.execute("INSERT INTO postings (postings) VALUES ('integrity-check')")
     state = IndexState.load(db)
+    if state.format != LEXICAL_FORMAT:
+        return state
+    if damaged := next(damaged_rows(db), ""):
+        raise no_index(damaged)
+    db.execute("INSERT INTO postings (postings) VALUES ('integrity-check')")
     lengths = load_lengths(db)
     if len(lengths) != state.num_blocks or int(lengths.sum(dtype=np.int64)) != state.num_terms:
         raise no_index("lengths of its blocks are missing")
     return state
+
+
+def damaged_rows(db: sqlite3.Connection) -> Iterator[str]:
+    """Everything with a checksum that does not match, named."""
+    for table in _CHECKED:
+        yield from row_checksums.damaged_rows(db, table)
+    pages = db.execute("SELECT d.id, d.block, s.crc FROM postings_data d LEFT JOIN page_sums s ON s.id = d.id")
+    for number, block, crc in pages:
+        if row_checksums.row_crc(block, number) != crc:
+            yield f"page {number} of the postings {row_checksums.DAMAGED}"
+    (missing,) = db.execute("SELECT count(*) FROM page_sums WHERE id NOT IN (SELECT id FROM postings_data)").fetchone()
+    if missing:
+        yield f"{missing} page(s) of the postings are missing"
 
 
 @contextlib.contextmanager
@@ -328,6 +372,17 @@ def lexical_lock(folder: Path) -> Iterator[None]:
     """
     with contextlib.closing(_take_lock(folder)):
         yield
+
+
+def remove_index(folder: Path) -> None:
+    """Delete a context's index, if it has one.
+
+    Raises:
+        WriterConflictError: another live process builds it.
+    """
+    with lexical_lock(folder):
+        for suffix in ("", "-wal", "-shm"):
+            (folder / f"{LEXICAL_FILE}{suffix}").unlink(missing_ok=True)
 
 
 def _take_lock(folder: Path) -> IO[str]:

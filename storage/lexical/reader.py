@@ -15,6 +15,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from storage import row_checksums
 from storage.contract import TreeReader
 from storage.lexical.index import LENGTHS_PER_ROW, IndexState, is_damage, load_lengths, no_index, primary_code
 from storage.tree import catalogue
@@ -161,4 +162,6 @@ def _connect(path: Path) -> sqlite3.Connection:
     beside = any(Path(f"{path}{suffix}").exists() for suffix in ("-wal", "-shm"))
     frozen = not beside and not os.access(path.parent, os.W_OK)
     uri = path.absolute().as_uri() + "?mode=ro" + ("&immutable=1" if frozen else "")
-    return sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False, timeout=30.0)
+    connection = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False, timeout=30.0)
+    row_checksums.register(connection)
+    return connection

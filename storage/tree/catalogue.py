@@ -7,6 +7,7 @@ segments and the recent super-blocks change together or not at all.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import sqlite3
@@ -14,10 +15,16 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import google_crc32c
+
 from cluster.errors import CorruptTreeError, DiskFullError, IncompatibleTreeError, StorageError
+from storage import row_checksums
 from storage.schema import FORMAT_VERSION
+from storage.tree import journal
 
 CATALOGUE_FILE = "catalogue.sqlite"
+
+_SCHEMA_CRC = "schema_crc"
 
 _SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -53,7 +60,7 @@ CREATE INDEX documents_by_uri ON documents (uri);
 CREATE TABLE tails (branch_id INTEGER PRIMARY KEY, document_id INTEGER NOT NULL, tokens BLOB NOT NULL);
 
 -- Recent nodes, one row a run that never crosses a super-block (LOD0, LOD1) or a sibling group (LOD2 and up).
--- LOD0 rows count blocks and belong to encoding 0. crc is the crc32c of payload. row_id: the writer's epoch in the
+-- LOD0 rows count blocks and belong to encoding 0. crc is `journal.checksum`. row_id: the writer's epoch in the
 -- upper bits, so that none comes twice. (AUTOINCREMENT would write a page of its own in every commit.)
 CREATE TABLE journal (
   row_id INTEGER PRIMARY KEY, branch_id INTEGER NOT NULL, encoding_id INTEGER NOT NULL,
@@ -90,9 +97,9 @@ CREATE TABLE growth (
   PRIMARY KEY (branch_id, num_blocks)) WITHOUT ROWID;
 """
 
-# The audit log only grows, whoever opens the file.
+# The audit log only grows, whoever opens the file. A new line gets its checksum, once.
 _AUDIT_GUARDS = """
-CREATE TRIGGER audit_is_not_changed BEFORE UPDATE ON audit
+CREATE TRIGGER audit_is_not_changed BEFORE UPDATE ON audit WHEN OLD.crc IS NOT NULL
 BEGIN SELECT RAISE(ABORT, 'the audit log is append-only'); END;
 CREATE TRIGGER audit_is_not_shortened BEFORE DELETE ON audit
 BEGIN SELECT RAISE(ABORT, 'the audit log is append-only'); END;
@@ -107,7 +114,7 @@ def _run(db: sqlite3.Connection, script: str) -> None:
 
 
 def _add_forks_and_authors(db: sqlite3.Connection) -> None:
-    """Format 1 to 2: branches may have a parent, versions and tags an author, and the audit log guards itself."""
+    """Format 1 to 2: branches may have a parent, versions and tags an author."""
     for table, column in (
         ("branches", "fork_seq INTEGER"),
         ("branches", "fork_encoding_id INTEGER"),
@@ -127,16 +134,80 @@ def _add_forks_and_authors(db: sqlite3.Connection) -> None:
         "UPDATE branches SET created_at = coalesce("
         "(SELECT min(created_at) FROM commits c WHERE c.branch_id = branches.branch_id), 0)"
     )
+
+
+def _add_checksums(db: sqlite3.Connection) -> None:
+    """Rows get checksums, and those of the journal cover whose nodes they are."""
+    old = db.execute("SELECT row_id, crc, branch_id, encoding_id, lod, first, count, payload FROM journal")
+    for row_id, crc, *row in old.fetchall():
+        if google_crc32c.value(row[-1]) == crc:
+            db.execute("UPDATE journal SET crc = ? WHERE row_id = ?", (journal.checksum(*row), row_id))
+    _protect(db)
+
+
+def _protect(db: sqlite3.Connection) -> None:
+    """Checksums for the rows of every table; the last step of making or migrating a catalogue."""
+    for trigger in ("audit_is_not_changed", "audit_is_not_shortened"):
+        db.execute(f"DROP TRIGGER IF EXISTS {trigger}")
+    row_checksums.protect(db, list(_columns()))
     _run(db, _AUDIT_GUARDS)
 
 
-def _add_block_states(db: sqlite3.Connection) -> None:
-    """Format 2 to 3: states of blocks belong to versions. Before, nothing ever had another state than whole."""
+def _add_states_and_checksums(db: sqlite3.Connection) -> None:
+    """Format 2 to 3: states of blocks belong to versions (before, nothing ever had another state than whole), and every
+    row has a checksum."""
+    if row_checksums.COLUMN in {row[1] for row in db.execute("PRAGMA table_info(meta)")}:
+        # Not an older format but a damaged number of it: new checksums would hide whatever else is damaged.
+        raise CorruptTreeError("the catalogue's format version is damaged. Restore the file from a backup.")
     db.execute("DROP TABLE node_states")
     _run(db, _BLOCK_STATES)
+    _add_checksums(db)
 
 
-MIGRATIONS: dict[int, Callable[[sqlite3.Connection], None]] = {1: _add_forks_and_authors, 2: _add_block_states}
+@functools.cache
+def _columns() -> dict[str, list[str]]:
+    """Columns under the checksum, of every table whose rows have one."""
+    with contextlib.closing(sqlite3.connect(":memory:")) as db:
+        _run(db, _SCHEMA + _BLOCK_STATES)
+        tables = [row[0] for row in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+        own = {"journal", "sqlite_sequence"}
+        return {table: row_checksums.columns_of(db, table) for table in tables if table not in own}
+
+
+def sound(table: str, alias: str) -> str:
+    """SQL for whether a row of a table is what was written."""
+    return row_checksums.sound(_columns()[table], alias)
+
+
+def require_sound(is_sound: object, what: str) -> None:
+    """Refuse what a damaged row says.
+
+    Args:
+        is_sound: what the SQL of `sound` gave.
+        what: is described by the row.
+
+    Raises:
+        CorruptTreeError: it is damaged.
+    """
+    if not is_sound:
+        raise CorruptTreeError(
+            f"the catalogue's row of {what} {row_checksums.DAMAGED}, and is not served. `tree verify` lists all "
+            "damage; `tree repair` mends what it can."
+        )
+
+
+def damaged_rows(db: sqlite3.Connection) -> Iterator[str]:
+    """Every row that is not what was written; those of the journal apart."""
+    for table in _columns():
+        yield from row_checksums.damaged_rows(db, table)
+
+
+def _schema_crc(db: sqlite3.Connection) -> str:
+    rows = db.execute("SELECT type, name, tbl_name, coalesce(sql, '') FROM sqlite_master ORDER BY type, name")
+    return str(row_checksums.row_crc(*(text for row in rows for text in row)))
+
+
+MIGRATIONS: dict[int, Callable[[sqlite3.Connection], None]] = {1: _add_forks_and_authors, 2: _add_states_and_checksums}
 """Step from format n to n + 1, run by the writer in one transaction before anything else."""
 
 
@@ -151,15 +222,18 @@ def create(folder: Path, meta: dict[str, str]) -> None:
         raise StorageError(f"{path} exists already; open the context instead of creating it")
     with translated(path):
         connection = sqlite3.connect(path, isolation_level=None)
+        row_checksums.register(connection)
         try:
             connection.execute("PRAGMA journal_mode=WAL")
             connection.execute("PRAGMA synchronous=FULL")
             # One explicit transaction: a crash leaves an empty database, never half a schema.
             connection.execute("BEGIN IMMEDIATE")
-            _run(connection, _SCHEMA + _BLOCK_STATES + _AUDIT_GUARDS)
+            _run(connection, _SCHEMA + _BLOCK_STATES)
+            _protect(connection)
             rows = {**meta, "format_version": str(FORMAT_VERSION), "created_at": str(time.time())}
-            connection.executemany("INSERT INTO meta VALUES (?, ?)", rows.items())
-            connection.execute("INSERT INTO writer VALUES (1, 0, '')")
+            connection.executemany("INSERT INTO meta (key, value) VALUES (?, ?)", rows.items())
+            connection.execute("INSERT INTO writer (only, epoch, owner) VALUES (1, 0, '')")
+            _note_schema(connection)
             connection.execute("COMMIT")
         finally:
             connection.close()
@@ -187,11 +261,13 @@ def connect(folder: Path, *, read_only: bool) -> sqlite3.Connection:
             check_same_thread=False,
             timeout=30.0,
         )
+        row_checksums.register(connection)
         try:
             if not read_only:
                 connection.execute("PRAGMA journal_mode=WAL")
                 connection.execute("PRAGMA synchronous=FULL")
             _check_format(path, _format_version(path, connection), read_only, connection)
+            _check_meta(path, connection)
         except BaseException:
             connection.close()
             raise
@@ -241,6 +317,23 @@ def _check_format(path: Path, found: int, read_only: bool, connection: sqlite3.C
         with transaction(connection):
             MIGRATIONS[version](connection)
             connection.execute("UPDATE meta SET value = ? WHERE key = 'format_version'", (str(version + 1),))
+            if version + 1 == FORMAT_VERSION:
+                _note_schema(connection)
+
+
+def _note_schema(connection: sqlite3.Connection) -> None:
+    """Keep the schema's checksum: damage to a trigger would be damage to all that is written later."""
+    connection.execute("INSERT OR REPLACE INTO meta (key, value) VALUES (?, ?)", (_SCHEMA_CRC, _schema_crc(connection)))
+
+
+def _check_meta(path: Path, connection: sqlite3.Connection) -> None:
+    with snapshot(connection):
+        rows = connection.execute(f"SELECT key, value, {sound('meta', 'meta')} FROM meta").fetchall()
+        schema = _schema_crc(connection)
+    for key, _, is_sound in rows:
+        require_sound(is_sound, f"{key!r} in `meta`")
+    if (_SCHEMA_CRC, schema, 1) not in rows:
+        raise CorruptTreeError(f"{path}: the schema is damaged. Nothing was changed. Restore the file from a backup.")
 
 
 @contextlib.contextmanager
@@ -275,6 +368,11 @@ def translated(path: Path) -> Iterator[None]:
         yield
     except sqlite3.OperationalError as error:
         text = str(error)
+        if "decode" in text or "user-defined function" in text:
+            # Text that is none, met by SQLite's module or on the way to `row_crc`.
+            raise CorruptTreeError(
+                f"{path} holds damaged text ({text}). Nothing was changed. `tree verify` lists all damage."
+            ) from error
         if "full" in text:
             raise DiskFullError(
                 f"the disk (or quota) under {path.parent} is full; nothing of this write was stored, what was "
@@ -288,6 +386,8 @@ def translated(path: Path) -> Iterator[None]:
             f"{path}: {text}. What was acknowledged before is safe. Check the disk and the file's permissions."
         ) from error
     except sqlite3.IntegrityError as error:
+        if row_checksums.DAMAGED in str(error):
+            raise CorruptTreeError(f"{path}: {error}. Nothing was changed. `tree verify` lists all damage.") from error
         raise StorageError(f"{path} refused a write: {error}. Nothing was changed.") from error
     except sqlite3.ProgrammingError as error:
         raise StorageError(f"{path}: {error}; open the context again") from error

@@ -12,12 +12,21 @@ import numpy as np
 from cluster.errors import OutOfOrderError
 from storage.contract import DocumentInfo, DocumentMark, DocumentMeta, SpanWrite
 from storage.geometry import NO_TOKEN
+from storage.tree import catalogue
 from storage.tree.lineage import Lineage
 
 _COLUMNS = (
     "d.document_id, d.key, d.uri, d.content_sha256, d.size_bytes, d.modified_at, d.tags, d.first_block, d.num_blocks, "
     "d.num_tokens, d.state"
 )
+
+
+def _select(tail: bool, where: str) -> str:
+    """Columns as `_document` takes them."""
+    tail_columns = f"t.tokens, t.tokens IS NULL OR {catalogue.sound('tails', 't')}" if tail else "NULL, 1"
+    joined = " LEFT JOIN tails t ON t.document_id = d.document_id" if tail else ""
+    return f"SELECT {_COLUMNS}, {catalogue.sound('documents', 'd')}, {tail_columns} FROM documents d{joined} {where}"
+
 
 _BEFORE = "d.first_block < coalesce(?, 9223372036854775807)"
 
@@ -83,8 +92,7 @@ def find_document(connection: sqlite3.Connection, lineage: Lineage, key: str) ->
     """The document of a key, with its tail."""
     for part in reversed(lineage.document_parts()):
         row = connection.execute(
-            f"SELECT {_COLUMNS}, t.tokens FROM documents d LEFT JOIN tails t ON t.document_id = d.document_id "
-            f"WHERE d.branch_id = ? AND d.key = ? AND {_BEFORE}",
+            _select(True, f"WHERE d.branch_id = ? AND d.key = ? AND {_BEFORE}"),
             (part.branch_id, key, part.stop),
         ).fetchone()
         if row is not None:
@@ -95,8 +103,7 @@ def find_document(connection: sqlite3.Connection, lineage: Lineage, key: str) ->
 def open_document(connection: sqlite3.Connection, branch_id: int) -> OpenDocument | None:
     """The document that is still growing: always the newest."""
     row = connection.execute(
-        f"SELECT {_COLUMNS}, t.tokens FROM documents d LEFT JOIN tails t ON t.document_id = d.document_id "
-        "WHERE d.branch_id = ? ORDER BY d.document_id DESC LIMIT 1",
+        _select(True, "WHERE d.branch_id = ? ORDER BY d.document_id DESC LIMIT 1"),
         (branch_id,),
     ).fetchone()
     if row is None or row[10] != "open":
@@ -154,7 +161,7 @@ def _cut_suffix(document_id: int) -> str:
 def _set_tail(db: sqlite3.Connection, branch_id: int, document_id: int, tail: np.ndarray) -> None:
     if len(tail):
         db.execute(
-            "INSERT INTO tails VALUES (?, ?, ?) ON CONFLICT (branch_id) DO UPDATE SET "
+            "INSERT INTO tails (branch_id, document_id, tokens) VALUES (?, ?, ?) ON CONFLICT (branch_id) DO UPDATE SET "
             "document_id = excluded.document_id, tokens = excluded.tokens",
             (branch_id, document_id, tail.astype("<u4").tobytes()),
         )
@@ -168,8 +175,7 @@ def document_infos(connection: sqlite3.Connection, lineage: Lineage, num_blocks:
     for part in lineage.document_parts():
         stop = num_blocks if part.stop is None else min(part.stop, num_blocks)
         rows = connection.execute(
-            f"SELECT {_COLUMNS}, NULL FROM documents d WHERE d.branch_id = ? AND {_BEFORE} AND d.num_blocks > 0 "
-            "ORDER BY d.first_block",
+            _select(False, f"WHERE d.branch_id = ? AND {_BEFORE} AND d.num_blocks > 0 ORDER BY d.first_block"),
             (part.branch_id, stop),
         )
         infos += [_info(_document(row)) for row in rows]
@@ -180,8 +186,10 @@ def document_info_at(connection: sqlite3.Connection, lineage: Lineage, block: in
     """The document whose span holds a block."""
     part = next(part for part in reversed(lineage.document_parts()) if part.first <= block)
     row = connection.execute(
-        f"SELECT {_COLUMNS}, NULL FROM documents d WHERE d.branch_id = ? AND d.first_block <= ? AND d.num_blocks > 0 "
-        "ORDER BY d.first_block DESC LIMIT 1",
+        _select(
+            False,
+            "WHERE d.branch_id = ? AND d.first_block <= ? AND d.num_blocks > 0 ORDER BY d.first_block DESC LIMIT 1",
+        ),
         (part.branch_id, block),
     ).fetchone()
     return None if row is None else _info(_document(row))
@@ -193,5 +201,7 @@ def _info(document: OpenDocument) -> DocumentInfo:
 
 def _document(row: tuple) -> OpenDocument:
     meta = DocumentMeta(plain_key(row[0], row[1], row[10]), row[2], row[3], row[4], row[5], tuple(json.loads(row[6])))
-    tail = np.frombuffer(row[11], "<u4") if row[11] is not None else np.empty(0, np.uint32)
+    catalogue.require_sound(row[11], f"document {meta.key!r}")
+    catalogue.require_sound(row[13], f"the tail of document {meta.key!r}")
+    tail = np.frombuffer(row[12], "<u4") if row[12] is not None else np.empty(0, np.uint32)
     return OpenDocument(row[0], meta, row[7], row[8], row[9], row[10], tail)

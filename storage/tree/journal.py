@@ -8,6 +8,7 @@ segment once sealed.
 from __future__ import annotations
 
 import sqlite3
+import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -73,6 +74,15 @@ class Run:
     arrays: Arrays
 
 
+_PLACE = struct.Struct("<5q")
+
+
+def checksum(branch_id: int, encoding_id: int, lod: int, first: int, count: int, payload: bytes) -> int:
+    """crc32c of a row: of its place, five little-endian int64, and its payload."""
+    place = google_crc32c.value(_PLACE.pack(branch_id, encoding_id, lod, first, count))
+    return google_crc32c.extend(place, payload)
+
+
 def insert(
     connection: sqlite3.Connection,
     level: Level,
@@ -89,7 +99,7 @@ def insert(
             arrays[stored.name][offset * stored.rows_per_node : (offset + size) * stored.rows_per_node].tobytes()
             for stored in level.layout
         )
-        rows.append((next(row_ids), *level.key, start, size, google_crc32c.value(payload), payload))
+        rows.append((next(row_ids), *level.key, start, size, checksum(*level.key, start, size, payload), payload))
     connection.executemany(
         "INSERT INTO journal (row_id, branch_id, encoding_id, lod, first, count, crc, payload) "
         "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
@@ -123,11 +133,16 @@ def unpack(level: Level, first: int, count: int, crc: int, payload: bytes) -> Ru
     Raises:
         CorruptTreeError: naming the level and nodes.
     """
-    if len(payload) != count * level.node_bytes or google_crc32c.value(payload) != crc:
+    if len(payload) != count * level.node_bytes or checksum(*level.key, first, count, payload) != crc:
         raise CorruptTreeError(
             f"journal row of LOD{level.lod} nodes {first}-{first + count - 1} is damaged and is not served. "
-            "`tree verify` lists all damage; restore the catalogue from a backup."
+            "`tree verify` lists all damage; `tree repair` makes gists anew from the tokens."
         )
+    return split(level, first, count, payload)
+
+
+def split(level: Level, first: int, count: int, payload: bytes) -> Run:
+    """The arrays of a sound payload."""
     arrays, offset = {}, 0
     for stored in level.layout:
         rows = count * stored.rows_per_node

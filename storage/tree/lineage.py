@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.errors import CorruptTreeError
 from storage.schema import Encoding
-from storage.tree import journal
+from storage.tree import catalogue, journal
 from storage.tree.journal import Level
 
 LIVE = "live"
@@ -137,14 +137,18 @@ _COLUMNS = (
 )
 
 
+def _select(where: str) -> str:
+    return f"SELECT {_COLUMNS}, {catalogue.sound('branches', 'branches')} FROM branches {where}"
+
+
 def branches(db: sqlite3.Connection) -> list[Branch]:
     """All branches, retired ones too, in the order they were made."""
-    return [_branch(row) for row in db.execute(f"SELECT {_COLUMNS} FROM branches ORDER BY branch_id")]
+    return [_branch(row) for row in db.execute(_select("ORDER BY branch_id"))]
 
 
 def find_branch(db: sqlite3.Connection, name: str) -> Branch | None:
     """The branch of that name."""
-    row = db.execute(f"SELECT {_COLUMNS} FROM branches WHERE name = ?", (name,)).fetchone()
+    row = db.execute(_select("WHERE name = ?"), (name,)).fetchone()
     return None if row is None else _branch(row)
 
 
@@ -157,7 +161,7 @@ def load_lineage(db: sqlite3.Connection, branch_id: int) -> Lineage:
     found: list[Branch] = []
     wanted: int | None = branch_id
     while wanted is not None:
-        row = db.execute(f"SELECT {_COLUMNS} FROM branches WHERE branch_id = ?", (wanted,)).fetchone()
+        row = db.execute(_select("WHERE branch_id = ?"), (wanted,)).fetchone()
         if row is None:
             raise CorruptTreeError(f"the catalogue has no branch {wanted}, which it names; restore it from a backup")
         branch = _branch(row)
@@ -166,8 +170,19 @@ def load_lineage(db: sqlite3.Connection, branch_id: int) -> Lineage:
     return Lineage(found)
 
 
+def check_head(db: sqlite3.Connection, branch_id: int, head_seq: int) -> None:
+    """Refuse a tip that is not the branch's newest version.
+
+    Raises:
+        CorruptTreeError: its number is damaged.
+    """
+    newest = db.execute("SELECT max(seq) FROM commits WHERE branch_id = ? AND seq >= ?", (branch_id, head_seq))
+    catalogue.require_sound(newest.fetchone()[0] == head_seq, f"the tip of branch {branch_id}")
+
+
 def _branch(row: tuple) -> Branch:
-    *fields, bases, documents_from = row
+    *fields, bases, documents_from, is_sound = row
+    catalogue.require_sound(is_sound, f"branch {row[1]!r}")
     return Branch(*fields, bases=tuple(json.loads(bases)), documents_from=documents_from)
 
 

@@ -28,7 +28,7 @@ from storage.tree import catalogue, journal
 from storage.tree.documents import document_info_at, document_infos, open_document
 from storage.tree.journal import Level, Run
 from storage.tree.levels import level_counts
-from storage.tree.lineage import LIVE, Branch, Lineage, Part, branches, find_branch, load_lineage
+from storage.tree.lineage import LIVE, Branch, Lineage, Part, branches, check_head, find_branch, load_lineage
 from storage.tree.sealing import SEGMENT_FOLDER
 from storage.tree.states import PRUNED, as_spans, block_states, pruned_spans
 from storage.tree.stored_nodes import Extent, StoredNodes
@@ -357,14 +357,17 @@ def _load_version(db: sqlite3.Connection, name: str, branch_name: str, seq: int 
             known = ", ".join(b.name for b in branches(db) if b.state == LIVE)
             raise StorageError(f"context {name!r} has no branch {branch_name!r}; it has: {known}")
         wanted = branch.head_seq
+        check_head(db, branch.branch_id, wanted)
     commit = db.execute(
-        "SELECT c.branch_id, c.encoding_id, e.body, c.num_tokens, c.level_counts FROM commits c "
-        "JOIN encodings e USING (encoding_id) WHERE c.seq = ?",
+        f"SELECT c.branch_id, c.encoding_id, e.body, c.num_tokens, c.level_counts, {catalogue.sound('commits', 'c')}, "
+        f"{catalogue.sound('encodings', 'e')} FROM commits c JOIN encodings e USING (encoding_id) WHERE c.seq = ?",
         (wanted,),
     ).fetchone()
     if commit is None:
         newest = db.execute("SELECT max(seq) FROM commits").fetchone()[0]
         raise StorageError(f"context {name!r} has no version {wanted}, or not any more; the newest is {newest}")
+    catalogue.require_sound(commit[5], f"version {wanted}")
+    catalogue.require_sound(commit[6], f"encoding {commit[1]}")
     # A version may be of an ancestor, or of a branch whose name went to another since.
     lineage = load_lineage(db, commit[0])
     counts = tuple(json.loads(commit[4]))
@@ -373,8 +376,11 @@ def _load_version(db: sqlite3.Connection, name: str, branch_name: str, seq: int 
 
 
 def _with_encoding(db: sqlite3.Connection, version: Version, branch: Branch, encoding_id: int) -> Version:
-    row = db.execute("SELECT body FROM encodings WHERE encoding_id = ?", (encoding_id,)).fetchone()
+    row = db.execute(
+        f"SELECT e.body, {catalogue.sound('encodings', 'e')} FROM encodings e WHERE encoding_id = ?", (encoding_id,)
+    ).fetchone()
     if row is None:
         raise StorageError(f"context {version.context!r} has no encoding {encoding_id}")
+    catalogue.require_sound(row[1], f"encoding {encoding_id}")
     encoding = Encoding.from_json(row[0])
     return replace(version, encoding=encoding, level_counts=level_counts(db, branch, encoding_id, encoding))

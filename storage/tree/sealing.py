@@ -100,7 +100,7 @@ class SealedSegment:
         )
         for part in self.parts:
             connection.execute(
-                "INSERT INTO extents VALUES (?, ?, ?, ?, ?, ?)",
+                "INSERT INTO extents (segment_id, branch_id, encoding_id, lod, first, count) VALUES (?, ?, ?, ?, ?, ?)",
                 (cursor.lastrowid, *part.level.key, part.first, part.count),
             )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import sqlite3
 from dataclasses import dataclass, field
@@ -17,12 +18,29 @@ from storage.schema import Encoding
 from storage.tree import catalogue, journal
 from storage.tree.journal import Level
 from storage.tree.lineage import COLLECTED, LIVE, Branch, branches, load_lineage
+from storage.tree.log_check import lost_commits
 from storage.tree.reader import ContextReader
 from storage.tree.sealing import SEGMENT_FOLDER, array_spec
 from storage.tree.segment import SegmentArray, check_manifest
 from storage.tree.states import PRUNED
 
 BLOCKS_AT_A_TIME = 4096
+
+
+@dataclass(frozen=True)
+class DamagedNodes:
+    """Nodes of one level whose bytes are not what was written."""
+
+    branch_id: int
+    encoding_id: int
+    """0 for tokens, of which `lod` is 0 and nodes are blocks."""
+    lod: int
+    first: int
+    count: int
+    array: str
+    """Name of the stored array; empty for all of them."""
+    segment: str
+    """Folder of the segment that holds them; empty for the journal."""
 
 
 @dataclass
@@ -35,6 +53,12 @@ class VerifyReport:
     num_blocks: int = 0
     num_documents: int = 0
     problems: list[str] = field(default_factory=list)
+    damaged_segments: list[str] = field(default_factory=list)
+    """Folders of segments of which a file is not what was written."""
+    damaged_nodes: list[DamagedNodes] = field(default_factory=list)
+    """Where the nodes in those segments, and in damaged rows of the journal, belong."""
+    branch_blocks: dict[int, int] = field(default_factory=dict)
+    """Blocks that are stored of each branch, by its number."""
 
     @property
     def ok(self) -> bool:
@@ -45,43 +69,102 @@ class VerifyReport:
 def verify_context(folder: Path, name: str) -> VerifyReport:
     """Read everything a context holds, in every encoding.
 
-    Checked: the SQLite file's own structure; every file of every segment against its recorded size and checksum;
-    every chunk's checksum and every shard's index; every journal row's checksum; that each level is covered once and
-    without a gap; that tokens, counts, prefix sums and documents agree.
+    Checked: the SQLite file's own structure, every row's checksum, and that the log lost nothing; every file of every
+    segment against its recorded size and checksum; every chunk's checksum and every shard's index; that each level is
+    covered once and without a gap and has the nodes that its children make; that tokens, counts, prefix sums and
+    documents agree. What lies beside the tree is checked by `storage.check`.
 
     Raises:
         CorruptTreeError: the catalogue cannot be opened at all, so there is nothing to compare with.
     """
     report = VerifyReport()
+    path = folder / catalogue.CATALOGUE_FILE
+    if lost := lost_commits(path):
+        report.problems.append(lost)
     with contextlib.closing(catalogue.connect(folder, read_only=True)) as db:
         try:
-            with catalogue.translated(folder / catalogue.CATALOGUE_FILE):
+            with catalogue.translated(path):
                 found = [row[0] for row in db.execute("PRAGMA integrity_check(20)")]
-            report.problems += [f"{folder / catalogue.CATALOGUE_FILE}: {line}" for line in found if line != "ok"]
+            wrong = [f"{path}: {line}" for line in found if line != "ok"]
         except CorruptTreeError as error:
-            report.problems.append(str(error))
-        if report.problems:
-            return report
+            wrong = [str(error)]
+        report.problems += wrong
+        if not wrong:
+            _check_content(db, folder, name, report)
+    return report
+
+
+def _check_content(db: sqlite3.Connection, folder: Path, name: str, report: VerifyReport) -> None:
+    path = folder / catalogue.CATALOGUE_FILE
+    readable: list[Branch] = []
+    try:
         # One snapshot: a writer that commits and seals meanwhile is no damage.
-        with catalogue.translated(folder / catalogue.CATALOGUE_FILE), catalogue.snapshot(db):
+        with catalogue.translated(path), catalogue.snapshot(db):
+            report.problems += [f"{path}: {row}" for row in catalogue.damaged_rows(db)]
             _check_segments(db, folder, report)
             found_branches = branches(db)
+            _check_owners(db, report)
+            _check_counts(db, report)
             stored: dict[tuple[int, int, int], int] = {}
             for branch in found_branches:
                 stored |= _check_levels(db, folder, branch, report)
             readable = [branch for branch in found_branches if branch.state != COLLECTED]
             for branch in readable:
                 _check_version(db, branch, stored, report)
-        for branch in readable if report.ok else ():
-            _check_timeline(folder, name, branch, report)
-    return report
+            for branch in found_branches:
+                level = branch.block_level()
+                report.branch_blocks[branch.branch_id] = stored.get(level.key, level.base)
+    except CorruptTreeError as error:
+        # What was found may be of use still; most likely a row that is named already.
+        report.problems.append(str(error))
+    for branch in readable if report.ok else ():
+        _check_timeline(folder, name, branch, report)
 
 
 def _check_segments(db: sqlite3.Connection, folder: Path, report: VerifyReport) -> None:
     for segment_folder, stored_bytes, manifest in db.execute("SELECT folder, stored_bytes, manifest FROM segments"):
         report.num_segments += 1
         report.num_bytes += stored_bytes
-        report.problems += check_manifest(folder / SEGMENT_FOLDER / segment_folder, json.loads(manifest))
+        wrong = check_manifest(folder / SEGMENT_FOLDER / segment_folder, json.loads(manifest))
+        report.problems += wrong
+        if wrong:
+            report.damaged_segments.append(segment_folder)
+
+
+def _check_owners(db: sqlite3.Connection, report: VerifyReport) -> None:
+    """That what names a row of another table finds it."""
+    for table, column, of in (
+        ("journal", "branch_id", "branches"),
+        ("extents", "branch_id", "branches"),
+        ("documents", "branch_id", "branches"),
+        ("tails", "document_id", "documents"),
+        ("commits", "encoding_id", "encodings"),
+        ("tags", "seq", "commits"),
+    ):
+        missing = f"SELECT DISTINCT {column} FROM {table} WHERE {column} NOT IN (SELECT {column} FROM {of})"
+        report.problems += [
+            f"a row of {table} names {column} {row[0]!r}, which is not in {of}" for row in db.execute(missing)
+        ]
+
+
+def _check_counts(db: sqlite3.Connection, report: VerifyReport) -> None:
+    """That no version has a parent without all of its children, and that a branch's versions only grow."""
+    tokens: dict[int, int] = {}
+    for seq, branch_id, num_tokens, text in db.execute(
+        "SELECT seq, branch_id, num_tokens, level_counts FROM commits ORDER BY seq"
+    ):
+        counts = json.loads(text)
+        wrong = [lod for lod, (below, above) in enumerate(itertools.pairwise(counts), 2) if above > below // K]
+        report.problems += [
+            f"version {seq}: {counts[lod - 1]} nodes of LOD{lod}, with {counts[lod - 2]} of LOD{lod - 1} below"
+            for lod in wrong
+        ]
+        before, tokens[branch_id] = tokens.get(branch_id, 0), num_tokens
+        if not before <= num_tokens <= (counts[0] if counts else 0) * K:
+            report.problems.append(
+                f"version {seq}: {num_tokens} tokens in {counts[0] if counts else 0} blocks, after {before} in the "
+                "version before it"
+            )
 
 
 def _check_levels(
@@ -125,6 +208,11 @@ def _check_version(
     db: sqlite3.Connection, branch: Branch, stored: dict[tuple[int, int, int], int], report: VerifyReport
 ) -> None:
     """That the newest version of a branch has on every level what it promises, from its ancestors and itself."""
+    (newest,) = db.execute("SELECT max(seq) FROM commits WHERE branch_id = ?", (branch.branch_id,)).fetchone()
+    if newest != branch.head_seq:
+        report.problems.append(
+            f"row of branches (branch_id {branch.branch_id}) says version {branch.head_seq}, the newest is {newest}"
+        )
     commit = db.execute(
         "SELECT c.level_counts, c.encoding_id, e.body FROM commits c JOIN encodings e USING (encoding_id) "
         "WHERE c.seq = ?",
@@ -169,6 +257,7 @@ def _check_extents(
                 array = SegmentArray(folder / SEGMENT_FOLDER / segment, array_spec(level, stored, count))
             except StorageError as error:
                 report.problems.append(f"LOD{level.lod} nodes {first}-{first + count - 1}: {error}")
+                report.damaged_nodes.append(DamagedNodes(*level.key, first, count, stored.name, segment))
                 continue
             for chunk in range(array.spec.num_chunks):
                 try:
@@ -177,6 +266,7 @@ def _check_extents(
                     size = count // array.spec.num_chunks
                     node = first + chunk * size
                     report.problems.append(f"LOD{level.lod} nodes {node}-{node + size - 1}: {error}")
+                    report.damaged_nodes.append(DamagedNodes(*level.key, node, size, stored.name, segment))
     return ranges
 
 
@@ -193,6 +283,7 @@ def _check_rows(db: sqlite3.Connection, level: Level, report: VerifyReport) -> l
             journal.unpack(level, first, count, crc, payload)
         except CorruptTreeError as error:
             report.problems.append(str(error))
+            report.damaged_nodes.append(DamagedNodes(*level.key, first, count, "", ""))
     return ranges
 
 

@@ -26,6 +26,7 @@ import numpy as np
 
 from cluster.config import BLOCKS_PER_SUPER_BLOCK
 from cluster.errors import (
+    CorruptTreeError,
     InvalidWriteError,
     StaleWriterError,
     StorageError,
@@ -40,7 +41,8 @@ from storage.tree.accept import accept_spans, accept_tail, ended_document
 from storage.tree.commits import Writing, insert_audit, insert_commit
 from storage.tree.documents import OpenDocument, find_document, insert_document, open_document, update_document
 from storage.tree.levels import fresh_nodes, sealed_nodes
-from storage.tree.lineage import LIVE, Branch, load_lineage
+from storage.tree.lineage import LIVE, Branch, check_head, load_lineage
+from storage.tree.log_check import lost_commits
 from storage.tree.reader import ContextReader
 from storage.tree.sealer import Sealer
 from storage.tree.states import insert_states
@@ -92,6 +94,9 @@ class ContextWriter:
         self._catalogue_path = folder / catalogue.CATALOGUE_FILE
         self._lock_file = _take_lock(folder, name)
         try:
+            # SQLite's own recovery would write over what is left of them.
+            if lost := lost_commits(self._catalogue_path):
+                raise CorruptTreeError(f"{lost} with `tree repair`.")
             self._connection = catalogue.connect(folder, read_only=False)
             try:
                 self._epoch = self._take_epoch()
@@ -120,7 +125,8 @@ class ContextWriter:
     def _load_branch(self, branch: str) -> None:
         with self.reading() as db:
             row = db.execute(
-                "SELECT b.branch_id, b.encoding_id, e.body, c.seq, c.num_tokens, c.level_counts, b.state "
+                "SELECT b.branch_id, b.encoding_id, e.body, c.seq, c.num_tokens, c.level_counts, b.state, "
+                f"{catalogue.sound('commits', 'c')}, {catalogue.sound('encodings', 'e')} "
                 "FROM branches b JOIN encodings e USING (encoding_id) JOIN commits c ON c.seq = b.head_seq "
                 "WHERE b.name = ?",
                 (branch,),
@@ -133,6 +139,9 @@ class ContextWriter:
                     "collected. Fork a branch from it, or roll back to it"
                 )
             self.lineage = load_lineage(db, row[0])
+            check_head(db, row[0], row[3])
+            catalogue.require_sound(row[7], f"version {row[3]}")
+            catalogue.require_sound(row[8], f"encoding {row[1]}")
             self.encoding_id = int(row[1])
             self.encoding = Encoding.from_json(row[2])
             counts = tuple(json.loads(row[5]))
@@ -400,7 +409,7 @@ class ContextWriter:
 
     def want_scrub(self, db: sqlite3.Connection) -> None:
         """Remember that deleted rows must not stay in the files, until `scrub` has seen to it; inside `commit`."""
-        db.execute("INSERT OR REPLACE INTO meta VALUES (?, '1')", (_WANTS_SCRUB,))
+        db.execute("INSERT OR REPLACE INTO meta (key, value) VALUES (?, '1')", (_WANTS_SCRUB,))
 
     @property
     def wants_scrub(self) -> bool:

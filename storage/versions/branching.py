@@ -153,7 +153,7 @@ class Branching:
                 if found is not None:
                     raise StorageError(f"tag {name!r} is there already, of version {found[0]}; delete it first")
                 db.execute(
-                    "INSERT INTO tags VALUES (?, ?, ?, ?, ?)",
+                    "INSERT INTO tags (name, seq, created_at, author, message) VALUES (?, ?, ?, ?, ?)",
                     (name, wanted, time.time(), writer.writing.author, message),
                 )
                 writer.audit(db, "tag", {"tag": name, "seq": wanted})

@@ -424,8 +424,9 @@ class _Collection:
         db.execute("DELETE FROM tails WHERE document_id NOT IN (SELECT document_id FROM documents)")
         gone = [(seq,) for seq in self._gone_versions]
         db.executemany(
-            "INSERT OR IGNORE INTO growth SELECT branch_id, json_extract(level_counts, '$[0]'), created_at "
-            "FROM commits WHERE seq = ? AND level_counts != '[]'",
+            "INSERT OR IGNORE INTO growth (branch_id, num_blocks, at) "
+            "SELECT branch_id, json_extract(level_counts, '$[0]'), created_at FROM commits "
+            "WHERE seq = ? AND level_counts != '[]'",
             gone,
         )
         db.executemany("DELETE FROM commits WHERE seq = ?", gone)

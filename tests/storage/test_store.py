@@ -151,7 +151,7 @@ def test_another_gistnet_dtype_or_dim_is_refused(filled: Store, encoding, named:
 
 def test_a_newer_format_is_refused(filled: Store) -> None:
     path = filled.root / CONTEXT / catalogue.CATALOGUE_FILE
-    with closing(sqlite3.connect(path, isolation_level=None)) as db:
+    with closing(catalogue.connect(path.parent, read_only=False)) as db:
         db.execute("UPDATE meta SET value = ? WHERE key = 'format_version'", (str(FORMAT_VERSION + 1),))
     before = path.read_bytes()
     for read in (lambda: filled.open_reader(CONTEXT), lambda: filled.open_writer(CONTEXT, IDENTITY, ENCODING)):

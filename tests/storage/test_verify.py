@@ -8,7 +8,6 @@ from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
-import google_crc32c
 import numpy as np
 import pytest
 
@@ -36,7 +35,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 def run(folder: Path, statement: str, *arguments: object) -> None:
-    with closing(sqlite3.connect(folder / catalogue.CATALOGUE_FILE, isolation_level=None)) as db:
+    """Change the catalogue as a program with a fault would: every row has a right checksum."""
+    with closing(catalogue.connect(folder, read_only=False)) as db:
         assert db.execute(statement, arguments).rowcount > 0
 
 
@@ -92,7 +92,7 @@ def wrong_prefix_sum(folder: Path) -> None:
         arrays = {name: np.array(values) for name, values in journal.unpack(level, *row[1:]).arrays.items()}
         arrays["tokens_before"][2] += 1
         payload = b"".join(arrays[stored.name].tobytes() for stored in level.layout)
-        crc = google_crc32c.value(payload)
+        crc = journal.checksum(*level.key, row[1], row[2], payload)
         db.execute("UPDATE journal SET payload = ?, crc = ? WHERE row_id = ?", (payload, crc, row[0]))
 
 
@@ -159,7 +159,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     "prefix sum": (wrong_prefix_sum, [f"block 98: prefix sum {98 * K - 3 - 2 + 1}, counted {98 * K - 3 - 2}"]),
     "tokens of the version": (
         lambda folder: run(folder, "UPDATE commits SET num_tokens = 5 WHERE seq = 3"),
-        ["the version says 5 tokens, 3547 are stored"],
+        ["5 tokens in 111 blocks, after 3547"],
     ),
     "tokens of a document": (
         lambda folder: run(folder, "UPDATE documents SET num_tokens = 31 WHERE key = 'two'"),
@@ -205,8 +205,7 @@ def test_damage_is_found_and_named(folder: Path, kind: str) -> None:
 )
 def test_damaged_text_in_the_catalogue_is_an_error_of_ours(folder: Path, statement: str) -> None:
     run(folder, statement)
-    with pytest.raises(CorruptTreeError, match="damaged"):
-        verify_context(folder, CONTEXT)
+    assert any("damaged" in problem for problem in problems(folder))
 
 
 def test_damaged_places_are_not_read(folder: Path) -> None:

@@ -1,6 +1,6 @@
 """The long drills: `make torture`. Prints what was done and found.
 
-Exit code 1 when anything was lost, doubled or torn.
+Exit code 1 when anything was lost, doubled or torn, or a flipped bit was served.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.torture import loop_drill
+from tests.torture import flip_drill, loop_drill
 from tests.torture.counts import Counts
 from tests.torture.fault_drill import ERRORS, FaultDrill
 from tests.torture.kill_drill import KillDrill
@@ -53,7 +53,13 @@ def main() -> int:
     faults.run(sorted(chance.sample(range(1, num_points + 1), wanted)))
     faults.run_at_write_points(chance, options.faults - wanted * WAYS_TO_FAIL)
 
+    _announce("bit flips in each kind of file", options.flips)
+    flips = dict(flip_drill.run_all(folder / "flips", options.seed, options.flips)) if options.flips else {}
+    counts.failures += [f"bit flip: {line}" for found in flips.values() for line in found.silent]
+
     print(counts.table())
+    if flips:
+        print(f"\n{flip_drill.table(flips)}")
     if counts.ok:
         shutil.rmtree(folder)
         return 0
@@ -70,6 +76,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--faults", type=int, default=200, help="writes refused by the disk (default %(default)s; all are about 11,000)"
     )
+    parser.add_argument("--flips", type=int, default=200, help="bits of each kind of file (default %(default)s)")
     parser.add_argument("--seed", type=int, default=int(time.time()), help="of everything; repeats a failure")
     parser.add_argument("--folder", type=Path, help="where the stores lie (default: a disk in memory, if there is one)")
     return parser.parse_args()

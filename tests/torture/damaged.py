@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from cluster.errors import MegaContextError
+from storage.check import check_context
 from storage.contract import TreeReader
 from storage.focus.events import FocusEventLog, read_focus_events
 from storage.lexical.index import LexicalWriter
@@ -16,7 +17,8 @@ from storage.lexical.search import LexicalSearcher
 from storage.store import Store
 from storage.tree.reader import ContextReader
 from storage.tree.rebuild import EncodingBuilder
-from storage.tree.verify import verify_context
+from storage.versions.branching import Branching
+from storage.versions.history import History
 from tests.storage.support import CONTEXT, Text, follow, new_store, nodes_of, open_context
 from tests.torture.workloads import ENCODINGS, event_number
 
@@ -32,7 +34,8 @@ def decode(rows: object) -> list[str]:
 
 
 def make_stores(folder: Path) -> None:
-    """`before`: everything folded in; `open`: as a killed writer leaves it, with all versions in its log."""
+    """`before`: everything folded in; `open`: as a killed writer leaves it, with all versions in its log; `tailed`:
+    folded in, with a tail, a second branch, a tag and a lease."""
     root = folder / "closed"
     new_store(root, ENCODING)
     with open_context(root, seal_in_background=False) as writer:
@@ -57,6 +60,12 @@ def make_stores(folder: Path) -> None:
         shutil.copytree(root, folder / "version2")
         writer.append([OPEN.span(ENCODING, 5, 9, ends=False)])
         shutil.copytree(root, folder / "open")
+        branching = Branching(writer)
+        branching.fork("side", at_block=40)
+        branching.tag("kept", message="a word of its own")
+        writer.append_tail(OPEN.meta, 9 * 32, OPEN.tokens(9 * 32, 9 * 32 + 11))
+    Store(root).set_pin("a reader", CONTEXT, "main", 2)
+    shutil.copytree(root, folder / "tailed")
 
 
 def read_all(root: Path) -> dict[str, object]:
@@ -70,7 +79,13 @@ def read_all(root: Path) -> dict[str, object]:
             found[what] = error
 
     folder = root / CONTEXT
+    history = History(folder, CONTEXT)
+    serve("history", lambda: history.log("main", 1000))
+    serve("history of branches", lambda: history.branches(retired=True))
+    serve("history of tags", history.tags)
+    serve("history of changes", lambda: history.audit(1000))
     serve("contexts", lambda: [(info.name, info.folder.name) for info in Store(root).contexts()])
+    serve("leases", lambda: Store(root).pins(CONTEXT))
     serve("events", lambda: read_focus_events(folder).to_pylist())
     for encoding_id in (None, 2):
         try:
@@ -118,6 +133,6 @@ def _search(folder: Path, reader: TreeReader, query: str) -> object:
 def problems(root: Path) -> list[str]:
     """What `tree verify` says."""
     try:
-        return verify_context(root / CONTEXT, CONTEXT).problems
+        return check_context(Store(root), CONTEXT).problems
     except MegaContextError as error:
         return [str(error)]

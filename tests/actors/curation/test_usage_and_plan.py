@@ -17,6 +17,7 @@ from actors.curation.usage import DAY_S, Usage, measure_usage
 from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.curation_config import CurationPace, CurationPolicy
 from cluster.errors import ConfigError, WriterConflictError
+from storage import row_checksums
 from storage.contract import BlockState, DocumentInfo
 from storage.focus.events import FocusEvent, FocusEventLog
 from storage.store import Store
@@ -42,6 +43,7 @@ def root(tmp_path: Path) -> Path:
         old = writer.version().seq
         write_and_seal(writer, TEXTS[5])
     with contextlib.closing(sqlite3.connect(tmp_path / CONTEXT / CATALOGUE_FILE)) as db, db:
+        row_checksums.register(db)
         db.execute("UPDATE commits SET created_at = ?", (NOW - 100 * DAY_S,))
         db.execute("UPDATE commits SET created_at = ? WHERE seq > ?", (NOW - 5 * DAY_S, old))
     return tmp_path

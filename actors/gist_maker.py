@@ -1,0 +1,54 @@
+"""Makes single gists of a tree again, with the bits of those that were made first."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from actors.compactor import Compactor
+from actors.follower import encode_groups
+from actors.packing import BLOCKS_PER_WINDOW, windows_of
+from actors.plan import CompactionPlan
+from models.node_encoder import NodeEncoder
+from storage.geometry import NO_TOKEN
+from storage.tree.reader import ContextReader
+
+
+class GistMaker:
+    """The net of one encoding, on this machine."""
+
+    def __init__(self, plan: CompactionPlan, num_threads: int) -> None:
+        """Load what the net needs of the LM."""
+        self._compactor = Compactor(plan.compactor_spec(num_threads, 1), plan.gistnet)
+        self._encoder = NodeEncoder(plan.gistnet)
+
+    def nodes(self, reader: ContextReader, lod: int, first: int, count: int) -> dict[str, np.ndarray]:
+        """Nodes `[first, first + count)` of level `lod` >= 1 as stored bytes, from their tokens or children.
+
+        Raises:
+            CorruptTreeError: those are damaged themselves.
+        """
+        if lod > 1:
+            return encode_groups(self._encoder, reader, lod, first, count)
+        pieces: list[dict[str, np.ndarray]] = []
+        block, stop = first, first + count
+        while block < stop:
+            piece, block = self._window(reader, block, stop)
+            pieces.append(piece)
+        return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+
+    def _window(self, reader: ContextReader, block: int, stop: int) -> tuple[dict[str, np.ndarray], int]:
+        """Gists from a block on to the end of its window, or to `stop`; and the block behind them."""
+        document = reader.document_at(block)
+        inside = block - document.first_block
+        start = inside // BLOCKS_PER_WINDOW * BLOCKS_PER_WINDOW
+        end = min(start + BLOCKS_PER_WINDOW, document.num_blocks)
+        tokens = reader.tokens(document.first_block + start, end - start)[0].reshape(-1)
+        (window,) = windows_of(document.meta, tokens[tokens != NO_TOKEN])
+        (span,) = self._compactor.encode([window])
+        behind = min(end, stop - document.first_block)
+        arrays = {}
+        for name, values in span.arrays.items():
+            stored = np.asarray(values)
+            rows = len(stored) // span.num_blocks
+            arrays[name] = stored[(inside - start) * rows : (behind - start) * rows]
+        return arrays, document.first_block + behind
