@@ -24,7 +24,7 @@ from actors.tree_store import TreeStore, TreeStoreSpec
 from cluster.environment import PROJECT_ROOT
 from cluster.errors import MegaContextError, StoreRestartedError, WriterConflictError
 from cluster.provenance import package_versions
-from cluster.ray_calls import job_is_alive
+from cluster.ray_calls import job_is_alive, num_restarts
 from storage.contract import Version
 from storage.schema import FORMAT_VERSION
 from storage.store import Store
@@ -227,7 +227,7 @@ class StoreService:
             "pid": os.getpid(),
             "node_ip": ray.util.get_node_ip_address() if context else "",
             "node_id": context.get_node_id() if context else "",
-            "restarted": bool(context and context.was_current_actor_reconstructed),
+            "num_restarts": num_restarts() if context and context.get_actor_id() else 0,
             "contexts": [_describe(held) for held in sorted(self._held.values(), key=lambda h: h.claim.context)],
         }
 

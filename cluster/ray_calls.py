@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
-from ray._private.state import jobs
+from ray._private import state
 from ray.exceptions import ActorDiedError, GetTimeoutError, RayError
 
 import cluster.errors
@@ -116,7 +116,12 @@ def own_error(error: BaseException) -> MegaContextError | None:
 
 def job_is_alive(job_id: str) -> bool:
     """Whether the cluster still has the driver of a Ray job (hexadecimal id)."""
-    return any(job["JobID"] == job_id and not job["IsDead"] for job in jobs())
+    return any(job["JobID"] == job_id and not job["IsDead"] for job in state.jobs())
+
+
+def num_restarts() -> int:
+    """How often Ray has started this process's actor anew."""
+    return int(state.actors(ray.get_runtime_context().get_actor_id())["NumRestarts"])
 
 
 def _from_constructor(text: str) -> MegaContextError | None:
