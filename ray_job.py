@@ -19,6 +19,7 @@ from cluster.key_training_config import TrainKeysJob
 from cluster.label_config import LabelJob
 from cluster.lens_training_config import TrainLensNetJob
 from cluster.paper_config import PaperJob
+from cluster.service_config import StoreStartJob, StoreStatusJob, StoreStopJob
 from cluster.session_config import ChatJob
 from cluster.task_evaluation_config import EvaluateTasksJob
 from cluster.training_config import TrainGistNetJob
@@ -54,6 +55,9 @@ JOBS = (
     Job("train lensnet", TrainLensNetJob, "pipelines.train_lensnet:run"),
     Job("train ablations", TrainAblationsJob, "pipelines.train_ablations:run"),
     Job("paper 0", PaperJob, "pipelines.paper:run"),
+    Job("store start", StoreStartJob, "pipelines.store:start"),
+    Job("store status", StoreStatusJob, "pipelines.store:status"),
+    Job("store stop", StoreStopJob, "pipelines.store:stop"),
     Job("tree verify", TreeVerifyJob, "pipelines.tree:verify"),
     Job("tree repair", TreeRepairJob, "pipelines.tree_repair:run"),
     Job("tree rebuild-gists", TreeRebuildGistsJob, "pipelines.tree:rebuild_gists"),

@@ -1,31 +1,39 @@
 """The actors of a compaction job: one tree store, its follower, its lexical indexer, and the compactors.
 
+Where the store's service runs, the store is a context of it (`service_client`), which goes on when the crew goes.
+
 What Ray does when a process dies: a compactor is restarted and its calls are made again (they are pure). The store
 is restarted but its calls are not repeated blindly: the caller sees the failure, asks the marks, and goes on.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.compactor import CompactorActor, CompactorSpec
 from actors.follower import FollowerActor, FollowerSpec, next_missing
 from actors.lexical_indexer import LexicalIndexerActor, LexicalIndexerSpec
 from actors.packing import Window
+from actors.service_client import ServedContext, check_epoch, served_context
 from actors.tree_store import TreeStore, TreeStoreSpec
 from cluster.config import CompactionConfig, RayConfig
-from cluster.errors import WriterConflictError
+from cluster.errors import MegaContextError, WriterConflictError
 from cluster.ray_calls import CALL_TIMEOUT_S, check_resources, get_or_raise, wait_for_actors
 from models.gistnet import GistNet
 from storage.contract import Version
 
 logger = logging.getLogger("megacontext.compaction")
+
+RELEASE_TIMEOUT_S = 60.0
+"""Longest wait for a service to close the context of a crew that failed; later it closes it by itself."""
 
 
 @dataclass(frozen=True)
@@ -59,17 +67,22 @@ class Crew:
     """Handles of a job's actors. Use as a context manager: leaving closes the store and ends the actors."""
 
     def __init__(self, store_spec: TreeStoreSpec, ray_config: RayConfig) -> None:
-        """Start the store on this machine and take the writer's place.
+        """Start the store on this machine, or attach to the store's service, and take the writer's place.
 
         Raises:
             StorageError: the store refused; nothing was changed.
+            ServiceMismatchError: a service runs that is of another store, code or format.
+            ResourceError: `store.service` is `require`, and none runs.
             ResourceTimeoutError: Ray gave no process in time.
         """
         self.version: Version
         self.epoch: int
         self._timeout_s = ray_config.resource_timeout_s
         self._here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self.store: Any = (
+        served = served_context(store_spec)
+        if served is not None:
+            logger.info("writing through the service of store %s", store_spec.store.root)
+        self.store: Any = served or (
             ray.remote(TreeStore)
             .options(num_cpus=0, max_restarts=-1, max_task_retries=0, scheduling_strategy=self._here)
             .remote(store_spec)
@@ -84,8 +97,10 @@ class Crew:
         self._index_ref: Any = None
         try:
             self.version, self.epoch = self.call(self.store.open.remote(), "opening the context")
+            if served is not None:
+                check_epoch(store_spec, self.epoch)
         except BaseException:
-            self._kill()
+            self._leave()
             raise
 
     def call(self, ref: Any, what: str) -> Any:
@@ -180,7 +195,7 @@ class Crew:
             self.indexer = None
 
     def close(self) -> None:
-        """Flush and close the store, end the actors.
+        """Flush and close the context, end the actors.
 
         Raises:
             StorageError: what flushing met; what was acknowledged is safe.
@@ -190,8 +205,16 @@ class Crew:
         finally:
             self._kill()
 
+    def _leave(self) -> None:
+        """End what is ours. A service goes on, so it is asked to let go of the context, as far as it answers."""
+        if isinstance(self.store, ServedContext):
+            with contextlib.suppress(RayError, MegaContextError):
+                get_or_raise(self.store.close.remote(), RELEASE_TIMEOUT_S, "letting go of the context")
+        self._kill()
+
     def _kill(self) -> None:
-        for actor in (*self.compactors, self.follower, self.indexer, self.store):
+        store = None if isinstance(self.store, ServedContext) else self.store
+        for actor in (*self.compactors, self.follower, self.indexer, store):
             if actor is not None:
                 ray.kill(actor)
 
@@ -203,4 +226,4 @@ class Crew:
             self.close()
         else:
             # The store may be what failed; its context is safe whatever happens to the process.
-            self._kill()
+            self._leave()

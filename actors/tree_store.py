@@ -55,10 +55,15 @@ class StoreStatus:
     """Of commits through the journal; 0 where blocks went straight into segments."""
     waiting_seal: str
     """Why sealing waits; empty when it does not."""
+    version: Version
+    """The newest committed one."""
+    journal_bytes: int
+    committed_at: float
+    """When the newest version was made, in unix seconds."""
 
 
 class TreeStore:
-    """Plain class; `crew` hosts it in a Ray actor that takes one call at a time.
+    """Plain class; `crew`, or a `StoreService`, hosts it in a Ray actor that takes one call at a time.
 
     The context is opened by the first call rather than by the constructor, so that a refusal reaches the caller as
     itself, and a restarted actor opens (and recovers) by itself.
@@ -194,6 +199,10 @@ class TreeStore:
         """Latencies and sealing."""
         writer = self._opened()
         latencies = np.array(self._latencies_ms or [0.0])
+        with writer.reading() as db:
+            version = writer.version()
+            journal_bytes = db.execute("SELECT coalesce(sum(length(payload)), 0) FROM journal").fetchone()[0]
+            committed_at = db.execute("SELECT created_at FROM commits WHERE seq = ?", (version.seq,)).fetchone()[0]
         return StoreStatus(
             writer.epoch,
             writer.folder,
@@ -201,6 +210,9 @@ class TreeStore:
             float(np.percentile(latencies, 50)),
             float(np.percentile(latencies, 99)),
             str(writer.sealer.error or ""),
+            version,
+            journal_bytes,
+            committed_at,
         )
 
     def close(self) -> None:

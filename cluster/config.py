@@ -21,6 +21,7 @@ SLOTS_PER_SUPER_BLOCK = TOKENS_PER_BLOCK * BLOCKS_PER_SUPER_BLOCK
 GistDtype = Literal["float16", "bfloat16", "float32", "int8"]
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
 CorpusSplit = Literal["all", "train", "dev", "held_out"]
+StoreServiceUse = Literal["auto", "require", "off"]
 GistNetKind = Literal["windowed", "block", "constant", "last_token", "mean", "rescaled_mean"]
 
 
@@ -264,6 +265,11 @@ class StoreConfig:
 
     segment_super_blocks: int = 32
     """Super-blocks (1,024 slots each) of one sealed segment: 32 is 32,768 slots, about 2.5 MB at d = 576."""
+
+    service: StoreServiceUse = "auto"
+    """Whether `compact` and `tree rebuild-gists` write through the service that `store start` started for this store.
+    `auto`: when one runs on the job's cluster; `require`: refused without one; `off`: the job opens the context
+    itself."""
 
     def validate(self) -> None:
         require(

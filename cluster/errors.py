@@ -96,6 +96,10 @@ class BusyError(ResourceError):
     """A service has as many requests as it may hold; the same one may be made again a little later."""
 
 
+class ServiceMismatchError(ResourceError):
+    """A running store service is not the one a job would write through: another store, code, format or disk."""
+
+
 class TrackingError(MegaContextError):
     """MLflow could not be reached or refused the run."""
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
+from ray._private import state
 from ray.exceptions import ActorDiedError, GetTimeoutError, RayError
 
 import cluster.errors
@@ -111,6 +112,16 @@ def own_error(error: BaseException) -> MegaContextError | None:
     if isinstance(error, MegaContextError):
         return error
     return _from_constructor(str(error)) if isinstance(error, ActorDiedError) else None
+
+
+def job_is_alive(job_id: str) -> bool:
+    """Whether the cluster still has the driver of a Ray job (hexadecimal id)."""
+    return any(job["JobID"] == job_id and not job["IsDead"] for job in state.jobs())
+
+
+def num_restarts() -> int:
+    """How often Ray has started this process's actor anew."""
+    return int(state.actors(ray.get_runtime_context().get_actor_id())["NumRestarts"])
 
 
 def _from_constructor(text: str) -> MegaContextError | None:

@@ -107,6 +107,15 @@ def ray_session(config: RayConfig) -> Iterator[RaySession]:
         ray.shutdown()
 
 
+def would_embed(config: RayConfig) -> bool:
+    """Whether a job's cluster would be one of its own, that ends with it.
+
+    Raises:
+        ConfigError: an address that cannot be one.
+    """
+    return not ray.is_initialized() and _resolve(config).kind == "embedded"
+
+
 def wait_for_cluster(address: str, timeout_s: float) -> None:
     """Wait until a Ray cluster answers at an address.
 

@@ -21,6 +21,7 @@ from actors.follower import FollowerSpec
 from actors.lexical_indexer import LexicalIndexerSpec, has_index
 from actors.packing import PackedItem, Skipped
 from actors.plan import CompactionPlan, Feed, check_encoding, check_space, choose_feed, estimate_tokens, plan_models
+from actors.service_client import check_service_use
 from actors.tree_store import StoreStatus, TreeStoreSpec
 from cluster import metric_names as names
 from cluster.config import CompactJob
@@ -86,6 +87,7 @@ def run(job: CompactJob) -> None:
 
 def prepare(job: CompactJob, source: CorpusSource) -> CompactionPlan:
     """Everything that can be refused, before anything is started."""
+    check_service_use(job.store, job.ray)
     plan = plan_models(job.base_lm, job.gistnet, job.store)
     check_encoding(plan, job.store)
     need = check_space(job.store, plan, estimate_tokens(source))
@@ -188,13 +190,13 @@ def _run_crew(
 
 
 def _take_crew(spec: TreeStoreSpec, job: CompactJob, *, waiting: bool) -> Crew:
-    """A crew; after a loss, wait for the dead store's process to let go of the context."""
+    """A crew; after a loss, wait for the dead store's process to let go of the context, or for its service."""
     deadline = time.monotonic() + (RETAKE_WAIT_S if waiting else 0.0)
     while True:
         try:
             return Crew(spec, job.ray)
-        except WriterConflictError:
-            if time.monotonic() >= deadline:
+        except Exception as error:
+            if time.monotonic() >= deadline or not (isinstance(error, WriterConflictError) or is_recoverable(error)):
                 raise
             time.sleep(0.5)
 

@@ -16,6 +16,7 @@ from actors.crew import Crew, plan_workers
 from actors.follower import FollowerSpec
 from actors.packing import Window, windows_of
 from actors.plan import check_space, plan_models
+from actors.service_client import check_service_use
 from actors.tree_store import TreeStoreSpec
 from cluster import metric_names as names
 from cluster.config import TOKENS_PER_BLOCK as K
@@ -75,6 +76,7 @@ def rebuild_gists(job: TreeRebuildGistsJob) -> None:
 
     Interrupted, it goes on where it stopped. Readers pinned before the activation keep the old gists.
     """
+    check_service_use(job.store, job.ray)
     plan = plan_models(job.base_lm, job.gistnet, job.store)
     store = Store(job.store.root)
     folder = store.folder(job.store.context)

@@ -44,6 +44,7 @@ CREATE TABLE IF NOT EXISTS contexts (
   name TEXT PRIMARY KEY, folder TEXT NOT NULL, created_at REAL NOT NULL, owner TEXT NOT NULL, epoch INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS pins (
   pin_id TEXT PRIMARY KEY, context TEXT NOT NULL, branch TEXT NOT NULL, seq INTEGER NOT NULL, expires_at REAL NOT NULL);
+CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 """
 
 
@@ -161,6 +162,12 @@ class Store:
         with self._connect() as db, catalogue.transaction(db):
             columns = row_checksums.columns_of(db, "pins")
             return db.execute(f"DELETE FROM pins WHERE NOT {row_checksums.sound(columns, 'pins')}").rowcount
+
+    def store_id(self) -> str:
+        """What tells this store from every other, also from a later one in the same folder; given when first asked."""
+        with self._connect() as db, catalogue.transaction(db):
+            db.execute("INSERT OR IGNORE INTO meta (key, value) VALUES ('store_id', ?)", (uuid.uuid4().hex,))
+            return str(db.execute("SELECT value FROM meta WHERE key = 'store_id'").fetchone()[0])
 
     # -- contexts ------------------------------------------------------------------------------------------------
 

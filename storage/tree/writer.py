@@ -450,6 +450,15 @@ class ContextWriter:
         self.close()
 
 
+def committed_epoch(folder: Path) -> int:
+    """The newest writer's fencing number, as a context's catalogue has it."""
+    with (
+        contextlib.closing(catalogue.connect(folder, read_only=True)) as connection,
+        catalogue.translated(folder / catalogue.CATALOGUE_FILE),
+    ):
+        return int(connection.execute("SELECT epoch FROM writer").fetchone()[0])
+
+
 @contextlib.contextmanager
 def writer_lock(folder: Path, name: str) -> Iterator[None]:
     """Keep everybody from writing to a context.
