@@ -21,7 +21,7 @@ from storage.codec import Values
 from storage.contract import Ack, DocumentMark, DocumentMeta, SpanWrite, Version
 from storage.schema import Encoding, TreeIdentity
 from storage.store import Store
-from storage.tree.bulk_writer import BulkWriter
+from storage.tree.bulk_writer import GATHER_S, BulkWriter
 from storage.tree.rebuild import EncodingBuilder
 from storage.tree.writer import ContextWriter
 
@@ -97,7 +97,7 @@ class TreeStore:
                 segment_super_blocks=spec.store.segment_super_blocks,
                 owner=spec.owner,
             )
-            self._bulk = BulkWriter(self._writer) if spec.bulk else None
+            self._bulk = BulkWriter(self._writer, GATHER_S) if spec.bulk else None
         return self._writer
 
     def open(self) -> tuple[Version, int]:

@@ -22,11 +22,8 @@ class Accepted:
     spans: list[SpanWrite] = field(default_factory=list)
     documents: list[OpenDocument] = field(default_factory=list)
     skipped_blocks: int = 0
-
-    @property
-    def num_blocks(self) -> int:
-        """New blocks."""
-        return sum(span.num_blocks for span in self.spans)
+    num_blocks: int = 0
+    """New blocks, those of `spans`."""
 
     @property
     def open_document(self) -> OpenDocument | None:
@@ -51,9 +48,12 @@ class Accepted:
             "num_tokens": num_tokens[:, None],
         }
 
-    def encoded(self, encoding: Encoding) -> dict[str, np.ndarray]:
-        """The run's gists, keys, … as stored bytes."""
-        pieces = [encode_arrays(encoding.arrays, span.arrays, span.num_blocks) for span in self.spans]
+    def encoded(self, encoding: Encoding, *, check_finite: bool = True) -> dict[str, np.ndarray]:
+        """The run's gists, keys, … as stored bytes (`encode_arrays`)."""
+        pieces = [
+            encode_arrays(encoding.arrays, span.arrays, span.num_blocks, check_finite=check_finite)
+            for span in self.spans
+        ]
         return {name: _joined([arrays[name] for arrays in pieces]) for name in pieces[0]}
 
 
@@ -123,6 +123,7 @@ def accept_spans(
         new = span.part(stored, span.num_blocks) if stored else span
         document.grow(new)
         accepted.spans.append(new)
+        accepted.num_blocks += new.num_blocks
         if key not in planned:
             planned[key] = document
             accepted.documents.append(document)

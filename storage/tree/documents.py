@@ -140,12 +140,15 @@ def insert_document(db: sqlite3.Connection, branch_id: int, document: OpenDocume
 def update_document(db: sqlite3.Connection, branch_id: int, document: OpenDocument) -> None:
     """Move a document's high-water mark, state and tail."""
     assert document.document_id is not None
-    # A cut document keeps its span but not its key: the same text may come again, from its start.
-    key = document.meta.key + (_cut_suffix(document.document_id) if document.state == "cut" else "")
     db.execute(
-        "UPDATE documents SET key = ?, num_blocks = ?, num_tokens = ?, state = ? WHERE document_id = ?",
-        (key, document.num_blocks, document.num_tokens, document.state, document.document_id),
+        "UPDATE documents SET num_blocks = ?, num_tokens = ?, state = ? WHERE document_id = ?",
+        (document.num_blocks, document.num_tokens, document.state, document.document_id),
     )
+    if document.state == "cut":
+        # It keeps its span but not its key: the same text may come again, from its start. (A key that is set, also to
+        # what it was, writes a page of the index in every commit.)
+        key = document.meta.key + _cut_suffix(document.document_id)
+        db.execute("UPDATE documents SET key = ? WHERE document_id = ?", (key, document.document_id))
     _set_tail(db, branch_id, document.document_id, document.tail)
 
 

@@ -9,14 +9,14 @@ import secrets
 import shutil
 import sqlite3
 import threading
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from cluster.errors import DiskFullError, StaleWriterError, StorageError
 from storage.schema import Encoding
 from storage.tree import journal, sealing
 from storage.tree.levels import level_counts, sealed_nodes
+from storage.tree.segment import WriteFile
 
 if TYPE_CHECKING:
     from storage.tree.writer import ContextWriter
@@ -27,15 +27,13 @@ logger = logging.getLogger("megacontext.storage")
 class Sealer:
     """Seals for one writer. A full disk makes it wait, with everything still in the journal."""
 
-    def __init__(
-        self, writer: ContextWriter, segment_nodes: int, write_file: Callable[[Path, bytes], None] | None
-    ) -> None:
+    def __init__(self, writer: ContextWriter, segment_nodes: int, write_file: WriteFile | None) -> None:
         """Make a sealer; `start` gives it a thread.
 
         Args:
             writer: whose journal is sealed.
             segment_nodes: nodes of a level that make a segment (blocks, for the lowest).
-            write_file: writes and fsyncs one file; None is the ordinary way.
+            write_file: writes one file, which is synced afterwards; None is the ordinary way.
         """
         self.segment_nodes = segment_nodes
         self.error: StorageError | None = None

@@ -7,7 +7,7 @@ import json
 import shutil
 import sqlite3
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from storage.geometry import NO_TOKEN
 from storage.schema import StoredArray
 from storage.tree import journal
 from storage.tree.journal import Arrays, Level
-from storage.tree.segment import Manifest, SegmentArray, SegmentArraySpec, write_segment
+from storage.tree.segment import Manifest, SegmentArray, SegmentArraySpec, WriteFile, write_segment
 
 SEGMENT_FOLDER = "segments"
 
@@ -122,7 +122,7 @@ def write(
     tag: str,
     parts: list[Part],
     attributes: Mapping[str, Any],
-    write_file: Callable[[Path, bytes], None] | None = None,
+    write: WriteFile | None = None,
 ) -> SealedSegment:
     """Write parts as one durable segment. `tag` makes its name unique: the writer's epoch keeps a fenced writer's
     files apart, a count the writer's own attempts.
@@ -145,6 +145,6 @@ def write(
         "levels": [{"lod": p.level.lod, "first_node": p.first, "num_nodes": p.count} for p in parts],
         "lod0_node_is": "block of 32 slots",
     }
-    manifest = write_segment(context_folder / SEGMENT_FOLDER / name, arrays, specs, described, write_file)
+    manifest = write_segment(context_folder / SEGMENT_FOLDER / name, arrays, specs, described, write)
     payload = sum(part.count * part.level.node_bytes for part in parts)
     return SealedSegment(name, payload, manifest, parts)

@@ -10,13 +10,15 @@ touched.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import google_crc32c
@@ -24,10 +26,12 @@ import numpy as np
 import torch
 
 from cluster.errors import CorruptTreeError, StorageError
-from storage.durable import fsync_folder, write_file_durably
+from storage.durable import PendingSyncs, fsync_folder, write_file
 
 Manifest = dict[str, dict[str, Any]]
 """By file of a segment, its `bytes` and `sha256`."""
+
+WriteFile = Callable[[Path, bytes | memoryview], None]
 
 CRC_BYTES = 4
 _ZARR_DTYPES = {
@@ -115,7 +119,7 @@ class SegmentArraySpec:
         }
 
 
-def shard_bytes(spec: SegmentArraySpec, values: np.ndarray) -> bytes:
+def shard_bytes(spec: SegmentArraySpec, values: np.ndarray) -> memoryview:
     """The shard file of an array: chunks with their crc32c, then the index with its own.
 
     Args:
@@ -127,12 +131,17 @@ def shard_bytes(spec: SegmentArraySpec, values: np.ndarray) -> bytes:
     present = np.ones(spec.num_chunks, bool)
     if spec.fill is not None:
         present = (chunks.view(spec.dtype) != spec.fill).any(axis=1)
-        chunks = chunks[present]
-    out = np.empty((len(chunks), spec.stride), np.uint8)
+        if not present.all():
+            chunks = chunks[present]
+    # Bulk ingest comes through here: everything is put into its place once.
+    index_start = len(chunks) * spec.stride
+    file = np.empty(index_start + spec.index_bytes, np.uint8)
+    out = file[:index_start].reshape(len(chunks), spec.stride)
     out[:, : spec.chunk_bytes] = chunks
     crcs = np.fromiter((google_crc32c.value(chunk.tobytes()) for chunk in chunks), "<u4", len(chunks))
     out[:, spec.chunk_bytes :] = crcs[:, None].view(np.uint8)
-    return out.tobytes() + _index_bytes(spec, present)
+    file[index_start:] = np.frombuffer(_index_bytes(spec, present), np.uint8)
+    return file.data
 
 
 _ABSENT = 2**64 - 1
@@ -153,7 +162,7 @@ def write_segment(
     arrays: Mapping[str, np.ndarray],
     specs: list[SegmentArraySpec],
     attributes: Mapping[str, Any],
-    write_file: Callable[[Path, bytes], None] | None = None,
+    write: WriteFile | None = None,
 ) -> Manifest:
     """Write a segment durably: temporary name, fsync of files and folders, rename, fsync of the parent.
 
@@ -162,7 +171,7 @@ def write_segment(
         arrays: values by array path.
         specs: the arrays, in a fixed order.
         attributes: of the Zarr group.
-        write_file: writes and fsyncs one file; replaced by fault drills.
+        write: writes one file, which is synced afterwards; replaced by fault drills.
 
     Returns:
         For every file its size and sha256, to be kept in the catalogue.
@@ -170,33 +179,41 @@ def write_segment(
     Raises:
         OSError: the disk refused; the temporary folder is removed.
     """
-    write_file = write_file or write_file_durably
+    write = write or write_file
     temporary = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
-    manifest: Manifest = {}
+    folders: set[PurePosixPath] = set()
+    sizes: dict[str, int] = {}
+    digests: dict[str, Future[str]] = {}
 
-    def put(relative: str, data: bytes) -> None:
-        path = temporary / relative
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, data)
-        manifest[relative] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    def put(relative: str, data: bytes | memoryview) -> None:
+        # Hashing a shard takes as long as writing it, and neither needs the interpreter.
+        digests[relative] = hasher.submit(lambda: hashlib.sha256(data).hexdigest())
+        sizes[relative] = len(data)
+        for parent in reversed(PurePosixPath(relative).parents):
+            if parent not in folders:
+                (temporary / parent).mkdir()
+                folders.add(parent)
+        write(temporary / relative, data)
+        syncs.add(temporary / relative)
 
     try:
-        temporary.mkdir(parents=True)
-        put("zarr.json", _json({"zarr_format": 3, "node_type": "group", "attributes": dict(attributes)}))
-        for level in sorted({spec.path.split("/")[0] for spec in specs}):
-            put(f"{level}/zarr.json", _json({"zarr_format": 3, "node_type": "group", "attributes": {}}))
-        for spec in specs:
-            put(f"{spec.path}/zarr.json", _json(spec.zarr_metadata()))
-            put(spec.shard_file, shard_bytes(spec, arrays[spec.path]))
-        for directory, _, _ in os.walk(temporary):
-            fsync_folder(Path(directory))
+        with PendingSyncs() as syncs, ThreadPoolExecutor(1) as hasher:
+            put("zarr.json", _json({"zarr_format": 3, "node_type": "group", "attributes": dict(attributes)}))
+            for level in sorted({spec.path.split("/")[0] for spec in specs}):
+                put(f"{level}/zarr.json", _json({"zarr_format": 3, "node_type": "group", "attributes": {}}))
+            for spec in specs:
+                put(f"{spec.path}/zarr.json", _array_json(spec))
+                put(spec.shard_file, shard_bytes(spec, arrays[spec.path]))
+            for inner in folders:
+                syncs.add(temporary / inner)
+            syncs.wait()
         temporary.rename(folder)
         fsync_folder(folder.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    return manifest
+    return {relative: {"bytes": size, "sha256": digests[relative].result()} for relative, size in sizes.items()}
 
 
 class SegmentArray:
@@ -380,3 +397,9 @@ def check_manifest(folder: Path, manifest: Manifest) -> list[str]:
 
 def _json(value: Mapping[str, Any]) -> bytes:
     return json.dumps(value, indent=1, sort_keys=True).encode()
+
+
+@functools.lru_cache
+def _array_json(spec: SegmentArraySpec) -> bytes:
+    # The same for segment after segment, and a tenth of what writing one takes.
+    return _json(spec.zarr_metadata())

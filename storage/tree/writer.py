@@ -17,7 +17,7 @@ import shutil
 import sqlite3
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import IO
@@ -45,6 +45,7 @@ from storage.tree.lineage import LIVE, Branch, check_head, load_lineage
 from storage.tree.log_check import lost_commits
 from storage.tree.reader import ContextReader
 from storage.tree.sealer import Sealer
+from storage.tree.segment import WriteFile
 from storage.tree.states import insert_states
 
 logger = logging.getLogger("megacontext.storage")
@@ -70,7 +71,7 @@ class ContextWriter:
         branch: str = MAIN_BRANCH,
         owner: str = "",
         seal_in_background: bool = True,
-        write_file: Callable[[Path, bytes], None] | None = None,
+        write_file: WriteFile | None = None,
     ) -> None:
         """Take the writer's place and recover.
 
@@ -81,7 +82,7 @@ class ContextWriter:
             branch: which tip to move.
             owner: who writes, shown to those who are refused.
             seal_in_background: False seals only in `seal` and `flush`.
-            write_file: how segment files are written durably; fault drills replace it.
+            write_file: how a segment's files are written, before they are synced; fault drills replace it.
 
         Raises:
             WriterConflictError: another live writer holds the context.
@@ -269,8 +270,8 @@ class ContextWriter:
             spans: in timeline order.
             request_id: kept with the version.
             message: kept with the version.
-            direct: write the blocks as a segment at once instead of through the journal. They must fill exactly
-                one segment from its boundary on, as `BulkWriter` arranges.
+            direct: write the blocks as a segment at once instead of through the journal. They must be encoded already
+                and fill one segment or several exactly, from a boundary on, as `BulkWriter` arranges.
         """
         if direct:
             # Segments hold a prefix of a level, so what waits in the journal goes first.
@@ -282,7 +283,7 @@ class ContextWriter:
             first = self._version.num_blocks
             count = accepted.num_blocks
             blocks = accepted.blocks(self._version.num_tokens)
-            gists = accepted.encoded(self.encoding)
+            gists = accepted.encoded(self.encoding, check_finite=not direct)
             base = self.branch.block_level()
             level = self.branch.level(self.encoding_id, self.encoding, 1)
             sealed = None
@@ -314,9 +315,9 @@ class ContextWriter:
         size = self.sealer.segment_nodes
         with self.reading() as db:
             num_sealed = [sealed_nodes(db, level) for level in levels]
-        if first % size or count != size or any(sealed != first for sealed in num_sealed):
+        if first % size or count % size or any(sealed != first for sealed in num_sealed):
             raise InvalidWriteError(
-                f"a direct write must fill one segment of {size} blocks behind the sealed ones; got {count} at {first}"
+                f"a direct write must fill segments of {size} blocks behind the sealed ones; got {count} at {first}"
             )
 
     def append_tail(self, document: DocumentMeta, token_offset: int, tokens: np.ndarray) -> Ack:

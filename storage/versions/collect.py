@@ -3,7 +3,8 @@
 Nodes of a branch are a run from its base on, so what its kept versions and its kept descendants need of a level is a
 prefix of it, and all behind that prefix can go. A segment goes when none of its nodes is needed, and is replaced by a
 shorter one when few are. First the shorter ones are written, then the catalogue forgets, in one transaction, then the
-files are removed; a crash between leaves folders that no row names, which the next writer removes.
+files are removed; a crash between leaves folders that no row names, which the next writer removes. Files are written and
+removed without the writer's lock, so that commits go on meanwhile.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import numpy as np
 from cluster.config import TOKENS_PER_BLOCK as K
 from storage.geometry import NO_TOKEN
 from storage.schema import Encoding
-from storage.tree import journal, sealing
+from storage.tree import catalogue, journal, sealing
 from storage.tree.journal import Level
 from storage.tree.lineage import COLLECTED, LIVE, RETIRED, Branch, Lineage, branches, load_lineage
 from storage.tree.states import collectable_tokens
@@ -41,6 +42,9 @@ _ALL = 2**62
 
 LevelKey = tuple[int, int, int]
 """Branch, encoding and LOD: `Level.key`."""
+
+_Rest = tuple[Level, int, int, journal.Arrays]
+"""Nodes of a level by number and count, that go from a segment back to the journal."""
 
 
 @dataclass
@@ -108,20 +112,32 @@ def collect(
         StaleWriterError, DiskFullError: nothing was removed.
     """
     now = time.time() if now is None else now
+    pinned = list(pins)
+
+    def collection_of(db: sqlite3.Connection) -> _Collection:
+        return _Collection(db, writer.folder, pinned, now - keep_s, clip_share, now)
+
     # What is being sealed would be recorded for nodes that are gone by then.
-    with writer.sealer.paused(), writer.lock:
-        if dry_run:
-            with writer.reading() as db:
-                return _Collection(db, writer.folder, pins, now - keep_s, clip_share, now).look()
-        with contextlib.ExitStack() as stack, writer.commit() as db:
-            collection = _Collection(db, writer.folder, pins, now - keep_s, clip_share, now)
+    with writer.sealer.paused(), contextlib.ExitStack() as files:
+        with _reading_beside(writer) as db:
+            planned = collection_of(db)
+            garbage = planned.look()
+        if dry_run or not garbage:
+            return garbage
+        shorter = _shortened(writer, planned, files)
+        files.enter_context(writer.lock)
+        with writer.commit() as db:
+            collection = collection_of(db)
             garbage = collection.look()
-            if not garbage:
-                return garbage
-            shorter = [stack.enter_context(writer.sealer.written(parts)) for parts in collection.shorter(writer.folder)]
+            if not collection.shortens_as(planned):
+                # A branch or a tag came or went while the files were written: what they replace is another part now.
+                for sealed in shorter:
+                    shutil.rmtree(writer.folder / SEGMENT_FOLDER / sealed.folder_name, ignore_errors=True)
+                planned = collection
+                shorter = _shortened(writer, planned, files)
             # First: the newest row of the versions may be among what goes, and no number may come twice.
             writer.mark(db, "collect")
-            collection.forget(writer.row_ids)
+            collection.forget(writer.row_ids, planned.rests)
             for sealed in shorter:
                 sealed.record(db)
             writer.audit(
@@ -137,6 +153,23 @@ def collect(
         writer.reload()
     sealing.remove_folders(writer.folder, (*garbage.segments, *garbage.shortened))
     return garbage
+
+
+@contextlib.contextmanager
+def _reading_beside(writer: ContextWriter) -> Iterator[sqlite3.Connection]:
+    """The newest commit of a writer's context, without its lock."""
+    with (
+        contextlib.closing(catalogue.connect(writer.folder, read_only=True)) as connection,
+        catalogue.translated(writer.folder / catalogue.CATALOGUE_FILE),
+        catalogue.snapshot(connection) as db,
+    ):
+        yield db
+
+
+def _shortened(
+    writer: ContextWriter, collection: _Collection, files: contextlib.ExitStack
+) -> list[sealing.SealedSegment]:
+    return [files.enter_context(writer.sealer.written(parts)) for parts in collection.shorter(writer.folder)]
 
 
 class _Collection:
@@ -169,10 +202,12 @@ class _Collection:
             self._need_version(seq)
         self._need_unfinished_encodings(groups)
         self._extents: list[tuple[LevelKey, int]] = []
+        self._dropped: dict[str, list[bytes]] = {}
         self._rows: list[int] = []
         self._segments: list[int] = []
         self._shorter: list[tuple[int, str, list[tuple[Level, int, int, int]]]] = []
-        self._rests: list[tuple[Level, int, int, journal.Arrays]] = []
+        self.rests: list[_Rest] = []
+        """What is needed of groups that are not needed as a whole, from `shorter` on."""
         self._trimmed: list[tuple[Level, int, int]] = []
 
     def _groups(self) -> list[_Group]:
@@ -300,6 +335,12 @@ class _Collection:
             elif (not whole and unneeded >= self._clip_share * size) or (tokens and tokens >= TOKEN_SHARE * of_all):
                 self._shorter.append((segment_id, folder, kept))
                 garbage.shortened.append(folder)
+                if self._anything_pruned:
+                    self._dropped[folder] = [
+                        self._unused_tokens(level.branch_id, first, needed).tobytes()
+                        for level, first, _, needed in kept
+                        if level.encoding_id == journal.BLOCKS
+                    ]
                 garbage.shortened_bytes += (0 if whole else unneeded) + tokens
                 garbage.token_bytes += tokens
             else:
@@ -318,20 +359,21 @@ class _Collection:
             elif needed < count:
                 self._trimmed.append((self._level(tuple(key)), row_id, needed))
                 garbage.journal_bytes += size * (count - needed) // count
-        self._gone_versions = self._unneeded_versions(garbage.token_bytes)
+        self._gone_versions = self._unneeded_versions()
         garbage.versions = len(self._gone_versions)
         self._gone_branches, self._collected = self._unneeded_branches()
         garbage.branches = [branch.name for branch in (*self._gone_branches, *self._collected)]
         garbage.documents = sum(self._count_documents(branch) for branch in self._branches.values())
         return garbage
 
-    def _unneeded_versions(self, token_bytes: int) -> list[int]:
+    def _unneeded_versions(self) -> list[int]:
         """Versions of what is not kept, and those that show tokens which this collection takes."""
+        drops = any(any(mask) for masks in self._dropped.values() for mask in masks)
         return [
             seq
             for seq, *group in self._db.execute("SELECT seq, branch_id, encoding_id FROM commits")
             if seq not in self._kept
-            and (tuple(group) not in self._kept_groups or (token_bytes and seq < self._pruned_since.get(group[0], 0)))
+            and (tuple(group) not in self._kept_groups or (drops and seq < self._pruned_since.get(group[0], 0)))
         ]
 
     def _unneeded_branches(self) -> tuple[list[Branch], list[Branch]]:
@@ -387,16 +429,21 @@ class _Collection:
                 whole = needed // K * K
                 if whole < needed:
                     rest = {s.name: arrays[s.name][whole * s.rows_per_node :] for s in level.layout}
-                    self._rests.append((level, first + whole, needed - whole, rest))
+                    self.rests.append((level, first + whole, needed - whole, rest))
                 if whole:
                     head = {s.name: arrays[s.name][: whole * s.rows_per_node] for s in level.layout}
                     parts.append(sealing.Part(level, first, whole, head))
             if parts:
                 yield parts
 
-    def forget(self, row_ids: Iterator[int]) -> None:
-        """Delete the rows of what `look` found; `row_ids` are for what is left of groups."""
+    def shortens_as(self, other: _Collection) -> bool:
+        """Whether the same segments are shortened to the same nodes, without the same tokens."""
+        return self._shorter == other._shorter and self._dropped == other._dropped
+
+    def forget(self, row_ids: Iterator[int], rests: Iterable[_Rest]) -> None:
+        """Delete the rows of what `look` found; what is left of groups gets rows of these ids."""
         db = self._db
+        rests = list(rests)
         db.executemany(
             "DELETE FROM extents WHERE branch_id = ? AND encoding_id = ? AND lod = ? AND first = ?",
             [(*key, first) for key, first in self._extents],
@@ -407,10 +454,10 @@ class _Collection:
             run = journal.load(db, level, row_id)
             assert run is not None
             arrays = {s.name: run.arrays[s.name][: needed * s.rows_per_node] for s in level.layout}
-            self._rests.append((level, run.first, needed, arrays))
+            rests.append((level, run.first, needed, arrays))
             self._rows.append(row_id)
         db.executemany("DELETE FROM journal WHERE row_id = ?", [(number,) for number in self._rows])
-        for level, first, count, arrays in self._rests:
+        for level, first, count, arrays in rests:
             journal.insert(db, level, first, count, arrays, row_ids)
         # Gists that a branch shared with its parent and that no version shows any more are not shared now.
         for branch in self._branches.values():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -248,6 +250,41 @@ def test_a_segment_of_which_little_is_needed_is_replaced_by_a_shorter_one(root: 
             assert_holds(reader, [clipped], ENCODING)
             reader.close()
         holds(root, clipped)
+        assert len(folders(root)) == 1
+    is_sound(root)
+
+
+@pytest.mark.parametrize("tagged", [False, True], ids=["as planned", "tagged meanwhile"])
+def test_commits_go_on_while_shorter_segments_are_written(root: Path, *, tagged: bool) -> None:
+    collecting, go_on, text = threading.Event(), threading.Event(), Text("long", 128 * K)
+    go_on.set()
+
+    def write(path: Path, data: bytes | memoryview) -> None:
+        if not go_on.is_set():
+            collecting.set()
+            assert go_on.wait(30)
+        path.write_bytes(data)
+
+    with open_context(root, segment_super_blocks=4, seal_in_background=False, write_file=write) as writer:
+        write_and_seal(writer, text)
+        whole = writer.version().seq
+        branching = Branching(writer)
+        branching.fork("side", at_block=40)
+        branching.roll_back(history(root).resolve("side"))
+        go_on.clear()
+        with ThreadPoolExecutor(1) as pool:
+            collection = pool.submit(collect, root, writer)
+            assert collecting.wait(30)
+            writer.append([text.span(ENCODING, 40, 50)])
+            if tagged:
+                branching.tag("whole", whole)
+            go_on.set()
+            found = collection.result(30)
+        assert len(found.shortened) == (0 if tagged else 1)
+        writer.append([text.span(ENCODING, 50, 60)])
+        holds(root, Text("long", 60 * K, size_bytes=text.num_tokens))
+        if tagged:
+            holds(root, text, seq=whole)
         assert len(folders(root)) == 1
     is_sound(root)
 
