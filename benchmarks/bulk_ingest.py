@@ -37,7 +37,7 @@ def bulk_ingest(setting: Setting) -> Result:
     with setting.scratch() as root:
         for number in range(repeats):
             sides = [
-                (ours, lambda: _ingest(root / f"store-{number}", num_super_blocks, levels)),
+                (ours, lambda number=number: _ingest(root / f"store-{number}", num_super_blocks, levels)),
                 (theirs, lambda: _append(root / "plain", num_super_blocks, levels, SUPER_BLOCKS_PER_SEGMENT)),
                 (once, lambda: _append(root / "plain", num_super_blocks, levels, num_super_blocks)),
             ]

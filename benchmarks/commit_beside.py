@@ -1,4 +1,4 @@
-"""What commits wait for while the same writer seals segments or collects garbage, against commits with nothing beside."""
+"""What commits wait for while the same writer seals segments or collects garbage, against commits by themselves."""
 
 from __future__ import annotations
 

@@ -53,6 +53,11 @@ def test_every_job_is_there_and_accepts_its_configuration() -> None:
         "tree rollback",
         "tree gc",
         "tree backup",
+        "curate report",
+        "curate plan",
+        "curate apply",
+        "curate restore",
+        "curate watch",
         "tree delete",
     ]
     for job in ray_job.JOBS:

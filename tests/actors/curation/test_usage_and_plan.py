@@ -50,11 +50,17 @@ def root(tmp_path: Path) -> Path:
 
 
 def event(number: int, days_ago: float, **columns) -> FocusEvent:
-    default = {"scores": {}, "found": [], "pinned": [], "added": [], "dropped": [], "contexts": [(CONTEXT, 1)]}
-    fixed = ("question", "{}", columns.pop("contexts", default["contexts"]), 0, 0, 0, [])
-    lists = {**default, **columns}
-    names = ("scores", "found", "pinned", "added", "dropped")
-    return FocusEvent("s", number, *fixed, *(lists[name] for name in names), 0, time=NOW - days_ago * DAY_S)
+    plain = {
+        "reason": "question",
+        "policy": "{}",
+        "num_tokens": 0,
+        "budget": 0,
+        "cost": 0,
+        "entries": [],
+        "num_aged": 0,
+    }
+    nothing = {"scores": {}, "found": [], "pinned": [], "added": [], "dropped": [], "contexts": [(CONTEXT, 1)]}
+    return FocusEvent(session="s", number=number, time=NOW - days_ago * DAY_S, **{**plain, **nothing, **columns})
 
 
 def log(root: Path, *events: FocusEvent) -> None:
