@@ -62,6 +62,8 @@ LAST_TOKENISER = 0.5
 """The same for tokenisers, which are ahead of the store."""
 LONGEST_REST_S = 0.5
 """That a doomed process goes on living for."""
+TOKENISER_REST_S = 0.05
+"""The same for tokenisers, whose tasks take no longer."""
 
 INGEST_TIMEOUT_S = 400.0
 """For one ingest with all its deaths, on a busy machine."""
@@ -81,8 +83,8 @@ def plan_kills(chance: random.Random, victims: Sequence[Victim]) -> list[Kill]:
     """A death for each of `victims`, at random moments, in the order of these."""
     kills = []
     for victim in victims:
-        latest = LAST_TOKENISER if victim == "tokeniser" else LAST_DEATH
-        kills.append(Kill(victim, chance.uniform(0, latest), chance.uniform(0, LONGEST_REST_S)))
+        latest, rest_s = (LAST_TOKENISER, TOKENISER_REST_S) if victim == "tokeniser" else (LAST_DEATH, LONGEST_REST_S)
+        kills.append(Kill(victim, chance.uniform(0, latest), chance.uniform(0, rest_s)))
     return sorted(kills, key=lambda kill: kill.progress)
 
 

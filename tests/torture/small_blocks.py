@@ -17,9 +17,9 @@ from cluster.cli import main
 from ray_job import JOBS
 from storage.corpus.shard import ShardLimits
 
-SHARD_BYTES = 128 * 2**10
-BLOCK_BYTES = 32 * 2**10
-IN_FLIGHT_BYTES = 4 * BLOCK_BYTES
+SHARD_BYTES = 24 * 2**10
+BLOCK_BYTES = 16 * 2**10
+IN_FLIGHT_BYTES = 8 * BLOCK_BYTES
 """What may wait between stages: then tokenisers wait for compactors, as they do where a corpus outgrows the memory."""
 
 
