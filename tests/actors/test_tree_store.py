@@ -93,6 +93,8 @@ def test_a_packing_task_made_again_gives_the_same_tables(
         # A later feed leaves out what the earlier one stored.
         version, _ = ray.get(store.open.remote())
         later = [w for table in PackShard(plan.base_lm, store, version.num_blocks)(batch) for w in windows_from(table)]
-        assert [(w.document.key, w.first_block) for w in later] == [(w.document.key, w.first_block) for w in windows[8:]]
+        assert [(w.document.key, w.first_block) for w in later] == [
+            (w.document.key, w.first_block) for w in windows[8:]
+        ]
     finally:
         ray.kill(store)

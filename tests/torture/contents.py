@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections import Counter
+from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ class Contents:
     parts: dict[str, bytes]
     """By name: tokens, counts, prefix sums, every array of every level, documents, tail, lexical index."""
     blocks: Counter[bytes]
-    """Digest-free: the tokens of each block, and how often they stand there."""
+    """The tokens of each block, and how often they stand there."""
 
     @property
     def num_bytes(self) -> int:
@@ -79,7 +80,7 @@ def _lexical(path: Path) -> dict[str, bytes]:
         }
 
 
-def _lines(rows) -> bytes:  # noqa: ANN001
+def _lines(rows: Iterable[object]) -> bytes:
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 

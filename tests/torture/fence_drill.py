@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,6 +70,22 @@ class Fencing:
     def ok(self) -> bool:
         """The epoch refused the orphan every time, from the first call on, and the job did not notice it."""
         return self.first == "StaleWriterError" and not self.accepted and not self.damaged and self.restarts > 0
+
+
+def table(fencings: Sequence[Fencing]) -> str:
+    """One line a count, over all of them."""
+    rows = [
+        ("stores cut off", len(fencings)),
+        ("  first call refused", sum(fencing.first == "StaleWriterError" for fencing in fencings)),
+        ("calls of orphans", sum(sum(fencing.outcomes.values()) for fencing in fencings)),
+        ("  refused by the epoch", sum(fencing.refused for fencing in fencings)),
+        ("  accepted", sum(fencing.accepted for fencing in fencings)),
+        ("jobs finished", sum(not fencing.error for fencing in fencings)),
+        ("lost blocks", sum(fencing.lost_blocks for fencing in fencings)),
+        ("doubled blocks", sum(fencing.doubled_blocks for fencing in fencings)),
+        ("differing bytes", sum(fencing.differing_bytes for fencing in fencings)),
+    ]
+    return "\n".join(f"{name:<26}{count:>11,}" for name, count in rows)
 
 
 def run(folder: Path, feed: str, *, unchecked: bool = False) -> Fencing:
@@ -147,7 +165,7 @@ def _drill(folder: Path, feed: str) -> Fencing:
 
     cluster = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
     nodes = [cluster.add_node(**NODE) for _ in range(2)]
-    ray.init(address=cluster.address, namespace=NAMESPACE, logging_level="ERROR")
+    ray.init(address=cluster.address, namespace=NAMESPACE, logging_level=logging.ERROR)
     fencing = Fencing()
     try:
         pipelines.compact.run(job("undisturbed"))

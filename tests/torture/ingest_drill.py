@@ -28,8 +28,10 @@ from typing import Literal, get_args
 import psutil
 import pyarrow.parquet as pq
 
+from cluster.cli import main
 from cluster.environment import PROJECT_ROOT
 from cluster.errors import MegaContextError
+from ray_job import JOBS
 from storage.tree import catalogue
 from storage.tree.verify import verify_context
 from tests.actors.helpers import make_text
@@ -144,11 +146,22 @@ class IngestCounts:
 class IngestDrill:
     """A corpus, the context an undisturbed run makes of it, and those that disturbed runs make."""
 
-    def __init__(self, folder: Path, seed: int, counts: IngestCounts, *, num_documents: int = 60) -> None:
-        """Write the corpus (`make_corpus`)."""
+    def __init__(
+        self, folder: Path, seed: int, counts: IngestCounts, *, num_documents: int = 60, own_cluster: bool = True
+    ) -> None:
+        """Write the corpus (`make_corpus`).
+
+        Args:
+            folder: for stores, runs and logs.
+            seed: of the moments of death.
+            counts: what is added to.
+            num_documents: of the corpus, 3,600 tokens each on average.
+            own_cluster: False runs the undisturbed ingest in this process, on the cluster it has: sooner done.
+        """
+        self._own_cluster = own_cluster
         self._folder = folder
         self._seed = seed
-        self._counts = counts
+        self.counts = counts
         self._num_ingests = 0
         self._wanted: Contents | None = None
         self._quarantined: list[tuple[str, str]] = []
@@ -163,12 +176,22 @@ class IngestDrill:
     def wanted(self) -> Contents:
         """What an undisturbed run of the plain actors makes; run once."""
         if self._wanted is None:
-            with self._driver("actors", "undisturbed") as driver:
-                assert driver.wait(INGEST_TIMEOUT_S) == 0, _last_words(self._log("undisturbed"))
+            if self._own_cluster:
+                with self._driver("actors", "undisturbed") as driver:
+                    assert driver.wait(INGEST_TIMEOUT_S) == 0, _last_words(self._log("undisturbed"))
+            else:
+                assert main(JOBS, self._words("actors", "undisturbed")) == 0
             self._wanted = read_contents(self._context("undisturbed"), "undisturbed")
             self._quarantined = self._quarantine("undisturbed")
             assert len(self._quarantined) == 2
         return self._wanted
+
+    def run_all(self, num_ingests: int) -> None:
+        """Both feeds in turn; in every ingest each kind of process dies once, and one of them twice."""
+        for number in range(num_ingests):
+            feed = FEEDS[number % len(FEEDS)]
+            again = random.Random(f"{self._seed}/{number}/again").choice(MATRIX[feed])
+            self.run(feed, (*MATRIX[feed], again))
 
     def run(self, feed: Feed, victims: Sequence[Victim]) -> None:
         """Ingest the corpus while each of `victims` dies once, then compare."""
@@ -178,12 +201,12 @@ class IngestDrill:
         name = f"{feed}{number}"
         kills = plan_kills(random.Random(f"{self._seed}/{number}"), victims)
         findings = self._ingest(feed, name, kills)
-        self._counts.ingests[feed] += 1
+        self.counts.ingests[feed] += 1
         if not findings:
             findings = self._compare(name, wanted)
         if findings:
             plan = ", ".join(f"{kill.victim} at {kill.progress:.2f}" for kill in kills)
-            self._counts.failures.append(f"seed {self._seed}, ingest {number} ({feed}; {plan}): {'; '.join(findings)}")
+            self.counts.failures.append(f"seed {self._seed}, ingest {number} ({feed}; {plan}): {'; '.join(findings)}")
         else:
             shutil.rmtree(self._context(name))
 
@@ -200,19 +223,19 @@ class IngestDrill:
                     time.sleep(0.02)
                     num_blocks = _stored_blocks(self._context(name))
                     if num_blocks < most_blocks:
-                        self._counts.lost += most_blocks - num_blocks
+                        self.counts.lost += most_blocks - num_blocks
                         findings.append(f"{most_blocks} blocks were committed, then {num_blocks}")
                     most_blocks = max(most_blocks, num_blocks)
                     if pending and most_blocks >= pending[0].progress * self._num_blocks():
                         kill = pending[0]
                         if self._kill(driver, kill):
-                            self._counts.deaths[feed, kill.victim] += 1
+                            self.counts.deaths[feed, kill.victim] += 1
                             pending.pop(0)
                 died = driver.wait() == -signal.SIGKILL
             if not died:
                 break
-        self._counts.survivors.update((feed, kill.victim) for kill in pending)
-        self._counts.acknowledged_blocks += _stored_blocks(self._context(name))
+        self.counts.survivors.update((feed, kill.victim) for kill in pending)
+        self.counts.acknowledged_blocks += _stored_blocks(self._context(name))
         if driver.returncode != 0:
             findings.append(f"exit code {driver.returncode}; its last words: {_last_words(self._log(name))}")
         return findings
@@ -245,14 +268,14 @@ class IngestDrill:
             torn = verify_context(self._context(name), name).problems
             found = read_contents(self._context(name), name)
         except MegaContextError as error:
-            self._counts.torn += 1
+            self.counts.torn += 1
             return [f"{type(error).__name__}: {error}"]
         apart = difference(found, wanted)
-        self._counts.compared_bytes += wanted.num_bytes
-        self._counts.torn += len(torn)
-        self._counts.lost += apart.lost_blocks
-        self._counts.doubled += apart.doubled_blocks
-        self._counts.differing_bytes += apart.num_bytes
+        self.counts.compared_bytes += wanted.num_bytes
+        self.counts.torn += len(torn)
+        self.counts.lost += apart.lost_blocks
+        self.counts.doubled += apart.doubled_blocks
+        self.counts.differing_bytes += apart.num_bytes
         findings = list(torn)
         if apart.num_bytes:
             findings.append(f"{apart.lost_blocks} blocks lost, {apart.doubled_blocks} doubled; {apart.differing_bytes}")
@@ -271,11 +294,10 @@ class IngestDrill:
     def _log(self, name: str) -> Path:
         return self._folder / f"{name}.log"
 
-    @contextlib.contextmanager
-    def _driver(self, feed: Feed, name: str) -> Iterator[subprocess.Popen[bytes]]:
-        """The command line as a process; it is dead afterwards, and what it started as well."""
+    def _words(self, feed: Feed, name: str) -> list[str]:
+        """The command, without the program."""
         options = {
-            "--config": "configs/tiny.yaml",
+            "--config": str(PROJECT_ROOT / "configs/tiny.yaml"),
             "--ray.object_store_memory_mb": "80",
             "--corpus.paths": json.dumps([str(self._folder / "corpus")]),
             "--base_lm.cache_dir": str(self._folder / "models"),
@@ -288,8 +310,12 @@ class IngestDrill:
             "--compaction.num_packers": "1",
             "--compaction.num_compactors": "2" if feed == "actors" else "1",
         }
-        words = [sys.executable, "-m", "tests.torture.small_blocks", "compact"]
-        words += [word for pair in options.items() for word in pair]
+        return ["compact", *(word for pair in options.items() for word in pair)]
+
+    @contextlib.contextmanager
+    def _driver(self, feed: Feed, name: str) -> Iterator[subprocess.Popen[bytes]]:
+        """The command line as a process; it is dead afterwards, and what it started as well."""
+        words = [sys.executable, "-m", "tests.torture.small_blocks", *self._words(feed, name)]
         environment = os.environ | {"RAY_TMPDIR": str(self._ray_folder), "OMP_NUM_THREADS": "1"}
         with self._log(name).open("ab") as log:
             driver = subprocess.Popen(words, cwd=PROJECT_ROOT, env=environment, stdout=log, stderr=log)

@@ -168,7 +168,7 @@ class Orphan:
         # Of the bulk feed a batch may only be gathered; then its flush is the first to write.
         first = self._call("append", lambda: self._store.append(epoch, self._held))
         if first == "gathered":
-            first = self._call("flush", self._store.flush)
+            first = self._call("flush", lambda: self._store.flush(epoch))
         while not (self._folder / STOP_FILE).exists():
             self._call("append", self._append_next)
             self._call("append_tail", self._append_tail)

@@ -1,4 +1,4 @@
-"""The command line, with a corpus cut as fine as if it were a large one: `python -m tests.torture.small_blocks compact …`.
+"""The command line, cutting a corpus as fine as a large one: `python -m tests.torture.small_blocks compact …`.
 
 A small corpus is one task of Ray Data with one block of output, which is done before anything can happen to it. Cut
 like this, tasks and blocks are as many as of a corpus a hundred times as large.
