@@ -46,11 +46,13 @@ OnAck = Callable[[Ack], None]
 OnOther = Callable[[PackedItem], None]
 
 
-def remote_marks(store: Any) -> Marks:
-    """Marks asked of a store actor."""
+def remote_marks(store: Any, at_block: int | None = None) -> Marks:
+    """Marks asked of a store actor, as they are or as they were when the timeline had `at_block` blocks."""
 
     def marks(keys: Sequence[str]) -> dict[str, DocumentMark]:
-        return get_or_raise(store.marks.remote(list(keys)), CALL_TIMEOUT_S, "asking what is stored") if keys else {}
+        if not keys:
+            return {}
+        return get_or_raise(store.marks.remote(list(keys), at_block), CALL_TIMEOUT_S, "asking what is stored")
 
     return marks
 
@@ -83,15 +85,20 @@ def run_actor_feed(
 
 
 class PackShard:
-    """Ray Data task: reads and packs one shard."""
+    """Ray Data task: reads and packs one shard.
 
-    def __init__(self, base_lm: BaseLMConfig, store: Any) -> None:
+    A task whose process died is made again, and Ray hands on only what comes after the tables it has already: they
+    must be the same ones. So a task leaves out what was stored before the feed began, not what was stored since.
+    """
+
+    def __init__(self, base_lm: BaseLMConfig, store: Any, num_stored_blocks: int) -> None:
         self._base_lm = base_lm
         self._store = store
+        self._num_stored_blocks = num_stored_blocks
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         """Packed rows of each shard in the batch, a few at a time."""
-        packer = Packer(task_tokenizer(self._base_lm), remote_marks(self._store))
+        packer = Packer(task_tokenizer(self._base_lm), remote_marks(self._store, self._num_stored_blocks))
         for shard in batch["shard"]:
             items = packer.pack(pickle.loads(shard.as_py()).read())
             while rows := list(islice(items, ROWS_PER_TABLE)):
@@ -134,7 +141,7 @@ def run_ray_data_feed(
     dataset = (
         ray.data.from_items(shards, override_num_blocks=min(len(shards), MAX_INPUT_BLOCKS))
         .map_batches(
-            PackShard(spec.base_lm, crew.store),
+            PackShard(spec.base_lm, crew.store, crew.version.num_blocks),
             batch_size=1,
             batch_format="pyarrow",
             num_cpus=PACKER_CPUS,

@@ -100,6 +100,14 @@ class TreeStore:
             self._bulk = BulkWriter(self._writer, GATHER_S) if spec.bulk else None
         return self._writer
 
+    def _opened_under(self, epoch: int) -> ContextWriter:
+        writer = self._opened()
+        if writer.epoch != epoch:
+            raise StoreRestartedError(
+                f"the store of context {writer.name!r} was lost and started anew (epoch {epoch}, now {writer.epoch})"
+            )
+        return writer
+
     def open(self) -> tuple[Version, int]:
         """Take the writer's place; the newest version, and the epoch to write under.
 
@@ -116,11 +124,7 @@ class TreeStore:
             StoreRestartedError: this process is not the one that was opened under `epoch`; spans that one had
                 accepted and not stored are gone.
         """
-        writer = self._opened()
-        if writer.epoch != epoch:
-            raise StoreRestartedError(
-                f"the store of context {writer.name!r} was lost and started anew (epoch {epoch}, now {writer.epoch})"
-            )
+        writer = self._opened_under(epoch)
         started = time.perf_counter()
         spans = [span for batch in batches for span in batch]
         self._cut_abandoned(writer, spans)
@@ -151,9 +155,13 @@ class TreeStore:
         writer = self._opened()
         return (self._bulk or writer).append_tail(document, token_offset, tokens)
 
-    def marks(self, keys: Sequence[str]) -> dict[str, DocumentMark]:
-        """As `TreeWriter.marks`."""
-        return self._opened().marks(keys)
+    def marks(self, keys: Sequence[str], at_block: int | None = None) -> dict[str, DocumentMark]:
+        """As `TreeWriter.marks`; with `at_block`, as they were when the timeline had so many blocks."""
+        writer = self._opened()
+        if at_block is None:
+            return writer.marks(keys)
+        found = ((key, document.mark_at(at_block)) for key in keys if (document := writer.document(key)) is not None)
+        return {key: mark for key, mark in found if mark is not None}
 
     def open_document(self) -> DocumentMeta | None:
         """As `TreeWriter.open_document`."""
@@ -186,9 +194,13 @@ class TreeStore:
             raise StorageError("activate_rebuild without begin_rebuild (the store was restarted): run the job again")
         return self._builder.activate()
 
-    def flush(self) -> Ack:
-        """Make everything accepted durable, and seal what is full."""
-        writer = self._opened()
+    def flush(self, epoch: int) -> Ack:
+        """Make everything accepted durable, and seal what is full.
+
+        Raises:
+            StoreRestartedError: as `append`; what was accepted under `epoch` may be gone.
+        """
+        writer = self._opened_under(epoch)
         return self._counted((self._bulk or writer).flush(), now=True)
 
     def process_id(self) -> int:

@@ -186,9 +186,9 @@ def _following(crew: Crew) -> Callable[[Ack], None]:
 
 
 def _finish(crew: Crew) -> Version:
-    crew.call(crew.store.flush.remote(), "making the last blocks durable")
+    crew.call(crew.store.flush.remote(crew.epoch), "making the last blocks durable")
     crew.finish_levels()
-    return crew.call(crew.store.flush.remote(), "sealing").version
+    return crew.call(crew.store.flush.remote(crew.epoch), "sealing").version
 
 
 def check_same_tree(found: Version, expected: Version) -> None:

@@ -182,10 +182,10 @@ def _run_crew(
             crew.hire_compactors(compactor, workers)
             result.start_s = time.perf_counter() - started
             run_actor_feed(crew, read_corpus(source), plan.tokenizer, job.compaction, acknowledged, on_other)
-        on_ack(crew.call(crew.store.flush.remote(), "making the last blocks durable"))
+        on_ack(crew.call(crew.store.flush.remote(crew.epoch), "making the last blocks durable"))
         crew.finish_levels()
         # Upper levels may have filled a segment since.
-        on_ack(crew.call(crew.store.flush.remote(), "sealing"))
+        on_ack(crew.call(crew.store.flush.remote(crew.epoch), "sealing"))
         result.status = crew.call(crew.store.status.remote(), "asking the store")
 
 

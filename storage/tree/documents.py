@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.errors import OutOfOrderError
 from storage.contract import DocumentInfo, DocumentMark, DocumentMeta, SpanWrite
 from storage.geometry import NO_TOKEN
@@ -50,6 +51,13 @@ class OpenDocument:
     def mark(self) -> DocumentMark:
         """Its high-water mark."""
         return DocumentMark(self.num_blocks, self.num_tokens, len(self.tail), self.state)
+
+    def mark_at(self, num_blocks: int) -> DocumentMark | None:
+        """Its high-water mark as it was when the timeline had so many blocks; None if it had none of them then."""
+        stored = num_blocks - self.first_block
+        if stored >= self.num_blocks:
+            return self.mark()
+        return DocumentMark(stored, stored * K, 0, "open") if stored > 0 else None
 
     def grow(self, span: SpanWrite) -> None:
         """Account for a span that follows what is stored; takes its tokens out of the tail.

@@ -1,6 +1,7 @@
 """The long drills: `make torture`. Prints what was done and found.
 
-Exit code 1 when anything was lost, doubled or torn, or a flipped bit was served.
+Exit code 1 when anything was lost, doubled or torn, a flipped bit was served, or an ingest made other bytes than an
+undisturbed one.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.torture import flip_drill, loop_drill
+from tests.torture import fence_drill, flip_drill, loop_drill
 from tests.torture.counts import Counts
 from tests.torture.fault_drill import ERRORS, FaultDrill
+from tests.torture.ingest_drill import FEEDS, IngestCounts, IngestDrill
 from tests.torture.kill_drill import KillDrill
 from tests.torture.power_drill import PowerDrill
 from tests.torture.scratch import scratch_parent
@@ -57,7 +59,21 @@ def main() -> int:
     flips = dict(flip_drill.run_all(folder / "flips", options.seed, options.flips)) if options.flips else {}
     counts.failures += [f"bit flip: {line}" for found in flips.values() for line in found.silent]
 
+    _announce("ingests with deaths", options.ingests)
+    ingests = IngestCounts()
+    drill = IngestDrill(folder / "ingests", options.seed, ingests)
+    drill.run_all(options.ingests)
+    drill.close()
+
+    _announce("stores cut off", options.fencings)
+    fencings = [
+        fence_drill.run(folder / f"fencing{number}", FEEDS[number % len(FEEDS)]) for number in range(options.fencings)
+    ]
+    counts.failures += ingests.failures + [f"fencing: {fencing}" for fencing in fencings if not fencing.ok]
+
     print(counts.table())
+    print(f"\n{ingests.table()}")
+    print(f"\n{fence_drill.table(fencings)}")
     if flips:
         print(f"\n{flip_drill.table(flips)}")
     if counts.ok:
@@ -77,6 +93,13 @@ def _options() -> argparse.Namespace:
         "--faults", type=int, default=200, help="writes refused by the disk (default %(default)s; all are about 11,000)"
     )
     parser.add_argument("--flips", type=int, default=200, help="bits of each kind of file (default %(default)s)")
+    parser.add_argument(
+        "--ingests",
+        type=int,
+        default=6,
+        help="ingests whose processes are killed, a minute or two each (default %(default)s)",
+    )
+    parser.add_argument("--fencings", type=int, default=2, help="ingests whose store is cut off (default %(default)s)")
     parser.add_argument("--seed", type=int, default=int(time.time()), help="of everything; repeats a failure")
     parser.add_argument("--folder", type=Path, help="where the stores lie (default: a disk in memory, if there is one)")
     return parser.parse_args()
