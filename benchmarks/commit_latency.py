@@ -103,9 +103,7 @@ class BareSqlite:
         self._connection.close()
 
 
-def percentile_ratio(
-    subject: np.ndarray, rival: np.ndarray, q: int, unit: str, detail: Mapping[str, Any]
-) -> Result:
+def percentile_ratio(subject: np.ndarray, rival: np.ndarray, q: int, unit: str, detail: Mapping[str, Any]) -> Result:
     """Ratio of a percentile over consecutive parts of a run, as `harness.median_ratio` of the median."""
     parts = zip(np.array_split(subject, NUM_SPREAD_BLOCKS), np.array_split(rival, NUM_SPREAD_BLOCKS), strict=True)
     ratios = [float(np.percentile(mine, q) / np.percentile(theirs, q)) for mine, theirs in parts]

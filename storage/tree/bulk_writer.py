@@ -21,7 +21,6 @@ from storage.tree.documents import OpenDocument
 from storage.tree.reader import ContextReader
 from storage.tree.writer import ContextWriter
 
-
 GATHER_S = 1.0
 """How long a full segment of a fast feed may wait for others."""
 

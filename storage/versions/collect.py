@@ -3,8 +3,8 @@
 Nodes of a branch are a run from its base on, so what its kept versions and its kept descendants need of a level is a
 prefix of it, and all behind that prefix can go. A segment goes when none of its nodes is needed, and is replaced by a
 shorter one when few are. First the shorter ones are written, then the catalogue forgets, in one transaction, then the
-files are removed; a crash between leaves folders that no row names, which the next writer removes. Files are written and
-removed without the writer's lock, so that commits go on meanwhile.
+files are removed; a crash between leaves folders that no row names, which the next writer removes. Files are written
+and removed without the writer's lock, so that commits go on meanwhile.
 """
 
 from __future__ import annotations
