@@ -37,7 +37,7 @@ class Disk:
         self.go_on.set()
         self.busy = threading.Event()
 
-    def write(self, path: Path, data: bytes) -> None:
+    def write(self, path: Path, data: bytes | memoryview) -> None:
         self.busy.set()
         assert self.go_on.wait(30)
         if self.error is not None:

@@ -287,7 +287,7 @@ def test_damage_in_one_segment_leaves_the_others_readable(tmp_path: Path) -> Non
 def test_a_refused_write_leaves_nothing(tmp_path: Path) -> None:
     num_files = 0
 
-    def fails_late(path: Path, data: bytes) -> None:
+    def fails_late(path: Path, data: bytes | memoryview) -> None:
         nonlocal num_files
         num_files += 1
         if num_files == 4:
