@@ -36,8 +36,9 @@ def bulk_ingest(setting: Setting) -> Result:
     ours, theirs, once = [], [], []
     with setting.scratch() as root:
         for number in range(repeats):
+            store = root / f"store-{number}"
             sides = [
-                (ours, lambda number=number: _ingest(root / f"store-{number}", num_super_blocks, levels)),
+                (ours, lambda store=store: _ingest(store, num_super_blocks, levels)),
                 (theirs, lambda: _append(root / "plain", num_super_blocks, levels, SUPER_BLOCKS_PER_SEGMENT)),
                 (once, lambda: _append(root / "plain", num_super_blocks, levels, num_super_blocks)),
             ]

@@ -1,4 +1,4 @@
-"""What commits wait for while the same writer seals segments or collects garbage, against commits by themselves."""
+"""Commits while the same writer seals segments or collects garbage, against commits with nothing beside."""
 
 from __future__ import annotations
 

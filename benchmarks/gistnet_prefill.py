@@ -29,7 +29,7 @@ def gistnet_vs_prefill(setting: Setting) -> Result:
     base_lm = BaseLM.load(config)
     encoder = WindowEncoder(base_lm, build_gistnet(net_config, base_lm))
     warm_up, rounds = setting.size((3, 24), (1, 2))
-    windows = _windows(setting, warm_up + rounds, Tokenizer.load(config))
+    windows = corpus_windows(setting, warm_up + rounds, Tokenizer.load(config))
 
     def prefill(number: int) -> None:
         ids = torch.from_numpy(windows[number].astype(np.int64))[None]
@@ -49,7 +49,7 @@ def gistnet_vs_prefill(setting: Setting) -> Result:
     return median_ratio(seconds["gistnet"], seconds["prefill"], "windows, in turns", detail)
 
 
-def _windows(setting: Setting, count: int, tokenizer: Tokenizer) -> list[np.ndarray]:
+def corpus_windows(setting: Setting, count: int, tokenizer: Tokenizer) -> list[np.ndarray]:
     """Full windows of the corpus, `(1024,)` uint32 each."""
     items = read_corpus(open_files(corpus_files(setting, 0, 2)))
     packed = Packer(tokenizer, lambda keys: {}).pack(items)

@@ -12,7 +12,7 @@ import os
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -176,6 +176,13 @@ class Child:
             result = self._answer()
             wall_s, cpu_s = time.perf_counter() - started, self._tree.cpu_s() - cpu_before
         return Usage(result, wall_s, cpu_s, watch.peak)
+
+    @staticmethod
+    def call_all(children: Sequence[Child], method: str, *arguments: object) -> list[Any]:
+        """Call a method in several processes at once; their results, in order. Errors as `measure`."""
+        for child in children:
+            child._pipe.send((method, arguments))
+        return [child._answer() for child in children]
 
     def _answer(self) -> Any:
         try:

@@ -38,6 +38,19 @@ BENCHMARKS = (
     Benchmark(
         "durable_commit", "durable_commit:durable_commit", "p50 of appending the bytes to a log, with fdatasync", 1.50
     ),
+    Benchmark("bulk_ingest", "bulk_ingest:bulk_ingest", "a plain file of the same bytes, synced 1.3 MB at a time", 2.0),
+    Benchmark("commit_p50", "commit_latency:commit_p50", "p50 of a bare SQLite commit of the same bytes", 1.20),
+    Benchmark("commit_p99", "commit_latency:commit_p99", "p99 of a bare SQLite commit of the same bytes", 3.0),
+    Benchmark("commit_flat", "commit_latency:commit_flat", "p50 of a context's first commits", 1.10),
+    Benchmark("commit_while_sealing", "commit_beside:commit_while_sealing", "p99 of commits with nothing beside", 2.0),
+    Benchmark(
+        "commit_while_collecting", "commit_beside:commit_while_collecting", "p99 of commits with nothing beside", 2.0
+    ),
+    Benchmark("open_time", "open_time:open_time", "opening a context of 65,536 tokens", 1.20),
+    Benchmark(
+        "concurrent_readers", "concurrent_readers:concurrent_readers", "twice the reads a second of one process", 1.25
+    ),
+    Benchmark("gist_error", "gist_error:gist_error", "relative error of float16", 64.0),
     Benchmark("warm_read_node", "warm_reads:warm_read_node", "p50 of a copy out of a memmap", 4.0),
     Benchmark("warm_read_group", "warm_reads:warm_read_group", "p50 of a copy out of a memmap", 3.0),
     Benchmark("warm_read_batch", "warm_reads:warm_read_batch", "p50 of a gather out of a memmap", 3.0),

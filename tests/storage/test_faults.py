@@ -37,7 +37,7 @@ class Disk:
         self.go_on.set()
         self.busy = threading.Event()
 
-    def write(self, path: Path, data: bytes) -> None:
+    def write(self, path: Path, data: bytes | memoryview) -> None:
         self.busy.set()
         assert self.go_on.wait(30)
         if self.error is not None:
@@ -206,6 +206,23 @@ def test_a_bulk_segment_whose_commit_found_the_disk_full_is_removed(
         assert writer.version().num_blocks == 0
         put(bulk, ONE.span(ENCODING))
         assert_reads(bulk, ONE)
+
+
+def test_segments_of_a_fast_feed_share_a_commit_and_none_waits_for_ever(root: Path) -> None:
+    long = Text("long", 12 * 32 * K)
+    with open_context(root) as writer:
+        bulk = BulkWriter(writer, gather_s=3600.0)
+        # The first has nobody to wait for; then eight of them fill.
+        assert bulk.append([long.span(ENCODING, 0, 40)]).new_blocks == 32
+        assert bulk.append([long.span(ENCODING, 40, 9 * 32 - 1)]).new_blocks == 0
+        seq = bulk.version().seq
+        assert bulk.append([long.span(ENCODING, 9 * 32 - 1, 10 * 32)]).new_blocks == 8 * 32
+        assert (bulk.version().seq, bulk.version().num_blocks) == (seq + 1, 9 * 32)
+        assert rows(writer, "SELECT first, count FROM extents WHERE lod = 1 ORDER BY first") == [(0, 32), (32, 256)]
+        assert bulk.append([long.span(ENCODING, 10 * 32)]).new_blocks == 0
+        assert bulk.flush().new_blocks == 3 * 32
+        assert rows(writer, "SELECT count(*) FROM journal WHERE lod < 2") == [(0,)]
+        assert_reads(bulk, long)
 
 
 def test_a_bulk_write_waits_for_the_sealing_in_front_of_it(root: Path, disk: Disk) -> None:
