@@ -215,9 +215,11 @@ def _apply(
 
 
 def _look(config: StoreConfig, policy: CurationPolicy, now: float) -> tuple[Version, list[DocumentInfo], Usage]:
-    with Store(config.root).open_reader(config.context, config.version) as reader:
+    store = Store(config.root)
+    folders = [store.folder(context.name) for context in store.contexts()]
+    with store.open_reader(config.context, config.version) as reader:
         documents = reader.documents()
-        usage = measure_usage(reader, documents, now=now, half_life_days=policy.half_life_days)
+        usage = measure_usage(reader, documents, now=now, half_life_days=policy.half_life_days, event_folders=folders)
         return reader.version, documents, usage
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,17 +47,26 @@ class Usage:
         return len(self.utility)
 
 
-def measure_usage(reader: ContextReader, documents: list[DocumentInfo], *, now: float, half_life_days: float) -> Usage:
-    """Read a context's focus events and versions.
+def measure_usage(
+    reader: ContextReader,
+    documents: list[DocumentInfo],
+    *,
+    now: float,
+    half_life_days: float,
+    event_folders: Sequence[Path] = (),
+) -> Usage:
+    """Read focus events, and a context's versions.
 
     Args:
         reader: of the version that is looked at.
         documents: of that version.
         now: unix seconds; events and versions after it are left out.
         half_life_days: a use counts half after so many days.
+        event_folders: folders of the contexts whose sessions may have read this one: a session writes its events to its
+            own context. None is the context itself alone.
     """
     num_spans = reader.version.num_blocks // BLOCKS_PER_SUPER_BLOCK
-    events = read_focus_events(reader.folder)
+    events = pa.concat_tables([read_focus_events(folder) for folder in event_folders or [reader.folder]])
     utility, last_used = _uses(events, reader, num_spans, now, half_life_days)
     stored_at = _stored_at(reader, num_spans)
     states = reader.block_states(0, num_spans * BLOCKS_PER_SUPER_BLOCK).reshape(num_spans, -1)

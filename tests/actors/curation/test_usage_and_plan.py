@@ -98,6 +98,18 @@ def test_uses_count_once_an_event_and_half_after_a_half_life(root: Path) -> None
     assert usage.document.tolist() == np.repeat(np.arange(6), 2).tolist()
 
 
+def test_sessions_of_other_contexts_that_read_this_one_count(root: Path, tmp_path: Path) -> None:
+    own = tmp_path / "of-a-session"
+    events = FocusEventLog(own)
+    events.add(event(0, 0.0, found=[(40, 1)], contexts=[("of-a-session", 3), (CONTEXT, 1)]))
+    events.flush()
+    log(root, event(0, 0.0, found=[(0, 0)]))
+    with Store(root).open_reader(CONTEXT) as reader:
+        folders = [reader.folder, own]
+        found = measure_usage(reader, reader.documents(), now=NOW, half_life_days=30.0, event_folders=folders)
+    assert found.utility.tolist() == [1.0, 1.0, *[0.0] * 10]
+
+
 def test_a_plan_keeps_what_is_used_young_protected_or_growing(root: Path) -> None:
     with open_context(root) as writer:
         growing = Text("growing", 64 * K)
