@@ -89,7 +89,7 @@ def test_start_status_and_stop(
             os.kill(pid, 0)
 
 
-@pytest.mark.parametrize("feed", ["actors", "ray_data"])
+@pytest.mark.parametrize("feed", [pytest.param("actors", marks=pytest.mark.slow), "ray_data"])
 def test_a_tree_written_through_the_service_is_the_same(
     service: None,
     store: StoreConfig,
@@ -118,7 +118,7 @@ def test_a_tree_written_through_the_service_is_the_same(
     assert held["num_tokens"] == report_of(job)["tokens_total"]
 
 
-@pytest.mark.parametrize("feed", ["actors", "ray_data"])
+@pytest.mark.parametrize("feed", ["actors", pytest.param("ray_data", marks=pytest.mark.slow)])
 def test_a_killed_actor_is_survived(
     service: None,
     store: StoreConfig,

@@ -28,7 +28,7 @@ def drill(tmp_path_factory: pytest.TempPathFactory, ray_cluster: RaySession) -> 
 @pytest.mark.parametrize(
     ("feed", "victims"),
     [
-        ("actors", ("compactor", "store", "driver")),
+        pytest.param("actors", ("compactor", "store", "driver"), marks=pytest.mark.slow),
         ("ray_data", ("tokeniser", "compactor", "store", "driver")),
     ],
 )
