@@ -361,7 +361,8 @@ def window_over(arrays: Sequence[SegmentArray], item_bytes: int) -> tuple[np.nda
     interface = {
         "version": 3,
         "typestr": f"|V{item_bytes}",
-        "shape": (stop - base - item_bytes + 1,),
+        # A shard whose chunks are all left out is smaller than an item; nothing is gathered from it.
+        "shape": (max(stop - base - item_bytes + 1, 0),),
         "strides": (1,),
         "data": (base, True),
     }
