@@ -7,6 +7,7 @@ between those of others. `watch` is made to be submitted as a job of its own and
 from __future__ import annotations
 
 import fnmatch
+import json
 import signal
 import threading
 import time
@@ -85,7 +86,7 @@ def plan(job: CuratePlanJob) -> None:
         numbers = {"version": version.seq, **states, **_plan_numbers(made)}
         job_run.finish(numbers, [*tables, "![Usage of spans](usage.png)"])
         print(f"plan      {path}")
-        print(f"apply     python ray_job.py curate apply --plan {path} --store.context {version.context} --apply true")
+        print(f"apply     python ray_job.py curate apply --plan {path} {_where(job.store)} --apply true")
 
 
 def apply(job: CurateApplyJob) -> None:
@@ -118,7 +119,7 @@ def apply(job: CurateApplyJob) -> None:
         for table in tables:
             table.show()
         job_run.finish({"before": before, "after": after, **_applied_numbers(applied)}, tables)
-        print(f"undo      python ray_job.py curate restore --store.context {made.context} --apply true")
+        print(f"undo      python ray_job.py curate restore {_where(job.store)} --apply true")
 
 
 def restore_(job: CurateRestoreJob) -> None:
@@ -199,7 +200,7 @@ def _round(
     except (WriterConflictError, MegaContextError) as error:
         row["error"] = str(error)
         logger.warning("round %d: %s", number + 1, error)
-    write_atomically(job_run.folder / "round.json", f"{row}\n")
+    write_atomically(job_run.folder / "round.json", json.dumps(row) + "\n")
     return row
 
 
@@ -235,6 +236,10 @@ def _asked(job: CurateRestoreJob, documents: list[DocumentInfo], num_blocks: int
             raise ConfigError(f"no document of context {job.store.context!r} fits {pattern!r}; `inspect` lists them")
         for document in found:
             yield max(low, document.first_block), min(high, document.first_block + document.num_blocks)
+
+
+def _where(store: StoreConfig) -> str:
+    return f"--store.root {store.root} --store.context {store.context} --store.version {store.version}"
 
 
 def _plan_numbers(made: CurationPlan) -> dict[str, Any]:

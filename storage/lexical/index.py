@@ -12,7 +12,6 @@ missing, damaged, or made for another branch or another past of the context is r
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import sqlite3
 from collections import Counter
@@ -24,9 +23,10 @@ from typing import IO, Self
 import google_crc32c
 import numpy as np
 
-from cluster.errors import StorageError, WriterConflictError
+from cluster.errors import StorageError
 from storage import row_checksums
 from storage.contract import TreeReader
+from storage.file_lock import take_lock
 from storage.lexical.terms import Decode, block_terms, settled_blocks
 from storage.tree import catalogue
 
@@ -386,20 +386,6 @@ def remove_index(folder: Path) -> None:
 
 
 def _take_lock(folder: Path) -> IO[str]:
-    """Held until closed; the kernel frees it when the process dies, however it dies."""
     path = folder / LEXICAL_LOCK_FILE
-    try:
-        file = path.open("a+")
-    except OSError as error:
-        raise StorageError(f"cannot index {folder}: {error}. Check the folder's permissions.") from error
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.close()
-        raise WriterConflictError(
-            f"{path} is held: another process builds the lexical index of this context. One is enough; stop it first."
-        ) from error
-    except OSError as error:
-        file.close()
-        raise StorageError(f"cannot lock {path}: {error}. Keep the store on a file system that has locks.") from error
-    return file
+    held = f"{path} is held: another process builds the lexical index of this context. One is enough; stop it first."
+    return take_lock(path, f"index {folder}", lambda: held)

@@ -9,7 +9,6 @@ machine took over) is refused by the epoch inside its own transaction.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import itertools
 import json
 import logging
@@ -30,11 +29,11 @@ from cluster.errors import (
     InvalidWriteError,
     StaleWriterError,
     StorageError,
-    WriterConflictError,
 )
 from storage.codec import Values
 from storage.contract import Ack, DocumentMark, DocumentMeta, PrunedSpan, SpanWrite, Version
 from storage.durable import disk_errors
+from storage.file_lock import take_lock
 from storage.schema import Encoding
 from storage.tree import catalogue, journal, sealing
 from storage.tree.accept import accept_spans, accept_tail, ended_document
@@ -472,25 +471,15 @@ def writer_lock(folder: Path, name: str) -> Iterator[None]:
 
 
 def _take_lock(folder: Path, name: str) -> IO[str]:
-    """The context's lock file, held until closed; the kernel frees it when the process dies, however it dies."""
-    try:
-        file = (folder / LOCK_FILE).open("a+")
-    except OSError as error:
-        raise StorageError(f"cannot write to context {name!r}: {error}. Check the folder's permissions.") from error
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.close()
-        raise WriterConflictError(
+    """The context's lock file, held until closed."""
+
+    def held() -> str:
+        return (
             f"context {name!r} is being written by another process ({_describe_owner(folder)}). A context has one "
             "writer: wait for that job, stop it, or write to another context with --store.context."
-        ) from error
-    except OSError as error:
-        file.close()
-        raise StorageError(
-            f"cannot lock {folder / LOCK_FILE}: {error}. Keep the store on a file system that has locks."
-        ) from error
-    return file
+        )
+
+    return take_lock(folder / LOCK_FILE, f"write to context {name!r}", held)
 
 
 def _describe_owner(folder: Path) -> str:
