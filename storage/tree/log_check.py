@@ -6,6 +6,9 @@ commit of a log cannot be told from one that a power cut left half written.
 
 A frame's checksum goes on from that of the frame before it, which its header holds: two frames belong together when
 the second follows from the first, whatever precedes them. Format: https://www.sqlite.org/fileformat2.html#walformat
+
+A log is begun anew once all of it is in the database file, by a header written over the old one, before the old frames.
+A header of which half was written looks like a damaged one; the database then holds every page those frames hold.
 """
 
 from __future__ import annotations
@@ -75,7 +78,7 @@ def lost_commits(database: Path) -> str:
             return ""
         # A log that was begun anew while it was read begins with another header.
         if same:
-            frame = _first_damaged(data)
+            frame = _first_damaged(data, database)
             if frame is None:
                 return ""
             return (
@@ -90,7 +93,7 @@ def forget_lost_commits(database: Path) -> None:
     the database open: it is then what it has been read as since the damage."""
     path = Path(f"{database}-wal")
     data = path.read_bytes()
-    frame = _first_damaged(data)
+    frame = _first_damaged(data, database)
     if frame is None:
         return
     write_file_durably(Path(f"{path}.damaged"), data)
@@ -101,7 +104,7 @@ def forget_lost_commits(database: Path) -> None:
     fsync_folder(path.parent)
 
 
-def _first_damaged(data: bytes) -> int | None:
+def _first_damaged(data: bytes, database: Path) -> int | None:
     """Number, from 1, of a damaged frame (0 is the header) that later commits follow."""
     if len(data) < _HEADER_BYTES:
         return None
@@ -114,9 +117,9 @@ def _first_damaged(data: bytes) -> int | None:
         and page & (page - 1) == 0
     )
     if not header_is_sound:
-        return 0 if _header_was_damaged(data) else None
+        return 0 if _header_was_damaged(data, database) else None
     size = _FRAME_HEADER_BYTES + page
-    frames = [data[start : start + size] for start in range(_HEADER_BYTES, len(data) - size + 1, size)]
+    frames = _frames(data, size)
     salts, running = data[16:24], _stored(data, 24)
     for number, frame in enumerate(frames):
         running = _checksum(frame[:8] + frame[_FRAME_HEADER_BYTES:], running, order)
@@ -143,14 +146,39 @@ def _commits_follow(frames: list[bytes], seeds: tuple[Sum, ...], salts: bytes, o
     return False
 
 
-def _header_was_damaged(data: bytes) -> bool:
-    """Whether a header that is not sound stands before frames of its own time, of which a commit ended."""
+def _header_was_damaged(data: bytes, database: Path) -> bool:
+    """Whether a header that is not sound stands before frames of its own time, with commits the database misses."""
     for order in ("<", ">"):
         for page in (1 << bits for bits in range(9, 17)):
-            size = _FRAME_HEADER_BYTES + page
-            frames = [data[start : start + size] for start in range(_HEADER_BYTES, len(data) - size + 1, size)]
+            frames = _frames(data, _FRAME_HEADER_BYTES + page)
             # A log begun anew changes both salts; damage one of them at most.
             ours = frames and (frames[0][8:12] == data[16:20] or frames[0][12:16] == data[20:24])
             if ours and _commits_follow(frames, (_stored(frames[0], 16),), frames[0][8:16], order):
-                return True
+                return not _folded_in(frames, database)
     return False
+
+
+def _folded_in(frames: list[bytes], database: Path) -> bool:
+    """Whether a database file holds all that the frames of a log have committed.
+
+    A frame's header begins with the number of its page, from 1, and, of a commit's last one, the database's size.
+    """
+    salts, committed = frames[0][8:16], {}
+    pending: dict[int, bytes] = {}
+    for frame in frames:
+        if frame[8:16] != salts:
+            break
+        pending[int.from_bytes(frame[:4], "big")] = frame[_FRAME_HEADER_BYTES:]
+        if frame[4:8] != bytes(4):
+            committed.update(pending)
+            pending.clear()
+    with database.open("rb") as file:
+        for number, page in committed.items():
+            file.seek((number - 1) * len(page))
+            if file.read(len(page)) != page:
+                return False
+    return True
+
+
+def _frames(data: bytes, size: int) -> list[bytes]:
+    return [data[start : start + size] for start in range(_HEADER_BYTES, len(data) - size + 1, size)]
