@@ -44,7 +44,7 @@ format: $(STAMP)  ## rewrite the sources as ruff likes them
 	@$(BIN)/ruff format .
 
 test: $(STAMP) lint  ## what CI runs: lint, types, layers, tests
-	@$(BIN)/python -m pytest -m "not gpu and not slow"
+	@$(BIN)/python -m pytest -m "not gpu and not slow" --durations=60 --durations-min=3
 
 test-all: $(STAMP) lint  ## everything, the slow ones too
 	@$(BIN)/python -m pytest

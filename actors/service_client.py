@@ -243,7 +243,7 @@ def start_service(root: Path, num_actors: int, timeout_s: float) -> ServiceActor
         )
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     # Ray's stubs do not know that its decorator takes a class later.
-    remote: Any = ray.remote(concurrency_groups={LOOKS: 1})  # type: ignore[call-overload]
+    remote: Any = ray.remote(concurrency_groups={LOOKS: 1})  # pyright: ignore[reportCallIssue, reportArgumentType]
     actors = {
         index: remote(StoreService)
         .options(

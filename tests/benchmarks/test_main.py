@@ -15,7 +15,7 @@ from cluster.environment import PROJECT_ROOT
 from cluster.errors import ConfigError
 
 NAMES = [benchmark.name for benchmark in BENCHMARKS]
-NEEDS_CLUSTER = {"feed_actors", "feed_ray_data", "ingest_memory"}
+NEEDS_CLUSTER = {"feed_actors", "feed_ray_data", "ingest_memory", "training_stack"}
 """Start Ray, and processes of their own: a minute rather than seconds."""
 
 

@@ -78,7 +78,7 @@ def indexed_blocks(job: CompactJob) -> int:
         return i.num_blocks
 
 
-@pytest.mark.parametrize("feed", ["actors", "ray_data"])
+@pytest.mark.parametrize("feed", ["actors", pytest.param("ray_data", marks=pytest.mark.slow)])
 def test_text_is_indexed_behind_the_commits(make_job: JobFactory, feed: str) -> None:
     job = make_job("indexed", "indexed", feed=feed)
     compact_job.run(job)
@@ -91,12 +91,14 @@ def test_text_is_indexed_behind_the_commits(make_job: JobFactory, feed: str) -> 
         assert 5 in blocks
 
 
+@pytest.mark.slow
 def test_without_an_index_nothing_is_indexed(make_job: JobFactory) -> None:
     job = make_job("bare", "bare", lexical=False)
     compact_job.run(job)
     assert not (Store(job.store.root).folder("bare") / LEXICAL_FILE).exists()
 
 
+@pytest.mark.slow
 def test_an_index_that_somebody_else_builds_does_not_stop_a_job(make_job: JobFactory) -> None:
     job = make_job("shared", "shared")
     compact_job.run(dataclasses.replace(job, compaction=dataclasses.replace(job.compaction, lexical=False)))
@@ -128,7 +130,7 @@ def _client(job: CompactJob) -> mlflow.MlflowClient:
     return mlflow.MlflowClient(f"sqlite:///{job.run.dir}/mlflow.db")
 
 
-@pytest.mark.parametrize("feed", ["actors", "ray_data"])
+@pytest.mark.parametrize("feed", ["actors", pytest.param("ray_data", marks=pytest.mark.slow)])
 def test_a_second_run_redoes_nothing_and_new_documents_are_added(
     make_job: JobFactory, corpus_folder: Path, feed: str
 ) -> None:
@@ -183,7 +185,7 @@ def test_killing_a_compactor_changes_nothing(long_job: JobFactory, monkeypatch: 
     assert_sound(job.store)
 
 
-@pytest.mark.parametrize("feed", ["actors", "ray_data"])
+@pytest.mark.parametrize("feed", [pytest.param("actors", marks=pytest.mark.slow), "ray_data"])
 def test_killing_the_store_is_survived(long_job: JobFactory, monkeypatch: pytest.MonkeyPatch, feed: str) -> None:
     calm = long_job("calm", "calm")
     compact_job.run(calm)

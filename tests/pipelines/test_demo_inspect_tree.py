@@ -50,6 +50,7 @@ def test_demo_reads_back_and_resumes(make_job: JobFactory, capsys: pytest.Captur
     assert again["nll_gists"] == report["nll_gists"]
 
 
+@pytest.mark.slow
 def test_demo_says_when_documents_are_too_short(make_job: JobFactory) -> None:
     compact = make_job("short", "short")
     job = DemoJob(
