@@ -20,7 +20,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 	@echo "  make demo CORPUS=path QUESTION='...'   your own files instead of the standard library"
-	@echo "  make bench ONLY=name    runs one benchmark (no name matches: lists them)"
+	@echo "  make bench ONLY=name    runs one benchmark, ONLY=name,name several (no such name: lists them)"
 
 $(STAMP): pyproject.toml constraints.txt Makefile
 	@echo "setting up $(VENV) (first time: a few minutes)"

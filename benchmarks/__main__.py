@@ -1,4 +1,4 @@
-"""The door: `python -m benchmarks [--only NAME] [--quick] [--list]`."""
+"""The door: `python -m benchmarks [--only NAME[,NAME]] [--quick] [--list]`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from cluster.errors import ConfigError, MegaContextError  # noqa: E402
 def main() -> int:
     """Run benchmarks. A budget that does not hold is a result; only a benchmark that fails is an error."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--only", default="", metavar="NAME", help="run this one")
+    parser.add_argument("--only", default="", metavar="NAME[,NAME]", help="run these")
     parser.add_argument("--quick", action="store_true", help="small sizes: shows that the programs work")
     parser.add_argument("--list", action="store_true", help="list the names")
     parser.add_argument("--out", type=Path, default=base_folder() / "runs/bench/report.json", help="the report")
@@ -30,11 +30,13 @@ def main() -> int:
         for benchmark in BENCHMARKS:
             print(f"{benchmark.name:<20} <= {benchmark.budget:<5} of {benchmark.rival}")
         return 0
-    chosen = [benchmark for benchmark in BENCHMARKS if options.only in {"", benchmark.name}]
-    if not chosen:
-        names = ", ".join(benchmark.name for benchmark in BENCHMARKS)
-        print(f"error: no benchmark {options.only!r}; there are: {names}", file=sys.stderr)
+    names = [benchmark.name for benchmark in BENCHMARKS]
+    only = options.only.split(",") if options.only else names
+    unknown = [name for name in only if name not in names]
+    if unknown:
+        print(f"error: no benchmark {unknown[0]!r}; there are: {', '.join(names)}", file=sys.stderr)
         return ConfigError.exit_code
+    chosen = [benchmark for benchmark in BENCHMARKS if benchmark.name in only]
     setting = Setting(options.quick, options.cache.absolute())
     rows, failed = [], 0
     for number, benchmark in enumerate(chosen, start=1):

@@ -10,15 +10,22 @@ from cluster.config import RunConfig, StoreConfig, TrackingConfig, require
 
 @dataclass(frozen=True)
 class CurationPolicy:
-    """What is kept in detail. A span is a super-block, 1,024 slots; its utility is how often refocuses showed a block
-    of it by choice, or would have, each counted half after `half_life_days`."""
+    """What is kept in detail. A span is a super-block, 1,024 slots; its utility is how many refocuses of the next 30
+    days are expected to show a block of it by choice, from those that did, or would have, so far."""
 
-    half_life_days: float = 30.0
+    half_life_days: float = 45.0
     """A use counts half after so many days."""
-    min_age_days: float = 14.0
+    document_days: float = 60.0
+    """A span is judged as if it had been watched for so many days more, in which it was used as the spans of its
+    document are on average. 0: by its own uses alone."""
+    storing_uses: float = 0.4
+    """Storing a document counts as so many uses of it, forgotten like others: not all that is wanted is asked for in
+    its first week."""
+    min_age_days: float = 7.0
     """What was stored less than so many days ago is kept."""
-    keep_utility: float = 0.5
-    """A span is kept from this utility on. 0.5 is one use, a half-life ago."""
+    keep_utility: float = 0.6
+    """A span is kept from this utility on. Spans of a long document have it with three uses of late, those of a
+    short one with two, and with one while it is new."""
     compact_utility: float = 0.0
     """Spans with less than this are compacted without an archive: once `retention_days` are over their tokens are gone.
     0: every pruned span is archived."""
@@ -31,16 +38,25 @@ class CurationPolicy:
     """Tokens of pruned spans stay where they are for so many days."""
     archive_days: float = 0.0
     """An archive is removed after so many days; 0 keeps it for ever."""
-    restore_utility: float = 1.0
-    """A pruned span is restored from this utility on: refocuses that would have shown it count as uses. Two of them, a
-    half-life ago. 0: never."""
+    restore_utility: float = 0.7
+    """A pruned span is restored from this utility on: refocuses that would have shown it count as uses. Somewhat more
+    than `keep_utility`, so that spans do not come and go. 0: never."""
     protected_tags: list[str] = field(default_factory=list)
     """Tags of documents that are never touched (`corpus.tags` when they were read)."""
     protected_documents: list[str] = field(default_factory=list)
     """Globs of URIs that are never touched."""
 
     def validate(self) -> None:
-        for name in ("min_age_days", "keep_utility", "compact_utility", "quota_mb", "delete_days", "retention_days"):
+        for name in (
+            "document_days",
+            "storing_uses",
+            "min_age_days",
+            "keep_utility",
+            "compact_utility",
+            "quota_mb",
+            "delete_days",
+            "retention_days",
+        ):
             require(getattr(self, name) >= 0, f"policy.{name}={getattr(self, name)} must not be negative")
         require(self.half_life_days > 0, f"policy.half_life_days={self.half_life_days} must be more than 0")
         for name in ("archive_days", "restore_utility"):
@@ -81,7 +97,7 @@ class CurateReportJob:
     store: StoreConfig = field(default_factory=StoreConfig)
     """Which store, context and branch."""
     policy: CurationPolicy = field(default_factory=CurationPolicy)
-    """Half-life and thresholds."""
+    """Half-life, weight of documents and thresholds."""
 
 
 @dataclass(frozen=True)

@@ -220,7 +220,7 @@ def _look(config: StoreConfig, policy: CurationPolicy, now: float) -> tuple[Vers
     folders = [store.folder(context.name) for context in store.contexts()]
     with store.open_reader(config.context, config.version) as reader:
         documents = reader.documents()
-        usage = measure_usage(reader, documents, now=now, half_life_days=policy.half_life_days, event_folders=folders)
+        usage = measure_usage(reader, documents, policy, now=now, event_folders=folders)
         return reader.version, documents, usage
 
 

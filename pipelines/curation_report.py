@@ -51,7 +51,7 @@ def usage_numbers(usage: Usage, policy: CurationPolicy) -> dict[str, Any]:
     return {
         "spans": len(usage),
         "spans_useful": int((usage.utility >= policy.keep_utility).sum()),
-        "spans_never_used": int((usage.utility == 0).sum()),
+        "spans_never_used": int((usage.uses == 0).sum()),
     }
 
 
@@ -83,7 +83,7 @@ def _row(what: str, before: Mapping[str, Any], after: Mapping[str, Any] | None, 
 
 
 def spans_table(usage: Usage, policy: CurationPolicy) -> Table:
-    """Spans by utility."""
+    """Spans by utility, uses expected in 30 days."""
     rows = []
     for low, high in itertools.pairwise(UTILITY_EDGES):
         inside = (usage.utility >= low) & (usage.utility < high)
@@ -96,7 +96,7 @@ def spans_table(usage: Usage, policy: CurationPolicy) -> Table:
                 "pruned": int((inside & (usage.state != BlockState.WHOLE)).sum()),
             }
         )
-    return Table(rows, f"Spans of 1,024 slots by utility (half-life {policy.half_life_days:g} days)")
+    return Table(rows, f"Spans of 1,024 slots by uses expected in 30 days (kept from {policy.keep_utility:g})")
 
 
 def actions_table(plan: CurationPlan) -> Table:

@@ -1,4 +1,5 @@
-"""What of a context is used: per span, how useful it was lately, how old it is and whose it is."""
+"""What of a context is used: per span, how often it will be, as far as its own uses and those of its document say, how
+old it is and whose it is."""
 
 from __future__ import annotations
 
@@ -12,12 +13,19 @@ import pyarrow.compute as pc
 from jaxtyping import Bool, Float64, Int8, Int64
 
 from cluster.config import BLOCKS_PER_SUPER_BLOCK
+from cluster.curation_config import CurationPolicy
 from storage.contract import DocumentInfo
 from storage.focus.events import read_focus_events
 from storage.tree.reader import ContextReader
 from storage.versions.history import History
 
 DAY_S = 86400.0
+
+UTILITY_DAYS = 30.0
+"""Utility is uses in so many days."""
+
+MIN_WATCHED_DAYS = 7.0
+"""What is younger counts as watched for so long: one use within an hour is no rate."""
 
 USES = ("added", "found", "pinned")
 """Columns of a focus event with the blocks that were shown by choice. The raw tail is none."""
@@ -28,8 +36,10 @@ class Usage:
     """Columns over the spans of one version: span `i` is blocks `[32 i, 32 i + 32)`, complete ones only."""
 
     utility: Float64[np.ndarray, " spans"]
-    """Uses, each halved by every half-life since: refocuses that showed a block of it by choice, or had one as a
-    candidate that scored no less than what they showed, as they do with what is pruned."""
+    """Uses to be expected in `UTILITY_DAYS`."""
+    uses: Float64[np.ndarray, " spans"]
+    """Its own so far, each halved by every half-life since: refocuses that showed a block of it by choice, or had one
+    as a candidate that scored no less than what they showed, as they do with what is pruned."""
     last_used: Float64[np.ndarray, " spans"]
     """Unix seconds; that of being stored where it never was."""
     stored_at: Float64[np.ndarray, " spans"]
@@ -50,9 +60,9 @@ class Usage:
 def measure_usage(
     reader: ContextReader,
     documents: list[DocumentInfo],
+    policy: CurationPolicy,
     *,
     now: float,
-    half_life_days: float,
     event_folders: Sequence[Path] = (),
 ) -> Usage:
     """Read focus events, and a context's versions.
@@ -60,14 +70,14 @@ def measure_usage(
     Args:
         reader: of the version that is looked at.
         documents: of that version.
+        policy: how soon uses are forgotten, and what a document says of its spans.
         now: unix seconds; events and versions after it are left out.
-        half_life_days: a use counts half after so many days.
         event_folders: folders of the contexts whose sessions may have read this one: a session writes its events to its
             own context. None is the context itself alone.
     """
     num_spans = reader.version.num_blocks // BLOCKS_PER_SUPER_BLOCK
     events = pa.concat_tables([read_focus_events(folder) for folder in event_folders or [reader.folder]])
-    utility, last_used = _uses(events, reader, num_spans, now, half_life_days)
+    uses, last_used = _uses(events, reader, num_spans, now, policy.half_life_days)
     stored_at = _stored_at(reader, num_spans)
     states = reader.block_states(0, num_spans * BLOCKS_PER_SUPER_BLOCK).reshape(num_spans, -1)
     starts = np.array([document.first_block for document in documents], np.int64)
@@ -76,7 +86,8 @@ def measure_usage(
     last_document = np.searchsorted(starts, first + BLOCKS_PER_SUPER_BLOCK - 1, side="right") - 1
     grows = bool(documents) and documents[-1].state == "open"
     return Usage(
-        utility,
+        expected_uses(uses, (now - stored_at) / DAY_S, document, policy),
+        uses,
         np.maximum(last_used, stored_at),
         stored_at,
         states.min(axis=1) if num_spans else np.zeros(0, np.int8),
@@ -84,6 +95,36 @@ def measure_usage(
         document,
         last_document,
     )
+
+
+def expected_uses(
+    uses: Float64[np.ndarray, " spans"],
+    age_days: Float64[np.ndarray, " spans"],
+    document: Int64[np.ndarray, " spans"],
+    policy: CurationPolicy,
+) -> Float64[np.ndarray, " spans"]:
+    """Utility: the span's own uses a day, shrunk towards the mean of its document's spans.
+
+    A span's own uses are few and chance has a large part in them; with its document's it is judged as an insurer judges
+    a customer of a group (Bühlmann 1967, "Experience rating and credibility": the own mean weighs `n / (n + k)`).
+
+    Args:
+        uses: of each span, halved by every half-life.
+        age_days: since it was stored.
+        document: which document it is of, any numbers.
+        policy: half-life, and the weight of the document.
+    """
+    if len(uses) == 0:
+        return np.zeros(0)
+    half_life = policy.half_life_days
+    # Days that uses were counted in, days past weighing as little as uses past: what is new is not taken for unused.
+    watched = (1 - 0.5 ** (np.maximum(age_days, MIN_WATCHED_DAYS) / half_life)) * half_life / np.log(2)
+    _, group = np.unique(document, return_inverse=True)
+    youngest = np.full(group.max() + 1, np.inf)
+    np.minimum.at(youngest, group, np.maximum(age_days, 0.0))
+    stored = policy.storing_uses * 0.5 ** (youngest / half_life)
+    mean = ((np.bincount(group, uses) + stored) / np.bincount(group, watched))[group]
+    return UTILITY_DAYS * (uses + policy.document_days * mean) / (watched + policy.document_days)
 
 
 def _uses(

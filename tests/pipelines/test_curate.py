@@ -25,6 +25,8 @@ from tests.storage.version_support import holds, is_sound, write_and_seal
 
 ENCODING = encoding_of("float16")
 ONE, TWO = Text("one", 128 * K), Text("two", 64 * K - 7)
+OWN_USES = ("--policy.document_days", "0", "--policy.min_age_days", "0")
+"""What is used is kept and the rest goes, new or not."""
 
 
 @pytest.fixture
@@ -60,11 +62,11 @@ def whole(root: Path) -> list[int]:
 
 
 def test_a_plan_is_made_looked_at_applied_and_undone(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(root, "curate", "report") == 0
+    assert run(root, "curate", "report", *OWN_USES) == 0
     found = report(root, "curate-report")
-    assert (found["spans"], found["spans_useful"]) == (6, 1)
+    assert (found["spans"], found["spans_useful"], found["spans_never_used"]) == (6, 1, 5)
     assert (root.parent / "runs" / "curate-report" / "usage.png").stat().st_size > 1000
-    assert run(root, "curate", "plan", "--policy.min_age_days", "0") == 0
+    assert run(root, "curate", "plan", *OWN_USES) == 0
     assert report(root, "curate-plan")["planned"]["archive"] == 5
     plan = str(root.parent / "runs" / "curate-plan" / "plan.json")
     assert run(root, "curate", "apply", "--plan", plan) == 0
@@ -93,6 +95,8 @@ def test_a_plan_is_made_looked_at_applied_and_undone(root: Path, capsys: pytest.
     [
         (["curate", "plan", "--policy.half_life", "3"], "half_life_days"),
         (["curate", "plan", "--policy.compact_utility", "3"], "must not be above"),
+        (["curate", "plan", "--policy.document_days", "-1"], "document_days=-1.0 must not be negative"),
+        (["curate", "plan", "--policy.storing_uses", "-1"], "storing_uses=-1.0 must not be negative"),
         (["curate", "apply", "--plan", "none.json"], "cannot be read"),
         (["curate", "restore", "--documents", "[nobody]"], "fits 'nobody'"),
         (["curate", "watch", "--every_s", "0"], "must be more than 0"),
@@ -107,7 +111,7 @@ def test_what_makes_no_sense_is_refused(
 
 
 def test_watching_goes_on_beside_another_writer_and_says_what_it_met(root: Path) -> None:
-    given = ("curate", "watch", "--rounds", "2", "--every_s", "0.5", "--policy.min_age_days", "0")
+    given = ("curate", "watch", "--rounds", "2", "--every_s", "0.5", *OWN_USES)
     fast = ("--policy.retention_days", "0", "--pace.wait_s", "0.1", "--keep_days", "0")
     with open_context(root):
         assert run(root, *given, *fast) == 0
@@ -125,7 +129,7 @@ def test_watching_goes_on_beside_another_writer_and_says_what_it_met(root: Path)
 
 
 def test_a_killed_curation_is_sound_and_the_same_command_finishes_it(root: Path) -> None:
-    assert run(root, "curate", "plan", "--policy.min_age_days", "0") == 0
+    assert run(root, "curate", "plan", *OWN_USES) == 0
     plan = str(root.parent / "runs" / "curate-plan" / "plan.json")
     given = ("curate", "apply", "--plan", plan, "--apply", "true", "--pace.spans_per_commit", "1")
     command = [sys.executable, "ray_job.py", *words(root, *given, "--pace.pause_s", "60")]

@@ -13,7 +13,7 @@ import pytest
 
 from actors.curation.apply import apply_plan, writing
 from actors.curation.plan import CurationPlan, make_plan
-from actors.curation.usage import DAY_S, Usage, measure_usage
+from actors.curation.usage import DAY_S, Usage, expected_uses, measure_usage
 from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.curation_config import CurationPace, CurationPolicy
 from cluster.errors import ConfigError, WriterConflictError
@@ -29,7 +29,17 @@ from tests.storage.version_support import holds, write, write_and_seal
 ENCODING = encoding_of("float16")
 NOW = float(int(time.time()))
 PACE = CurationPace(spans_per_commit=2, pause_s=0.0, wait_s=0.0)
-POLICY = CurationPolicy(min_age_days=10.0, half_life_days=30.0, protected_documents=["*/none/*"])
+POLICY = CurationPolicy(
+    half_life_days=30.0,
+    document_days=0.0,
+    min_age_days=10.0,
+    keep_utility=0.4,
+    restore_utility=1.0,
+    protected_documents=["*/none/*"],
+)
+"""Spans by their own uses alone."""
+WATCHED = (1 - 0.5 ** (100 / 30)) * 30 / np.log(2)
+"""Days that uses of a span of 100 days were counted in."""
 TEXTS = [Text(f"doc{i}", 64 * K) for i in range(6)]
 """Two spans each."""
 
@@ -73,7 +83,7 @@ def log(root: Path, *events: FocusEvent) -> None:
 def look(root: Path) -> tuple[Usage, list[DocumentInfo], CurationPlan]:
     with Store(root).open_reader(CONTEXT) as reader:
         documents = reader.documents()
-        usage = measure_usage(reader, documents, now=NOW, half_life_days=30.0)
+        usage = measure_usage(reader, documents, POLICY, now=NOW)
         return usage, documents, make_plan(reader.version, documents, usage, POLICY, now=NOW)
 
 
@@ -91,7 +101,8 @@ def test_uses_count_once_an_event_and_half_after_a_half_life(root: Path) -> None
     usage, _, _ = look(root)
     expected = np.zeros(12)
     expected[[0, 1, 2, 3, 4]] = [0.5, 0.5, 1.0, 1.0, 2.0]
-    np.testing.assert_allclose(usage.utility, expected)
+    np.testing.assert_allclose(usage.uses, expected)
+    np.testing.assert_allclose(usage.utility[:10], 30 * expected[:10] / WATCHED)
     assert usage.last_used[0] == NOW - 30 * DAY_S
     assert usage.last_used[6] == usage.stored_at[6] == NOW - 100 * DAY_S
     assert (usage.stored_at[10:] == NOW - 5 * DAY_S).all()
@@ -106,8 +117,66 @@ def test_sessions_of_other_contexts_that_read_this_one_count(root: Path, tmp_pat
     log(root, event(0, 0.0, found=[(0, 0)]))
     with Store(root).open_reader(CONTEXT) as reader:
         folders = [reader.folder, own]
-        found = measure_usage(reader, reader.documents(), now=NOW, half_life_days=30.0, event_folders=folders)
-    assert found.utility.tolist() == [1.0, 1.0, *[0.0] * 10]
+        found = measure_usage(reader, reader.documents(), POLICY, now=NOW, event_folders=folders)
+    assert found.uses.tolist() == [1.0, 1.0, *[0.0] * 10]
+
+
+def watched(age_days: float, half_life_days: float) -> float:
+    """Days with the weights of uses, summed day by day."""
+    days = np.arange(0.0, age_days, 0.001) + 0.0005
+    return float((0.5 ** (days / half_life_days)).sum() * 0.001)
+
+
+def test_uses_are_a_rate_over_the_time_a_span_was_there() -> None:
+    uses, document = np.array([1.0, 1.0, 1.0, 0.0]), np.arange(4)
+    utility = expected_uses(uses, np.array([14.0, 100.0, 1000.0, 14.0]), document, POLICY)
+    np.testing.assert_allclose(utility, [*(30 / watched(age, 30.0) for age in (14.0, 100.0, 1000.0)), 0.0], rtol=1e-5)
+    # Less than a week is no time to know a rate by.
+    fresh = expected_uses(uses[:3], np.array([0.0, 0.01, 7.0]), document[:3], POLICY)
+    np.testing.assert_allclose(fresh, 30 / watched(7.0, 30.0), rtol=1e-5)
+
+
+def test_a_span_is_judged_with_its_document() -> None:
+    policy = replace(POLICY, document_days=60.0, storing_uses=0.0)
+    uses, age = np.array([6.0, 0.0, 0.0, 0.0, 2.0]), np.full(5, 100.0)
+    utility = expected_uses(uses, age, np.array([3, 3, 3, 0, 7]), policy)
+    days = watched(100.0, 30.0)
+    mean = 6.0 / (3 * days)
+    np.testing.assert_allclose(utility[0], 30 * (6 + 60 * mean) / (days + 60), rtol=1e-5)
+    np.testing.assert_allclose(utility[1:3], 30 * 60 * mean / (days + 60), rtol=1e-5)
+    assert utility[3] == 0.0
+    # Alone in its document it is its own mean.
+    np.testing.assert_allclose(utility[4], 30 * 2 / days, rtol=1e-5)
+    assert expected_uses(uses[:0], age[:0], np.zeros(0, np.int64), policy).shape == (0,)
+
+
+def test_storing_a_document_counts_as_uses_of_it_for_a_while() -> None:
+    policy = replace(POLICY, document_days=60.0, storing_uses=0.4)
+    utility = expected_uses(np.zeros(4), np.array([8.0, 8.0, 8.0, 300.0]), np.array([0, 1, 1, 2]), policy)
+    credit = 0.4 * 0.5 ** (8 / 30)
+    days = watched(8.0, 30.0)
+    np.testing.assert_allclose(utility[0], 30 * 60 * credit / days / (days + 60), rtol=1e-5)
+    np.testing.assert_allclose(utility[1:3], utility[0] / 2)
+    assert 0 < utility[3] < 1e-3
+
+
+def test_what_is_pruned_comes_back_with_its_document_and_the_new_stays(root: Path) -> None:
+    _, _, plan = look(root)
+    apply_plan(plan, Store(root), PACE, "test", now=NOW)
+    log(root, *(event(n, 0.1, found=[(0, 0)]) for n in range(8)))
+    alone = replace(POLICY, min_age_days=0.0)
+    with_document = replace(alone, document_days=60.0, storing_uses=0.8)
+    with Store(root).open_reader(CONTEXT) as reader:
+        documents = reader.documents()
+        plans = [
+            make_plan(reader.version, documents, measure_usage(reader, documents, policy, now=NOW), policy, now=NOW)
+            for policy in (alone, with_document)
+        ]
+    # Of document 0 the first span was asked for; document 5 is of five days ago, and nobody used it.
+    assert [[(s.action, s.first_block) for s in plan.spans] for plan in plans] == [
+        [("restore", 0), ("archive", 320), ("archive", 352)],
+        [("restore", 0), ("restore", 32)],
+    ]
 
 
 def test_a_plan_keeps_what_is_used_young_protected_or_growing(root: Path) -> None:
@@ -119,7 +188,7 @@ def test_a_plan_keeps_what_is_used_young_protected_or_growing(root: Path) -> Non
     assert {span.first_block for span in plan.of("archive")} == {0, 32, *range(96, 320, 32)}
     assert plan.kept == {"pruned already": 0, "protected": 0, "still growing": 1, "young": 2, "useful": 1}
     assert plan.saved_bytes == 9 * 4096
-    policy = replace(POLICY, protected_documents=[TEXTS[0].meta.uri], compact_utility=0.2, keep_utility=0.5)
+    policy = replace(POLICY, protected_documents=[TEXTS[0].meta.uri], compact_utility=0.2)
     with Store(root).open_reader(CONTEXT) as reader:
         version = reader.version
     plan = make_plan(version, documents, usage, policy, now=NOW)
