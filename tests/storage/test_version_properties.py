@@ -18,7 +18,6 @@ from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.errors import BranchConflictError, StorageError
 from storage.check import check_context
 from storage.contract import BlockState
-from storage.geometry import NO_TOKEN
 from storage.store import Store
 from storage.tree.reader import ContextReader
 from storage.tree.states import PRUNED
@@ -107,29 +106,7 @@ class Shown:
 def assert_shows(reader: ContextReader, shown: Shown) -> None:
     """The reader's timeline is these documents, with the tokens of those blocks that are not pruned, and all gists."""
     states = np.array([block.state for block in shown.blocks], np.int8)
-    np.testing.assert_array_equal(reader.block_states(0, len(states)), states)
-    assert_holds(_Unpruned(reader, shown), shown.texts, ENCODING)
-
-
-class _Unpruned:
-    """A reader as it was before anything was pruned; checks that what is pruned has no tokens."""
-
-    def __init__(self, reader: ContextReader, shown: Shown) -> None:
-        self._reader, self._shown = reader, shown
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._reader, name)
-
-    def tokens(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        tokens, counts = self._reader.tokens(first, count)
-        wanted = [text.packed(0, text.num_blocks) for text in self._shown.texts]
-        all_tokens = np.concatenate([pair[0] for pair in wanted])[first : first + count]
-        all_counts = np.concatenate([pair[1] for pair in wanted])[first : first + count]
-        pruned = np.array([block.is_pruned for block in self._shown.blocks[first : first + count]], bool)
-        assert not counts[pruned].any()
-        assert (tokens[pruned] == NO_TOKEN).all()
-        tokens[pruned], counts[pruned] = all_tokens[pruned], all_counts[pruned]
-        return tokens, counts
+    assert_holds(reader, shown.texts, ENCODING, states=states)
 
 
 @dataclass
@@ -274,6 +251,10 @@ class Versions(RuleBasedStateMachine):
     def merge(self, data: st.DataObject) -> None:
         name = data.draw(st.sampled_from(sorted(self.shown.keys() - {self.branch})))
         mine, theirs = self.shown[self.branch], self.shown[name]
+        with ContextReader(self.root / CONTEXT, CONTEXT, name) as reader:
+            both = len(mine.blocks), len(theirs.blocks)
+            shared = min(reader.lineage.shared_blocks(self.writer.lineage), *both)
+        assert mine.clipped(shared).texts == theirs.clipped(shared).texts
         try:
             merged = Branching(self.writer).merge(name)
         except BranchConflictError:
@@ -283,7 +264,8 @@ class Versions(RuleBasedStateMachine):
             self.shown[self.branch] = theirs
             self.moved()
             return
-        new = [(text, blocks) for text, blocks in theirs.parts() if text not in mine.texts]
+        inside = len(theirs.clipped(shared).texts)
+        new = [(text, blocks) for text, blocks in list(theirs.parts())[inside:] if text not in mine.texts]
         assert merged.documents == len(new)
         self.shown[self.branch] = mine.with_documents(*new)
         self.goes_on()
