@@ -267,8 +267,9 @@ class Versions(RuleBasedStateMachine):
         inside = len(theirs.clipped(shared).texts)
         new = [(text, blocks) for text, blocks in list(theirs.parts())[inside:] if text not in mine.texts]
         assert merged.documents == len(new)
-        self.shown[self.branch] = mine.with_documents(*new)
-        self.goes_on()
+        if new:
+            self.shown[self.branch] = mine.with_documents(*new)
+            self.goes_on()
 
     @precondition(lambda self: bool(self.shown[self.branch].texts))
     @rule(data=st.data(), update=st.booleans())
