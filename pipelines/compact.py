@@ -3,7 +3,8 @@
     corpus -> windows -> compactors -> tree store -> sealed segments
                                            ^  the follower adds LOD2 and above
 
-Run it again after any interruption: it asks the tree what is there and does only what is missing.
+Run it again after any interruption: it asks the tree what is there and does only what is missing. A document of which a
+part is stored is finished first, whatever the corpus has before it by now.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from cluster.tables import Table
 from pipelines.tree_report import TreeSize, level_rows, measure_tree, plot_growth
 from storage.contract import Ack, Version
 from storage.corpus import CorpusSource, QuarantinedItem, QuarantineTable, open_corpus, read_corpus
+from storage.corpus.resume import interrupted_first
 from storage.store import Store
 
 logger = logging.getLogger("megacontext.compaction")
@@ -162,6 +164,9 @@ def _run_crew(
         result.version = crew.version
         cpus = ray.cluster_resources().get("CPU", 1.0)
         workers = plan_workers(job.compaction, cpus, reserved_cpus=PACKER_CPUS if bulk else 0.0)
+        left = crew.call(crew.store.open_document.remote(), "asking what was interrupted")
+        if left is not None:
+            source = interrupted_first(source, left)
         folder = Store(job.store.root).folder(job.store.context)
         crew.bring_gistnet(plan.gistnet)
         crew.hire_follower(

@@ -1,5 +1,5 @@
-"""Checks all that a store holds of a context: its tree, what is derived from it, what sessions left, and its place in
-the store."""
+"""Checks all that a store holds of a context: its tree, what is derived from it, what sessions left, what was archived,
+and its place in the store."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from storage.focus.events import check_focus_events
 from storage.lexical.check import check_index
 from storage.store import Store
 from storage.tree.verify import VerifyReport, verify_context
+from storage.versions.archive import check_archives
 
 
 @dataclass
@@ -20,13 +21,15 @@ class ContextReport:
     """Of the lexical index."""
     events: list[str]
     """Of focus events."""
+    archives: list[str]
+    """Of what curation archived."""
     store: list[str]
     """Of `store.sqlite`."""
 
     @property
     def problems(self) -> list[str]:
         """All of it, a line each."""
-        return [*self.store, *self.tree.problems, *self.index, *self.events]
+        return [*self.store, *self.tree.problems, *self.index, *self.events, *self.archives]
 
 
 def check_context(store: Store, name: str) -> ContextReport:
@@ -39,4 +42,5 @@ def check_context(store: Store, name: str) -> ContextReport:
     in_store = store.check()
     folder = store.folder(name)
     tree = verify_context(folder, name)
-    return ContextReport(tree, check_index(folder, tree.branch_blocks), check_focus_events(folder), in_store)
+    index = check_index(folder, tree.branch_blocks)
+    return ContextReport(tree, index, check_focus_events(folder), check_archives(folder), in_store)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from actors.curation.plan import ACTIONS, Action, CurationPlan, PlannedSpan
 from actors.curation.usage import DAY_S
 from cluster.curation_config import CurationPace
-from cluster.errors import ConfigError, NodeMissingError, StorageError, WriterConflictError
+from cluster.errors import ConfigError, DiskFullError, NodeMissingError, StorageError, WriterConflictError
 from storage.contract import BlockState
 from storage.store import Store
 from storage.tree.reader import ContextReader
@@ -160,6 +160,8 @@ def _restore_each(
     try:
         restore(writer, spans, message=message)
         return spans
+    except (DiskFullError, WriterConflictError):
+        raise
     except StorageError:
         # One that is kept nowhere must not keep the others away.
         done = []
@@ -167,6 +169,9 @@ def _restore_each(
             try:
                 restore(writer, [span], message=message)
                 done.append(span)
+            except (DiskFullError, WriterConflictError):
+                # They may be restored yet: by the same command, later.
+                raise
             except StorageError as error:
                 applied.lost.append(str(error))
         return done

@@ -14,7 +14,7 @@ from typing import Any
 
 from cluster.config import SLOTS_PER_SUPER_BLOCK
 from cluster.config import TOKENS_PER_BLOCK as K
-from storage.durable import fsync_folder
+from storage.durable import disk_errors, fsync_folder
 from storage.geometry import NO_TOKEN
 from storage.schema import StoredArray
 from storage.tree import journal
@@ -106,15 +106,20 @@ class SealedSegment:
 
 
 def remove_folders(context_folder: Path, names: Iterable[str]) -> None:
-    """Remove segments that no row names any more."""
+    """Remove segments that no row names any more.
+
+    Raises:
+        StorageError: the disk refused; the context's next writer removes them.
+    """
     folder = context_folder / SEGMENT_FOLDER
-    for name in names:
-        # The name goes first: who looks for the segment finds all of it or nothing.
-        gone = folder / f".{name}.tmp-gone"
-        with contextlib.suppress(FileNotFoundError):
-            (folder / name).rename(gone)
-        shutil.rmtree(gone, ignore_errors=True)
-    fsync_folder(folder)
+    with disk_errors(f"cannot remove segments from {folder}, though the catalogue needs them no more"):
+        for name in names:
+            # The name goes first: who looks for the segment finds all of it or nothing.
+            gone = folder / f".{name}.tmp-gone"
+            with contextlib.suppress(FileNotFoundError):
+                (folder / name).rename(gone)
+            shutil.rmtree(gone, ignore_errors=True)
+        fsync_folder(folder)
 
 
 def write(

@@ -25,7 +25,7 @@ from storage.tree.journal import Level
 from storage.tree.reader import ContextReader
 from storage.tree.states import PRUNED, Span, as_spans
 from storage.tree.writer import ContextWriter
-from storage.versions.archive import Archives, Place, place_of
+from storage.versions.archive import Archives, Place, places_of
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,12 @@ def _archived(writer: ContextWriter, reader: ContextReader, gone: Sequence[int])
     """Tokens of blocks, from the archives."""
     if not gone:
         return {}
-    places: dict[int, Place] = {block: place_of(reader.document_at(block), block) for block in gone}
+    places: dict[int, Place] = {}
+    for block in gone:
+        if block not in places:
+            document = reader.document_at(block)
+            mine = [other for other in gone if 0 <= other - document.first_block < document.num_blocks]
+            places |= dict(zip(mine, places_of(reader, document, mine), strict=True))
     found = Archives(writer.folder).find(set(places.values()))
     counts = reader.stored_arrays(0, gone[0], gone[-1] - gone[0] + 1)["num_tokens"].reshape(-1)
     lost = [

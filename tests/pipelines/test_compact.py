@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
 import pipelines.compact as compact_job
 from actors.crew import Crew
 from actors.lexical_indexer import LexicalIndexer, LexicalIndexerSpec
+from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.config import CompactJob, StoreConfig
 from cluster.errors import (
     ConfigError,
@@ -30,6 +32,7 @@ from cluster.errors import (
 )
 from cluster.ray_runtime import RaySession
 from models.tokenizer import Tokenizer
+from storage.contract import SpanWrite
 from storage.lexical.index import LEXICAL_FILE
 from storage.lexical.search import LexicalSearcher
 from storage.store import Store
@@ -148,6 +151,45 @@ def test_a_second_run_redoes_nothing_and_new_documents_are_added(
     assert third["documents_total"] == 8
     assert 0 < third["new_tokens"] < first["new_tokens"]
     assert_sound(job.store)
+
+
+@pytest.mark.parametrize("feed", ["actors", "ray_data"])
+def test_an_interrupted_document_is_finished_before_a_new_one_that_sorts_before_it(
+    make_job: JobFactory, corpus_folder: Path, feed: str
+) -> None:
+    long = corpus_folder / "m_long.txt"
+    long.write_text(make_text(50, 2500))
+    whole = make_job("whole", "whole", feed=feed, num_compactors=1, paths=[str(long)])
+    compact_job.run(whole)
+    job = make_job("interrupted", feed=feed, num_compactors=1)
+    _store_half_of_a_document(whole, job)
+    (corpus_folder / "b_later.txt").write_text(make_text(51, 300))
+    compact_job.run(job)
+    store = Store(job.store.root)
+    with store.open_reader("whole") as left, store.open_reader("c") as right:
+        documents = right.documents()
+        assert [d.state for d in documents] == ["complete"] * 9
+        assert len({d.meta.key for d in documents}) == 9
+        (first, *_) = documents
+        assert first.num_blocks == left.version.num_blocks
+        np.testing.assert_array_equal(right.tokens(0, first.num_blocks)[0], left.tokens(0, first.num_blocks)[0])
+    assert_sound(job.store)
+
+
+def _store_half_of_a_document(whole: CompactJob, job: CompactJob) -> None:
+    """Leave a context as an ingest of another context's document does that was killed in the middle."""
+    store = Store(job.store.root)
+    identity, encoding = store.identity(whole.store.context)
+    with (
+        store.open_reader(whole.store.context) as reader,
+        store.open_writer(job.store.context, identity, encoding, create=True) as writer,
+    ):
+        # What a corpus of one file calls it, the folder does not.
+        meta = reader.documents()[0].meta
+        meta = dataclasses.replace(meta, uri=f"corpus/{meta.uri}", key=f"corpus/{meta.key}")
+        blocks = reader.stored_arrays(0, 0, 40)
+        tokens, counts = blocks["tokens"].reshape(40, K), blocks["num_tokens"].reshape(40)
+        writer.append([SpanWrite(meta, 0, tokens, counts, reader.stored_arrays(1, 0, 40))])
 
 
 @pytest.fixture

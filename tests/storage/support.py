@@ -16,6 +16,8 @@ from storage.contract import DocumentMeta, SpanWrite, TreeReader, TreeWriter
 from storage.geometry import NO_TOKEN, complete_nodes, deepest_lod
 from storage.schema import ArraySpec, Encoding, TreeIdentity
 from storage.store import Store
+from storage.tree.reader import ContextReader
+from storage.tree.states import PRUNED
 from storage.tree.writer import ContextWriter
 
 IDENTITY = TreeIdentity("tiny-lm", "sha256:base", "sha256:tokenizer")
@@ -130,8 +132,18 @@ def rows(writer: ContextWriter, statement: str, *parameters: object) -> list[tup
         return db.execute(statement, parameters).fetchall()
 
 
-def assert_holds(reader: TreeReader, texts: Sequence[Text], encoding: Encoding, *, exact: bool = True) -> None:
-    """The reader's timeline is these documents, one after the other: tokens, counts, prefix sums, places and gists."""
+def assert_holds(
+    reader: TreeReader,
+    texts: Sequence[Text],
+    encoding: Encoding,
+    *,
+    exact: bool = True,
+    states: np.ndarray | None = None,
+) -> None:
+    """The reader's timeline is these documents, one after the other: tokens, counts, prefix sums, places and gists.
+
+    With `states`, of every block, those of the pruned ones have no tokens.
+    """
     num_blocks = sum(text.num_blocks for text in texts)
     assert reader.version.num_blocks == num_blocks
     assert reader.version.num_tokens == sum(text.num_tokens for text in texts)
@@ -142,11 +154,16 @@ def assert_holds(reader: TreeReader, texts: Sequence[Text], encoding: Encoding, 
     if num_blocks == 0:
         return
     tokens, counts = reader.tokens(0, num_blocks)
-    packed = [text.packed(0, text.num_blocks) for text in texts]
-    np.testing.assert_array_equal(tokens, np.concatenate([pair[0] for pair in packed]))
-    np.testing.assert_array_equal(counts, np.concatenate([pair[1] for pair in packed]))
+    wanted_tokens, wanted_counts = map(np.concatenate, zip(*(t.packed(0, t.num_blocks) for t in texts), strict=True))
     before = reader.tokens_before(np.arange(num_blocks + 1))
-    np.testing.assert_array_equal(before, np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]))
+    np.testing.assert_array_equal(before, np.concatenate([[0], np.cumsum(wanted_counts, dtype=np.int64)]))
+    if states is not None:
+        assert isinstance(reader, ContextReader)
+        np.testing.assert_array_equal(reader.block_states(0, num_blocks), states)
+        pruned = np.isin(states, PRUNED)
+        wanted_tokens[pruned], wanted_counts[pruned] = NO_TOKEN, 0
+    np.testing.assert_array_equal(tokens, wanted_tokens)
+    np.testing.assert_array_equal(counts, wanted_counts)
     for spec in encoding.arrays:
         wanted = torch.cat([text.gists(0, text.num_blocks, spec) for text in texts])
         wanted = wanted.reshape(num_blocks, spec.rows_per_node, spec.width)

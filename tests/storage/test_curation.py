@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import zarr
 
 from cluster.config import TOKENS_PER_BLOCK as K
-from cluster.errors import BranchConflictError, CorruptTreeError, InvalidWriteError, StorageError
+from cluster.errors import BranchConflictError, CorruptTreeError, DiskFullError, InvalidWriteError, StorageError
 from models.focus.history import EntryState
+from storage.check import check_context
 from storage.contract import BlockState
 from storage.geometry import NO_TOKEN
 from storage.store import Store
@@ -267,3 +271,95 @@ def test_branches_share_what_was_pruned_before_they_were_forked(root: Path) -> N
         with pytest.raises(BranchConflictError, match="has gone on"):
             Branching(writer).fast_forward("later")
     is_sound(root)
+
+
+def test_blocks_of_one_document_that_went_on_in_two_ways_come_back_each_as_its_own(root: Path) -> None:
+    with open_context(root, segment_super_blocks=1) as writer:
+        growing = Text("chat", 64 * K)
+        writer.append([growing.span(ENCODING, 0, 32, ends=False)])
+        Branching(writer).fork("other")
+        other = replace(Text("another", 64 * K).span(ENCODING, 32, 64), document=growing.meta)
+        for branch, end in (("main", growing.span(ENCODING, 32, 64)), ("other", other)):
+            writer.switch(branch)
+            writer.append([end])
+            writer.flush()
+            prune(writer, [(32, 32)], keep_until=NOW, archive_until=0.0, now=NOW)
+        assert collect(root, writer).token_bytes
+        for branch, text in (("main", growing), ("other", Text("another", 64 * K))):
+            writer.switch(branch)
+            assert restore(writer, [(32, 32)]).from_archive == 32
+            np.testing.assert_array_equal(shown(root, 32, 32, branch=branch)[0], text.packed(32, 64)[0])
+        # What one branch alone has archived is not the other's.
+        prune(writer, [(32, 32)], keep_until=NOW)
+        collect(root, writer)
+        for file in Archives(root / CONTEXT).files()[1:]:
+            file.path.unlink()
+        with pytest.raises(StorageError, match="kept nowhere"):
+            restore(writer, [(32, 32)])
+    is_sound(root)
+
+
+def test_an_archive_of_before_gists_were_named_is_read_where_it_can_only_be_this(root: Path) -> None:
+    with open_context(root, segment_super_blocks=1) as writer:
+        write_and_seal(writer, ONE)
+        prune(writer, [(0, 64)], keep_until=NOW, archive_until=0.0, now=NOW)
+        collect(root, writer)
+        [file] = Archives(root / CONTEXT).files()
+        old = file.table().drop_columns("gists_crc")
+        other = old.set_column(3, "tokens", pa.array([[7] * K] * 64, pa.list_(pa.uint32())))
+        Archives(root / CONTEXT)._write(old, NOW, 0.0)
+        file.path.unlink()
+        assert restore(writer, [(0, 32)]).from_archive == 32
+        Archives(root / CONTEXT)._write(other, NOW + 1, 0.0)
+        with pytest.raises(StorageError, match="kept nowhere"):
+            restore(writer, [(32, 32)])
+
+
+def test_what_was_pruned_without_an_archive_can_be_archived_while_it_is_kept(root: Path) -> None:
+    with open_context(root, segment_super_blocks=1) as writer:
+        write_and_seal(writer, ONE)
+        prune(writer, [(0, 32)], keep_until=LATER)
+        prune(writer, [(0, 64)], keep_until=NOW, archive_until=0.0, now=NOW)
+        collect(root, writer)
+        assert restore(writer, [(0, 64)]).from_archive == 64
+        holds(root, ONE)
+
+
+def test_what_a_killed_process_left_half_written_is_removed(root: Path) -> None:
+    with open_context(root) as writer:
+        write(writer, ONE, TWO)
+        prune(writer, [(0, 10)], keep_until=NOW, archive_until=0.0, now=NOW)
+        [file] = (root / CONTEXT / ARCHIVE_FOLDER).iterdir()
+        left = file.with_name(f".{file.name}.tmp")
+        left.write_bytes(file.read_bytes())
+        prune(writer, [(20, 10)], keep_until=NOW, archive_until=0.0, now=NOW)
+        assert not left.exists()
+        left.write_bytes(file.read_bytes())
+        erase_documents(Store(root), writer, ["one"], keep_s=0.0)
+        assert list((root / CONTEXT / ARCHIVE_FOLDER).iterdir()) == []
+
+
+def test_a_damaged_archive_is_named(root: Path) -> None:
+    with open_context(root) as writer:
+        write(writer, ONE)
+        prune(writer, [(0, 10)], keep_until=NOW, archive_until=0.0, now=NOW)
+    assert check_context(Store(root), CONTEXT).problems == []
+    [file] = (root / CONTEXT / ARCHIVE_FOLDER).iterdir()
+    file.write_bytes(file.read_bytes()[:-1])
+    [problem] = check_context(Store(root), CONTEXT).problems
+    assert str(file) in problem
+
+
+def test_a_disk_that_refuses_an_archive_is_told_as_ours(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "no space")
+
+    with open_context(root) as writer:
+        write(writer, ONE)
+        version = writer.version()
+        with monkeypatch.context() as patch:
+            patch.setattr("storage.versions.archive.write_file_durably", refuse)
+            with pytest.raises(DiskFullError, match="nothing was pruned"):
+                prune(writer, [(0, 10)], keep_until=NOW, archive_until=0.0)
+        assert writer.version() == version
+        assert prune(writer, [(0, 10)], keep_until=NOW, archive_until=0.0).seq == version.seq + 1

@@ -17,6 +17,7 @@ from storage.lexical.search import LexicalSearcher
 from storage.store import Store
 from storage.tree.reader import ContextReader
 from storage.tree.rebuild import EncodingBuilder
+from storage.versions.archive import Archives
 from storage.versions.branching import Branching
 from storage.versions.history import History
 from tests.storage.support import CONTEXT, Text, follow, new_store, nodes_of, open_context
@@ -35,7 +36,7 @@ def decode(rows: object) -> list[str]:
 
 def make_stores(folder: Path) -> None:
     """`before`: everything folded in; `open`: as a killed writer leaves it, with all versions in its log; `tailed`:
-    folded in, with a tail, a second branch, a tag and a lease."""
+    folded in, with a tail, a second branch, a tag, a lease and an archive."""
     root = folder / "closed"
     new_store(root, ENCODING)
     with open_context(root, seal_in_background=False) as writer:
@@ -64,6 +65,8 @@ def make_stores(folder: Path) -> None:
         branching.fork("side", at_block=40)
         branching.tag("kept", message="a word of its own")
         writer.append_tail(OPEN.meta, 9 * 32, OPEN.tokens(9 * 32, 9 * 32 + 11))
+        with writer.reader() as reader:
+            Archives(writer.folder).add(reader, [(0, 20)], keep_until=0.0)
     Store(root).set_pin("a reader", CONTEXT, "main", 2)
     shutil.copytree(root, folder / "tailed")
 

@@ -16,23 +16,27 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from cluster.errors import StorageError
+from storage.contract import BlockState
 from storage.focus.events import FocusEventLog, read_focus_events
+from storage.store import Store
 from storage.tree.bulk_writer import BulkWriter
 from storage.tree.writer import ContextWriter
 from tests.torture.children import Child
 from tests.torture.counts import Counts
 from tests.torture.interposer import FOR_EVER, Action, Plan, arm, heal, num_points
-from tests.torture.kill_drill import WRITE_POINTS
+from tests.torture.kill_drill import ALL_POINTS
 from tests.torture.oracle import Oracle
 from tests.torture.workloads import (
     ENCODINGS,
-    Acknowledged,
+    Curating,
     Say,
+    curate,
     derive,
     event_number,
     first_unfinished,
     open_or_create,
     put_all,
+    restore_all,
     text_number,
     write_document,
 )
@@ -57,8 +61,8 @@ DEAD = Outcome(0, bug="the process died or hangs")
 
 
 class Story:
-    """A context is made, streamed to, sealed, written in bulk, given another encoding and an event. Told again, it goes
-    on."""
+    """A context is made, streamed to, sealed, written in bulk, curated, given another encoding and an event. Told
+    again, it goes on."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -77,6 +81,11 @@ class Story:
             for number in range(first_unfinished(bulk), NUM_DOCUMENTS):
                 write_document(bulk, writer.encoding, number, random.Random(number), say, tails=False)
             put_all(bulk, writer.encoding, NUM_DOCUMENTS - 1, say)
+            curate(
+                writer, Curating(((0, 70),), BlockState.GIST_ONLY, keeps=False, archives=True), say, archive_until=0.0
+            )
+            Store(self._root).collect(writer, keep_s=0.0)
+            restore_all(writer, say)
         derive(writer, ENCODINGS[1], say)
         writer.flush()
         log = FocusEventLog(writer.folder)
@@ -126,8 +135,8 @@ class FaultDrill:
     def run_at_write_points(self, chance: random.Random, num_faults: int) -> None:
         """Fail the named write points, which are few among all operations; a broken sync is the worst of them."""
         for _ in range(num_faults):
-            name = chance.choice(list(WRITE_POINTS))
-            kinds, pattern, most = WRITE_POINTS[name]
+            name = chance.choice(list(ALL_POINTS))
+            kinds, pattern, most = ALL_POINTS[name]
             point = chance.randint(1, most)
             last = chance.choice([point, point + 2, FOR_EVER])
             plan = Plan(self._root, kinds=kinds, pattern=pattern, first=point, last=last)
@@ -167,7 +176,6 @@ class FaultDrill:
         for word in child.words():
             if isinstance(word, Outcome):
                 return word
-            assert isinstance(word, Acknowledged)
             oracle.hear(word)
         return DEAD
 

@@ -28,6 +28,7 @@ KINDS = {
     "catalogue log": ("open", f"{CONTEXT}/catalogue.sqlite-wal"),
     "lexical index": ("tailed", f"{CONTEXT}/lexical.sqlite"),
     "focus events": ("tailed", f"{CONTEXT}/focus/*.parquet"),
+    "archive": ("tailed", f"{CONTEXT}/archive/*"),
     "store": ("tailed", "store.sqlite"),
     "backup": ("backup", f"{CONTEXT}/**/*"),
     "bundle": ("bundles", BUNDLE),

@@ -34,6 +34,16 @@ WRITE_POINTS: dict[str, tuple[Kind, str, int]] = {
 }
 """Name: what is done, to which files, and up to which of them a process is killed at, if it comes that far."""
 
+ARCHIVE_POINTS: dict[str, tuple[Kind, str, int]] = {
+    "archive folder": (Kind.MKDIR | Kind.SYNC_FOLDER, "*/archive", 6),
+    "archive write": (Kind.WRITE, "*/archive/*", 4),
+    "archive sync": (Kind.SYNC, "*/archive/*", 4),
+    "archive rename": (Kind.RENAME | Kind.REMOVE, "*/archive/*", 4),
+}
+"""The same, of `curation` alone."""
+
+ALL_POINTS = WRITE_POINTS | ARCHIVE_POINTS
+
 
 def _work(connection: Connection, root: Path, name: str, seed: int, plan: Plan) -> None:
     arm(plan)
@@ -75,8 +85,9 @@ class KillDrill:
         point, plan = "", Plan(self._root)
         # Two of three at a write point, of the others half while they open or soon after.
         if chance.random() < 2 / 3:
-            point = chance.choice(list(WRITE_POINTS))
-            kinds, pattern, most = WRITE_POINTS[point]
+            points = chance.choice([WRITE_POINTS, ARCHIVE_POINTS]) if name == "curation" else WRITE_POINTS
+            point = chance.choice(list(points))
+            kinds, pattern, most = points[point]
             plan = Plan(self._root, action=Action.KILL, kinds=kinds, pattern=pattern, first=chance.randint(1, most))
         from_birth = chance.random() < 0.5
         where = f"seed {self._seed}, kill {number} ({name}{', ' + point if point else ''})"

@@ -6,7 +6,7 @@ import copy
 import json
 from collections import Counter
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Self
 
@@ -14,16 +14,21 @@ import numpy as np
 import torch
 
 from cluster.errors import MegaContextError
+from storage.contract import BlockState
 from storage.focus.events import read_focus_events
 from storage.store import Store
 from storage.tree import catalogue
 from storage.tree.reader import ContextReader
+from storage.tree.states import PRUNED
 from storage.tree.verify import verify_context
+from storage.versions.archive import Archives, check_archives, places_of
 from storage.versions.history import History
 from tests.storage.support import CONTEXT, Text, assert_holds, vectors
 from tests.torture.workloads import (
     ENCODINGS,
     Acknowledged,
+    Curated,
+    Curating,
     EventsKept,
     Moving,
     Promise,
@@ -54,6 +59,24 @@ class Findings:
         return "; ".join(f"{kind}: {line}" for kind, lines in kinds.items() for line in lines) or "nothing is wrong"
 
 
+@dataclass(frozen=True)
+class CuratedBlock:
+    """What is known of a block that curation had to do with."""
+
+    state: BlockState = BlockState.WHOLE
+    kept: bool = True
+    """Its tokens are in the tree."""
+    archived: bool = False
+    """They are in an archive."""
+
+    def after(self, what: Curating) -> Self:
+        """The block after it was pruned or restored."""
+        if what.state == BlockState.WHOLE:
+            return replace(self, state=what.state, kept=True)
+        # What was archived is never taken away again.
+        return replace(self, state=what.state, kept=self.kept and what.keeps, archived=self.archived or what.archives)
+
+
 class Oracle:
     """Hears acknowledgements, inspects stores. What it has heard only grows."""
 
@@ -67,7 +90,11 @@ class Oracle:
         self.last: Acknowledged | None = None
         """That promised tokens of a document."""
         self.num_events = 0
-        self.tags: dict[str, Tagged] = {}
+        self.tags: dict[str, tuple[Tagged, dict[int, CuratedBlock]]] = {}
+        self.curated: dict[int, CuratedBlock] = {}
+        """By number; the others are as they were written."""
+        self.curating: Curating | None = None
+        """What was begun, and may be done or not."""
         self._contradictions = Findings()
         """Between what was heard and what was heard later."""
 
@@ -82,7 +109,14 @@ class Oracle:
             self.num_events = ack.num_events
             return
         if isinstance(ack, Tagged):
-            self.tags[ack.name] = ack
+            self.tags[ack.name] = ack, self.curated.copy()
+            return
+        if isinstance(ack, Curating):
+            self.curating = ack
+            return
+        if isinstance(ack, Curated):
+            self.seq = max(self.seq, ack.seq)
+            self._curate(ack.what)
             return
         if isinstance(ack, Moving):
             active = self.encoding.gistnet_digest
@@ -102,8 +136,15 @@ class Oracle:
         if ack.num_tokens:
             self.last = ack
 
+    def _curate(self, what: Curating) -> None:
+        for first, count in what.spans:
+            for block in range(first, first + count):
+                self.curated[block] = self.curated.get(block, CuratedBlock()).after(what)
+        self.curating = None
+
     def inspect(self, root: Path) -> Findings:
-        """Read everything of a store, before anybody repairs anything."""
+        """Read everything of a store, before anybody repairs anything. What was begun is found done, or not, and stays
+        so from now on."""
         findings = copy.deepcopy(self._contradictions)
         folder = root / CONTEXT
         if not folder.exists():
@@ -117,6 +158,7 @@ class Oracle:
             if findings.ok:
                 with ContextReader(folder, CONTEXT) as reader:
                     self._inspect_blocks(reader, findings)
+                    self._inspect_pruned(folder, reader, findings)
                     self._inspect_upper_levels(reader, findings)
                     self._inspect_tail(reader, findings)
                     self._inspect_encodings(folder, reader, findings)
@@ -137,11 +179,42 @@ class Oracle:
         if version.num_blocks < self.num_blocks:
             findings.lost.append(f"blocks {version.num_blocks}-{self.num_blocks - 1}")
         texts = expected_texts(version.num_blocks)
-        stored = Counter(block.tobytes() for block in reader.tokens(0, version.num_blocks)[0])
+        if self.curating is not None:
+            if self._is_done(self.curating, reader):
+                self._curate(self.curating)
+            self.curating = None
+        tokens, counts = reader.tokens(0, version.num_blocks)
+        stored = Counter(block.tobytes() for block in tokens[counts > 0])
         wanted = Counter(block.tobytes() for text in texts for block in text.packed(0, text.num_blocks)[0])
         if more := (stored - wanted).total():
             findings.doubled.append(f"{more} blocks that nobody wrote there")
-        assert_holds(reader, texts, version.encoding)
+        assert_holds(reader, texts, version.encoding, states=_states(self.curated, version.num_blocks))
+
+    def _is_done(self, what: Curating, reader: ContextReader) -> bool:
+        """Whether all of it is; what is half done is found by the comparison of states that follows."""
+        spans = [span for span in what.spans if sum(span) <= reader.version.num_blocks]
+        return bool(spans) and all((reader.block_states(*span) == what.state).all() for span in spans)
+
+    def _inspect_pruned(self, folder: Path, reader: ContextReader, findings: Findings) -> None:
+        """What can be restored: tokens in the tree, or in archives."""
+        findings.torn += check_archives(folder)
+        num_blocks = reader.version.num_blocks
+        pruned = sorted(n for n, block in self.curated.items() if n < num_blocks and block.state in PRUNED)
+        if not pruned:
+            return
+        wanted = np.concatenate([text.packed(0, text.num_blocks)[0] for text in expected_texts(num_blocks)])
+        stored = reader.stored_arrays(0, 0, num_blocks)["tokens"].reshape(num_blocks, -1)
+        places = {}
+        for document in reader.documents():
+            mine = [n for n in pruned if document.first_block <= n < document.first_block + document.num_blocks]
+            places |= dict(zip(mine, places_of(reader, document, mine), strict=True))
+        archived = Archives(folder).find(set(places.values()))
+        for number in pruned:
+            in_tree = np.array_equal(stored[number], wanted[number])
+            there = archived.get(places[number])
+            in_archive = there is not None and np.array_equal(there, wanted[number])
+            if (self.curated[number].kept and not in_tree) or (self.curated[number].archived and not in_archive):
+                findings.lost.append(f"tokens of pruned block {number}: {self.curated[number]}")
 
     def _inspect_upper_levels(self, reader: ContextReader, findings: Findings) -> None:
         version = reader.version
@@ -194,14 +267,15 @@ class Oracle:
 
     def _inspect_tags(self, folder: Path, findings: Findings) -> None:
         there = {tag.name: tag.seq for tag in History(folder, CONTEXT).tags()}
-        for tag in self.tags.values():
+        for tag, curated in self.tags.values():
             if tag.num_blocks < 0:
                 continue
             if there.get(tag.name) != tag.seq:
                 findings.lost.append(f"tag {tag.name} of version {tag.seq}")
                 continue
             with ContextReader(folder, CONTEXT, seq=tag.seq) as reader:
-                assert_holds(reader, expected_texts(tag.num_blocks), reader.version.encoding)
+                states = _states(curated, tag.num_blocks)
+                assert_holds(reader, expected_texts(tag.num_blocks), reader.version.encoding, states=states)
 
     def _inspect_events(self, folder: Path, findings: Findings) -> None:
         found = read_focus_events(folder)
@@ -219,3 +293,12 @@ class Oracle:
             read = reader.read(spec.name, 1, np.arange(reader.version.num_blocks))
             if not torch.equal(read.float().reshape(wanted.shape), wanted):
                 findings.torn.append(f"{spec.name} of encoding {reader.version.encoding.gistnet_digest} differ")
+
+
+def _states(curated: dict[int, CuratedBlock], num_blocks: int) -> np.ndarray:
+    """`BlockState` of the first blocks."""
+    states = np.zeros(num_blocks, np.int8)
+    for number, block in curated.items():
+        if number < num_blocks:
+            states[number] = block.state
+    return states

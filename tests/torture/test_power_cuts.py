@@ -13,7 +13,7 @@ from tests.torture.oracle import Oracle
 from tests.torture.power_drill import PowerDrill, Recording
 from tests.torture.workloads import WORKLOADS
 
-NUM_CUTS = 8 * len(WORKLOADS)
+NUM_CUTS = 7 * len(WORKLOADS)
 
 PLANTED = {
     "log": ("streaming", "*/catalogue.sqlite-wal"),
@@ -23,6 +23,8 @@ PLANTED = {
     "folder of segments": ("sealing", "*/segments"),
     "folder of contexts": ("streaming", "/store"),
     "focus events": ("events", "*/focus/*"),
+    "archives": ("curation", "*/archive/*"),
+    "folder of archives": ("curation", "*/archive"),
 }
 """What is not synced: the workload that needs it, and the paths."""
 

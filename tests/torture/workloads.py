@@ -18,21 +18,26 @@ from typing import Protocol
 import torch
 
 from cluster.config import TOKENS_PER_BLOCK as K
-from storage.contract import Ack, TreeWriter
+from storage.contract import Ack, BlockState, TreeWriter
 from storage.focus.events import FocusEvent, FocusEventLog, read_focus_events
 from storage.geometry import complete_nodes, deepest_lod
 from storage.schema import Encoding
 from storage.store import Store
 from storage.tree.bulk_writer import BulkWriter
 from storage.tree.rebuild import EncodingBuilder
+from storage.tree.states import PRUNED, Span
 from storage.tree.writer import ContextWriter
 from storage.versions.branching import Branching
+from storage.versions.curation import expire_archives, prune, restore
 from storage.versions.history import History
 from storage.versions.removal import remove_documents
 from tests.storage.support import CONTEXT, Text, encoding_of, follow, new_store, nodes_of, open_context
 
 ENCODINGS = (encoding_of("float16", width=6, rows=2, key_width=3), encoding_of("float16", width=7, key_width=2))
 """Those that a context is rebuilt with in turn; it begins with the first."""
+
+FAR_OFF = 4e9
+"""Unix seconds."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,27 @@ class Moving:
     """The branch's name may go to another branch from now on, and with it what was built of another encoding."""
 
 
-Promise = Acknowledged | EventsKept | Tagged | Moving
+@dataclass(frozen=True)
+class Curating:
+    """Blocks of the branch may get another state from now on: all of them or none."""
+
+    spans: tuple[Span, ...]
+    state: BlockState
+    keeps: bool = True
+    """Whether their tokens stay where they are, whatever is collected."""
+    archives: bool = False
+    """Whether the tokens they have are in an archive first, for ever."""
+
+
+@dataclass(frozen=True)
+class Curated:
+    """They have it, from this version on."""
+
+    seq: int
+    what: Curating
+
+
+Promise = Acknowledged | EventsKept | Tagged | Moving | Curating | Curated
 Say = Callable[[Promise], None]
 
 
@@ -197,12 +222,50 @@ def derive(writer: ContextWriter, encoding: Encoding, say: Say) -> None:
     say(_promise(builder.activate()))
 
 
+def curate(writer: ContextWriter, what: Curating, say: Say, *, archive_until: float | None = None) -> None:
+    """Prune or restore blocks."""
+    say(what)
+    if what.state == BlockState.WHOLE:
+        version = restore(writer, what.spans).version
+    else:
+        keep_until = FAR_OFF if what.keeps else 0.0
+        version = prune(
+            writer, what.spans, keep_until=keep_until, state=what.state, archive_until=archive_until, now=0.0
+        )
+    say(Curated(version.seq, what))
+
+
+def restore_all(writer: ContextWriter, say: Say) -> None:
+    """Everything whole again."""
+    num_blocks = writer.version().num_blocks
+    if num_blocks:
+        curate(writer, Curating(((0, num_blocks),), BlockState.WHOLE), say)
+
+
+def curate_something(writer: ContextWriter, chance: random.Random, say: Say) -> None:
+    """Spans of blocks are pruned in one of the ways there are, or restored; so that all can be restored later."""
+    num_blocks = writer.version().num_blocks
+    edges = sorted(chance.sample(range(num_blocks + 1), min(chance.choice([2, 2, 4]), (num_blocks + 1) // 2 * 2)))
+    spans = tuple((low, high - low) for low, high in zip(edges[::2], edges[1::2], strict=True))
+    pruned = chance.choice(PRUNED)
+    way = chance.choice(["kept", "archived", "archived", "restored"])
+    if way == "kept":
+        # An archive that goes at once is another file to lose.
+        curate(writer, Curating(spans, pruned), say, archive_until=chance.choice([None, 1.0]))
+    elif way == "archived":
+        curate(writer, Curating(spans, pruned, keeps=False, archives=True), say, archive_until=0.0)
+    else:
+        curate(writer, Curating(spans, BlockState.WHOLE), say)
+
+
 def go_on(root: Path, num_documents: int, say: Say) -> int:
-    """Recover, and bring so many more documents and all levels to their end; returns the number of the last one."""
+    """Recover, bring so many more documents and all levels to their end, and everything that was pruned back; returns
+    the number of the last document."""
     with open_or_create(root) as writer:
         last = first_unfinished(writer) + num_documents - 1
         for number in range(first_unfinished(writer), last + 1):
             write_document(writer, writer.encoding, number, random.Random(number), say, tails=True)
+        restore_all(writer, say)
         put_all(writer, writer.encoding, last, say)
     return last
 
@@ -247,6 +310,8 @@ def rebuild(root: Path, seed: int, say: Say) -> None:
     with open_or_create(root) as writer:
         for number in itertools.count(first_unfinished(writer)):
             write_document(writer, writer.encoding, number, chance, say, tails=True)
+            # Gists are made from tokens, so a rebuild needs all of them.
+            restore_all(writer, say)
             derive(writer, next(other for other in ENCODINGS if other != writer.encoding), say)
 
 
@@ -299,6 +364,24 @@ def versions(root: Path, seed: int, say: Say) -> None:
             store.collect(writer, keep_s=0.0, clip_share=chance.random())
             say(Tagged("kept", 0, -1))
             branching.delete_tag("kept")
+
+
+@workload
+def curation(root: Path, seed: int, say: Say) -> None:
+    """Spans of whatever there is are pruned, with and without an archive, tombstoned and restored; between documents,
+    what need not be kept is collected."""
+    chance = random.Random(seed)
+    store = Store(root, create=True)
+    with open_or_create(root) as writer:
+        for number in itertools.count(first_unfinished(writer)):
+            write_document(writer, writer.encoding, number, chance, say, tails=True)
+            for _ in range(3):
+                curate_something(writer, chance, say)
+            if chance.random() < 0.5:
+                put_all(writer, writer.encoding, number, say)
+            store.collect(writer, keep_s=0.0)
+            if chance.random() < 0.5:
+                expire_archives(writer)
 
 
 @workload

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import sqlite3
 import time
 from dataclasses import replace
@@ -16,7 +17,7 @@ from actors.curation.plan import CurationPlan, make_plan
 from actors.curation.usage import DAY_S, Usage, expected_uses, measure_usage
 from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.curation_config import CurationPace, CurationPolicy
-from cluster.errors import ConfigError, WriterConflictError
+from cluster.errors import ConfigError, DiskFullError, WriterConflictError
 from storage import row_checksums
 from storage.contract import BlockState, DocumentInfo
 from storage.focus.events import FocusEvent, FocusEventLog
@@ -257,6 +258,23 @@ def test_what_is_asked_for_again_comes_back(root: Path) -> None:
     assert apply_plan(plan, Store(root), PACE, "test", now=NOW).done["restore"] == 1
     with Store(root).open_reader(CONTEXT) as reader:
         np.testing.assert_array_equal(reader.tokens(64, 32)[0], TEXTS[1].packed(0, 32)[0])
+
+
+def test_a_full_disk_stops_a_restore_and_does_not_count_as_lost(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "no space")
+
+    _, _, plan = look(root)
+    apply_plan(plan, Store(root), PACE, "test", now=NOW)
+    with open_context(root) as writer:
+        Store(root).collect(writer, keep_s=0.0, now=NOW + 8 * DAY_S)
+    back = replace(plan, spans=[replace(span, action="restore") for span in plan.spans[:4]])
+    with monkeypatch.context() as patch:
+        patch.setattr("storage.tree.sealing.write_segment", refuse)
+        with pytest.raises(DiskFullError):
+            apply_plan(back, Store(root), PACE, "test", now=NOW)
+    done = apply_plan(back, Store(root), PACE, "test", now=NOW)
+    assert (done.done["restore"], done.lost) == (4, [])
 
 
 def test_spans_that_changed_since_the_plan_are_left_alone(root: Path) -> None:
