@@ -11,6 +11,7 @@ from cluster.ablations_config import TrainAblationsJob
 from cluster.cli import Job, main
 from cluster.config import CompactJob, InspectJob, TreeRebuildGistsJob, TreeVerifyJob
 from cluster.curation_config import CurateApplyJob, CuratePlanJob, CurateReportJob, CurateRestoreJob, CurateWatchJob
+from cluster.curation_effect_config import CurateEffectJob
 from cluster.demo_config import DemoJob
 from cluster.evaluation_config import EvaluateFocusJob
 from cluster.gist_evaluation_config import EvaluateGistJob
@@ -74,6 +75,7 @@ JOBS = (
     Job("curate report", CurateReportJob, "pipelines.curate:report"),
     Job("curate plan", CuratePlanJob, "pipelines.curate:plan"),
     Job("curate apply", CurateApplyJob, "pipelines.curate:apply"),
+    Job("curate effect", CurateEffectJob, "pipelines.curate_effect:run"),
     Job("curate restore", CurateRestoreJob, "pipelines.curate:restore_"),
     Job("curate watch", CurateWatchJob, "pipelines.curate:watch"),
     Job("tree delete", TreeDeleteJob, "pipelines.tree_removal:run"),

@@ -86,6 +86,7 @@ def plan(job: CuratePlanJob) -> None:
         numbers = {"version": version.seq, **states, **_plan_numbers(made)}
         job_run.finish(numbers, [*tables, "![Usage of spans](usage.png)"])
         print(f"plan      {path}")
+        print(f"effect    python ray_job.py curate effect --plan {path} {_where(job.store)}")
         print(f"apply     python ray_job.py curate apply --plan {path} {_where(job.store)} --apply true")
 
 
@@ -109,6 +110,8 @@ def apply(job: CurateApplyJob) -> None:
     with JobRun.start("curate apply", job) as job_run:
         store = Store(job.store.root)
         before = state_numbers(store, job.store)
+        with store.open_reader(job.store.context, job.store.version) as reader:
+            seq = reader.version.seq
         with (
             job_run.progress(len(made.spans), "spans", "curating") as progress,
             _stop_signals() as stopping,
@@ -118,7 +121,9 @@ def apply(job: CurateApplyJob) -> None:
         tables = [applied_table(applied), states_table(before, after)]
         for table in tables:
             table.show()
-        job_run.finish({"before": before, "after": after, **_applied_numbers(applied)}, tables)
+        numbers = {"version_before": seq, "before": before, "after": after, **_applied_numbers(applied)}
+        job_run.finish(numbers, tables)
+        print(f"effect    python ray_job.py curate effect --before {seq} {_where(job.store)}")
         print(f"undo      python ray_job.py curate restore {_where(job.store)} --apply true")
 
 

@@ -19,7 +19,7 @@ from actors.tasks.sample import NumberedTask
 from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.errors import ConfigError
 from cluster.run import JobRun
-from cluster.task_evaluation_config import EvaluateTasksJob
+from cluster.task_evaluation_config import EvaluateTasksJob, TaskEvaluationConfig
 from models.focus.history import History
 from models.focus.working_context import smallest_budget
 from pipelines.evaluation import depends_on, index_text, measure_missing, with_lensnet
@@ -49,7 +49,7 @@ def run(job: EvaluateTasksJob) -> None:
             tail_tokens=config.tail_tokens,
             seed=config.seed,
         )
-        _check_budgets(job, plan, reader, places, tasks)
+        check_question_budgets(job.evaluation, plan, reader, places, tasks)
         job_run.log_digests(plan.digests())
         job_run.log.info(
             "%d questions of %d tasks at histories of %s slots",
@@ -79,15 +79,14 @@ def run(job: EvaluateTasksJob) -> None:
         print(f"samples   {samples.path}")
 
 
-def _check_budgets(
-    job: EvaluateTasksJob,
+def check_question_budgets(
+    config: TaskEvaluationConfig,
     plan: CompactionPlan,
     reader: TreeReader,
     places: list[TaskPlace],
     tasks: Mapping[str, NumberedTask],
 ) -> None:
     """Refuse a budget that cannot hold a question and what stands before it, before any resource is asked for."""
-    config = job.evaluation
     # What is asked does not depend on how many places the history has for needles.
     asked = {(place.task, place.sample) for place in places}
     queries = [tasks[name].sample(config.seed, sample, num_needle_places=1).query for name, sample in sorted(asked)]

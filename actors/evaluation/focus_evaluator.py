@@ -95,6 +95,10 @@ class Measured:
         return (self.nll_choosing + self.nll_scoring) / 2
 
 
+Known = dict[tuple[str, bytes], tuple[np.ndarray, float]]
+"""By position policy and digest of contents: NLL of a horizon, and the CPU seconds it took."""
+
+
 class FocusEvaluator:
     """Measures places. Plain class; `workers.EvaluatorActor` hosts it."""
 
@@ -130,10 +134,16 @@ class FocusEvaluator:
             )
         line_break = torch.tensor([[int(self._tokenizer.encode("\n")[-1])]], device=lm.device)
         self._constant = lm.embed(line_break)[0, 0]
-        self._known: dict[tuple[str, bytes], tuple[np.ndarray, float]] = {}
+        self._known: Known = {}
 
-    def evaluate(self, place: Place) -> list[Measured]:
-        """Every condition at one place, for every budget."""
+    def evaluate(self, place: Place, known: Known | None = None) -> list[Measured]:
+        """Every condition at one place, for every budget.
+
+        Args:
+            place: whose horizon is predicted.
+            known: what was read of the same horizon; added to. Who compares two versions of a tree reads what they have
+                in common once.
+        """
         config = self._config
         history = History.of(
             self._reader, place.first_block, place.stop_block, vectors_per_node=self._gistnet.num_vectors
@@ -141,7 +151,7 @@ class FocusEvaluator:
         reading = Reading(self._lm, self._reader, history, self._constant)
         num_blocks = -(-config.horizon_tokens // K)
         ids = reading.ids(place.stop_block, num_blocks)[: config.horizon_tokens]
-        self._known.clear()
+        self._known = {} if known is None else known
         budgets = list(dict.fromkeys(config.budgets))
         rooms = [Room.of(budget, reading, config) for budget in budgets]
         oracle_rooms = [Room.of(budget, reading, config, measuring=True) for budget in budgets]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from jaxtyping import Bool
 
+from actors.evaluation.states import has_tokens
 from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.errors import ConfigError
 from storage.contract import DocumentInfo, TreeReader
@@ -35,6 +38,29 @@ def blocks_of_highest_node(history_tokens: int) -> int:
     return size
 
 
+def stops_with_tokens(readers: Sequence[TreeReader], num_before: int, num_behind: int) -> Bool[np.ndarray, " stops"]:
+    """At which blocks a history may stop so that the blocks just before and behind have their tokens in all readers.
+
+    Args:
+        readers: of versions of one branch; what the shortest has not is nowhere.
+        num_before, num_behind: blocks.
+
+    Returns:
+        `(num_blocks + 1,)` of the longest version.
+    """
+    num_blocks = max(reader.version.num_blocks for reader in readers)
+    have = np.ones(num_blocks, bool)
+    for reader in readers:
+        mine = has_tokens(reader)
+        have[: len(mine)] &= mine
+        have[len(mine) :] = False
+    missing = np.concatenate([[0], np.cumsum(~have)])
+    stops = np.arange(num_blocks + 1)
+    begin, end = stops - num_before, stops + num_behind
+    inside = (begin >= 0) & (end <= num_blocks)
+    return inside & (missing[end.clip(max=num_blocks)] == missing[begin.clip(min=0)])
+
+
 def choose_places(
     reader: TreeReader,
     num_places: int,
@@ -46,6 +72,7 @@ def choose_places(
     places_per_history: int = 1,
     align_blocks: int = 1,
     begin_blocks: int = 1,
+    may_stand: Bool[np.ndarray, " stops"] | None = None,
     seed: int,
 ) -> list[Place]:
     """Random places, the same for a seed, horizons never overlapping.
@@ -63,6 +90,8 @@ def choose_places(
         align_blocks: histories begin at multiples of it on the timeline: 32 where whole super-blocks are needed.
         begin_blocks: histories begin at multiples of it, too, and are longer by what that takes, if only by what they
             begin with: as a context that was read from its start has whole nodes of the highest level.
+        may_stand: by block a history may stop before: whether it may, `(num_blocks + 1,)`; default, where curation left
+            the horizon's tokens (`stops_with_tokens`).
         seed: of the choice.
 
     Raises:
@@ -76,6 +105,8 @@ def choose_places(
             f"{places_per_history} places that share a history lie {spacing * K} tokens apart, so its {history_tokens} "
             "tokens leave nothing before the first; lower evaluation.places_per_history or evaluation.horizon_tokens"
         )
+    if may_stand is None:
+        may_stand = stops_with_tokens([reader], 0, num_horizon)
     rng = np.random.Generator(np.random.PCG64(seed))
     candidates: list[tuple[DocumentInfo, int]] = []
     for document in reader.documents():
@@ -86,6 +117,7 @@ def choose_places(
         last = document.first_block + document.num_blocks - 1 - num_horizon
         first += -(first - num_history) % align_blocks
         stops = np.arange(first, last + 1, math.lcm(spacing * places_per_history, align_blocks))
+        stops = stops[np.all([may_stand[stops - back * spacing] for back in range(places_per_history)], axis=0)]
         if len(stops) > max_per_document:
             parts = np.array_split(stops, max_per_document)
             stops = np.array([part[rng.integers(len(part))] for part in parts])

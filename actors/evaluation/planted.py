@@ -19,12 +19,13 @@ import torch
 from jaxtyping import Int64, UInt8, UInt32
 
 from actors.compactor import Compactor
+from actors.evaluation.states import states_of
 from actors.packing import BLOCKS_PER_WINDOW, WINDOW_TOKENS, Window
 from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.errors import IncompatibleTreeError, InvalidWriteError
 from models.node_encoder import NodeEncoder
 from storage.codec import Values, decode_array, encode_arrays, encoded_pieces
-from storage.contract import DocumentInfo, DocumentMeta, SpanWrite, Tail, TreeReader, Version
+from storage.contract import BlockState, DocumentInfo, DocumentMeta, SpanWrite, Tail, TreeReader, Version
 from storage.geometry import NO_TOKEN
 from storage.schema import GISTS, KEYS, Encoding
 
@@ -118,7 +119,11 @@ class PlantedReader:
         self._reader = reader
         order = sorted(replaced)
         for index in order:
-            _, counts = reader.tokens(index * BLOCKS_PER_WINDOW, BLOCKS_PER_WINDOW)
+            # Not `tokens`: what curation pruned counts on the timeline, and can be planted over all the same.
+            blocks = np.arange(index * BLOCKS_PER_WINDOW, (index + 1) * BLOCKS_PER_WINDOW + 1)
+            if index < 0 or blocks[-1] > reader.version.num_blocks:
+                reader.tokens(index * BLOCKS_PER_WINDOW, BLOCKS_PER_WINDOW)  # says what is missing
+            counts = np.diff(reader.tokens_before(blocks))
             if not np.array_equal(counts, replaced[index].num_tokens):
                 raise InvalidWriteError(
                     f"super-block {index} cannot be replaced: its blocks hold {counts.tolist()} tokens, what is to "
@@ -152,6 +157,13 @@ class PlantedReader:
         hits, places = _matches(self._blocks, np.arange(first_block, first_block + num_blocks))
         tokens[hits] = self._tokens[places]
         return tokens, counts
+
+    def block_states(self, first_block: int, num_blocks: int) -> np.ndarray:
+        """States of consecutive blocks as beneath, planted ones whole: `(num_blocks,)` int8."""
+        states = states_of(self._reader, first_block, num_blocks)
+        hits, _ = _matches(self._blocks, np.arange(first_block, first_block + num_blocks))
+        states[hits] = BlockState.WHOLE
+        return states
 
     def tokens_before(self, blocks: np.ndarray) -> np.ndarray:
         """Real tokens of the timeline before each block (`TreeReader.tokens_before`)."""

@@ -193,14 +193,14 @@ def _raw(
     picked: list[int] = []
     for block, _ in ranked:
         size = int(sizes[block - history.first_block])
-        if len(picked) < max_blocks and size <= room and block not in picked:
+        if len(picked) < max_blocks and size <= room and block not in picked and history.shows_raw(block):
             picked.append(block)
             room -= size
     left = budget - sum(int(sizes[block - history.first_block]) for block in picked)
     newest: list[int] = []
     block = history.stop_block - 1
     while left > 0 and block >= history.first_block:
-        if block not in picked:
+        if block not in picked and history.shows_raw(block):
             newest.append(block)
             left -= int(sizes[block - history.first_block])
         block -= 1

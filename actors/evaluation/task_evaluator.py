@@ -159,7 +159,7 @@ class TaskEvaluator:
         self._tokenizer = tokenizer
         self._reader = reader
         self._lexical = lexical
-        self._planter = TaskPlanter(
+        self.planter = TaskPlanter(
             reader,
             tokenizer,
             compactor,
@@ -185,12 +185,24 @@ class TaskEvaluator:
 
     def evaluate(self, place: TaskPlace) -> list[TaskMeasured]:
         """Every condition at one place, for every budget."""
-        question = self._planter.question(place)
+        return self.answer(self.planter.question(place), place)
+
+    def answer(
+        self, question: Question, place: TaskPlace, known: dict[tuple[str, bytes], Answers] | None = None
+    ) -> list[TaskMeasured]:
+        """Every condition at one question of a place, for every budget.
+
+        Args:
+            question: its reader may be of another version than the evaluator's planter plants in.
+            place: where it is asked.
+            known: what the model said to the same question; added to. Who asks in two versions of a tree reads
+                what they have in common once.
+        """
+        self._answers = {} if known is None else known
         vectors = self._gistnet.num_vectors
         history = History.of(question.reader, place.first_block, place.stop_block, vectors_per_node=vectors)
         # A tree may end in a tail of its own; the question follows the blocks.
         reading = Reading(self._lm, question.reader, replace(history, tail_tokens=0))
-        self._answers.clear()
         search = self._search(question, reading, place)
         fits = self._longest(question, reading.history.num_tokens) <= self._lm.trained_context
         measured = [
@@ -305,7 +317,7 @@ class TaskEvaluator:
         search = _Search()
         shown_from = max(history.first_block, history.stop_block - config.tail_tokens // K)
         if wanted & {*rivals.RETRIEVERS, rivals.ORACLE}:
-            planted_blocks = question.reader.planted_blocks
+            planted_blocks = question.planted_blocks
             key_index = self._keys(history.first_block, shown_from).over(question.reader, planted_blocks)
             retrieval = Retrieval(
                 reading,

@@ -8,6 +8,7 @@ from itertools import product
 
 import numpy as np
 
+from actors.evaluation.states import has_tokens
 from actors.tasks.planting import plantable_super_blocks
 from actors.tasks.sample import Draws, Needle, NumberedTask
 from cluster.config import BLOCKS_PER_SUPER_BLOCK, SLOTS_PER_SUPER_BLOCK
@@ -96,8 +97,8 @@ def in_groups(places: Sequence[TaskPlace], tasks: Mapping[str, NumberedTask]) ->
 
 
 def block_sizes(reader: TreeReader) -> np.ndarray:
-    """Real tokens of every block of the version, int64."""
-    return np.diff(reader.tokens_before(np.arange(reader.version.num_blocks + 1)))
+    """Real tokens of every block of the version, int64; 0 where they were pruned and nothing can be planted."""
+    return np.diff(reader.tokens_before(np.arange(reader.version.num_blocks + 1))) * has_tokens(reader)
 
 
 def needle_places(counts: np.ndarray, first_block: int, stop_block: int, tail_tokens: int) -> np.ndarray:

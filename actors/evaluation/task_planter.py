@@ -28,7 +28,9 @@ class Question:
     """A sample whose needles stand in a history."""
 
     sample: TaskSample
-    reader: PlantedReader
+    reader: TreeReader
+    replaced: Mapping[int, PlantedSuperBlock]
+    """What is planted, by super-block."""
     needed: np.ndarray
     """Blocks that hold tokens of needles the answer depends on: int64, ascending."""
     query: np.ndarray
@@ -37,6 +39,12 @@ class Question:
     """Ids of the answers to choose from."""
     right: int
     """Which of them is the answer."""
+
+    @property
+    def planted_blocks(self) -> np.ndarray:
+        """Blocks whose text is planted: int64, ascending."""
+        first = np.array(sorted(self.replaced), np.int64)[:, None] * BLOCKS_PER_SUPER_BLOCK
+        return (first + np.arange(BLOCKS_PER_SUPER_BLOCK)).reshape(-1)
 
     @property
     def cluster(self) -> str:
@@ -69,9 +77,11 @@ class TaskPlanter:
         self._sizes = block_sizes(reader)
         self._encoded: OrderedDict[bytes, PlantedSuperBlock] = OrderedDict()
 
-    def question(self, place: TaskPlace) -> Question:
-        """The question of a place, its needles planted."""
+    def question(self, place: TaskPlace, among: np.ndarray | None = None) -> Question:
+        """The question of a place, its needles planted; in some of `among` alone, super-blocks, where that is given."""
         free = needle_places(self._sizes, place.first_block, place.stop_block, self._tail_tokens)
+        if among is not None:
+            free = np.intersect1d(free, among)
         sample = self._tasks[place.task].sample(self._seed, place.sample, num_needle_places=len(free))
         needles = sample.needles
         if place.depth_percent != TASK_DEPTH:
@@ -86,15 +96,21 @@ class TaskPlanter:
             replacements[super_block] = planted.tokens
             if needle.needed:
                 needed += range(first + planted.first_block, first + planted.stop_block)
+        encoded = self._encode(replacements)
         answers = self._tokenizer.encode_batch([f" {candidate}" for candidate in sample.candidates])
         return Question(
             sample,
-            plant_encoded(self._reader, self._node_encoder, self._encode(replacements)),
+            self.over(self._reader, encoded),
+            encoded,
             np.array(sorted(needed), np.int64),
             self._tokenizer.encode(sample.query).astype(np.int64),
             [ids.astype(np.int64) for ids in answers],
             sample.candidates.index(sample.answer),
         )
+
+    def over(self, reader: TreeReader, replaced: Mapping[int, PlantedSuperBlock]) -> PlantedReader:
+        """The same planted over another version of the tree."""
+        return plant_encoded(reader, self._node_encoder, replaced)
 
     def _encode(self, replacements: Mapping[int, np.ndarray]) -> dict[int, PlantedSuperBlock]:
         """What is encoded depends on the text alone, not on its place: each text goes through the net once."""

@@ -98,7 +98,7 @@ class TaskLabelMaker:
         shown_from = tail_start(reading, config, budget)
         rng = np.random.default_rng((config.seed, place.number))
         needed = question.needed[question.needed < shown_from]
-        planted_blocks = question.reader.planted_blocks
+        planted_blocks = question.planted_blocks
         index = KeyIndex(self._reader, self._space, history.first_block, shown_from, array=KEYS)
         planted = Planted(self._reader, planted_blocks, index.over(question.reader, planted_blocks))
 

@@ -72,7 +72,12 @@ def export_bundle(
             f"version {version.seq} of context {version.context!r} has {version.num_blocks} blocks; "
             f"{stop - first_block} blocks from {first_block} on cannot be exported"
         )
-    reader.require_whole(first_block, stop - first_block, "an export")
+    reader.require_whole(
+        first_block,
+        stop - first_block,
+        "an export",
+        "; or export a version that still has them (store.version), or a span that does (first_block, num_blocks)",
+    )
     upper_nodes = _upper_nodes(version, stop) if first_block == 0 else ()
     first_token, last_token = reader.tokens_before(np.array([first_block, stop]))
     manifest = Manifest(

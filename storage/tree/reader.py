@@ -224,19 +224,22 @@ class ContextReader:
                 self._connection, self._lineage, version.seq, version.num_blocks, first_block, num_blocks
             )
 
-    def require_whole(self, first_block: int, num_blocks: int, what: str) -> None:
+    def require_whole(self, first_block: int, num_blocks: int, what: str, otherwise: str = "") -> None:
         """Refuse to go on where tokens were pruned.
 
         Raises:
-            StorageError: saying where, and what needs them.
+            StorageError: saying where, what needs them, and what to do, `otherwise` included.
         """
         pruned = as_spans(np.isin(self.block_states(first_block, num_blocks), PRUNED), first_block)
         if pruned:
             first, count = pruned[0]
+            where = f"blocks {first}-{first + count - 1}"
+            if len(pruned) > 1:
+                others = sum(count for _, count in pruned[1:])
+                where += f" and {others:,} others, up to block {sum(pruned[-1]) - 1},"
             raise StorageError(
-                f"{what} needs all tokens, and curation took those of blocks {first}-{first + count - 1} of context "
-                f"{self._version.context!r} away ({len(pruned)} span(s)). `curate restore` brings them back while they "
-                "are kept"
+                f"{what} needs all tokens, and curation took those of {where} of context {self._version.context!r} "
+                f"away (version {self._version.seq}). `curate restore` brings them back while they are kept{otherwise}"
             )
 
     def tokens_before(self, blocks: np.ndarray) -> np.ndarray:

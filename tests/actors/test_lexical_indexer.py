@@ -20,6 +20,7 @@ from models.tokenizer import Tokenizer
 from storage.corpus import Document
 from storage.lexical.search import LexicalSearcher
 from storage.tree.writer import ContextWriter
+from storage.versions.curation import prune
 from tests.actors.helpers import ingest, make_compactor, make_text, open_context, tiny_plan
 
 NEEDLE = "the vault_code of Überlingen is 7391840"
@@ -103,3 +104,22 @@ def test_the_actor(tmp_path: Path, tiny_lm_config: BaseLMConfig, plan: Compactio
         ray.get(actor.close.remote(), timeout=60)
         LexicalIndexer(spec, plan.tokenizer).close()
         ray.kill(actor)
+
+
+def test_pruning_the_newest_blocks_leaves_the_index_as_it_is(
+    tmp_path: Path, tiny_lm_config: BaseLMConfig, plan: CompactionPlan, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It knows its context by the last block it holds."""
+    with open_context(tmp_path, plan) as writer:
+        ingest(writer, plan, make_compactor(plan), documents(3))
+        indexer = LexicalIndexer(spec_of(tmp_path, tiny_lm_config), plan.tokenizer)
+        num_blocks = indexer.advance()
+        prune(writer, [(num_blocks - 40, 40)], keep_until=0.0)
+        with writer.reader() as reader, LexicalSearcher(writer.folder, plan.tokenizer.decode_batch) as searcher:
+            assert searcher.search(reader, NEEDLE, 3)[0].size
+            assert set(searcher.search(reader, make_text(2, 300), 40)[0].tolist()) & set(
+                range(num_blocks - 40, num_blocks)
+            ), "it still has the words of what is pruned"
+        assert indexer.advance() == 0
+        indexer.close()
+    assert "cannot be used" not in caplog.text

@@ -15,6 +15,7 @@ import zarr
 from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.errors import BranchConflictError, CorruptTreeError, DiskFullError, InvalidWriteError, StorageError
 from models.focus.history import EntryState
+from storage.bundles.export import export_bundle
 from storage.check import check_context
 from storage.contract import BlockState
 from storage.geometry import NO_TOKEN
@@ -93,6 +94,16 @@ def test_pruned_tokens_are_out_of_sight_at_once_and_in_older_versions_still(root
             with pytest.raises(StorageError, match=r"a rebuild needs all tokens.*blocks 90-94"):
                 reader.require_whole(50, 45, "a rebuild")
             reader.require_whole(40, 50, "a rebuild")
+            file, identity = root / "span.mcb", Store(root).identity(CONTEXT)[0]
+            wanted = (
+                rf"blocks 0-31 and 20 others, up to block 109, .*version {after.seq}.*curate restore.*store.version"
+            )
+            with pytest.raises(StorageError, match=wanted):
+                export_bundle(reader, identity, file)
+            assert not file.exists()
+            assert export_bundle(reader, identity, file, first_block=32, num_blocks=58).num_blocks == 58
+        with newest(root, seq=before.seq) as reader:
+            assert export_bundle(reader, identity, file, overwrite=True).num_blocks == 160
         holds(root, ONE, TWO, seq=before.seq)
         assert restore(writer, [(0, 160)]).blocks == 52
         holds(root, ONE, TWO)

@@ -155,7 +155,7 @@ def test_needles_shows_exactly_the_needed_blocks_and_the_tail(setting: Setting) 
     config = config_of(tasks=["three_facts"], rivals=["needles"])
     evaluator = setting.evaluator(config)
     place = setting.places(config)[0]
-    question = evaluator._planter.question(place)
+    question = evaluator.planter.question(place)
     reading = Reading(setting.lm, question.reader, History.of(question.reader, place.first_block, place.stop_block))
     shown = evaluator._shown(Condition(rivals.NEEDLES), question, reading, (), 0)
     expected = sorted({*question.needed.tolist(), place.stop_block - 2, place.stop_block - 1})
@@ -177,7 +177,7 @@ def test_slots_never_exceed_the_budget_and_count_the_question(setting: Setting) 
     config = replace(config, rivals=["none", "recency", "uniform", "bm25", "oracle"])
     evaluator = setting.evaluator(config)
     for place in setting.places(config):
-        num_asked = len(evaluator._planter.question(place).query)
+        num_asked = len(evaluator.planter.question(place).query)
         for m in evaluator.evaluate(place):
             if m.condition == "none":
                 assert m.slots == num_asked
@@ -275,7 +275,7 @@ def test_sentence_embeddings_are_asked_with_the_question_alone(setting: Setting)
     config = config_of(history_tokens=[1024], rivals=["minilm/raw"], max_blocks=3)
     evaluator, encoder, tokenizer = setting.evaluator(config), SentenceEncoder.load(), setting.plan.tokenizer
     for place in setting.places(config):
-        question = evaluator._planter.question(place)
+        question = evaluator.planter.question(place)
         blocks = np.arange(place.first_block, place.stop_block - config.tail_tokens // K)
         texts = tokenizer.decode_batch([question.reader.tokens(int(block), 1)[0][0] for block in blocks])
         cosines = encoder.encode(texts) @ encoder.encode([tokenizer.decode(question.query)])[0]
