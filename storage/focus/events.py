@@ -9,6 +9,7 @@ a file's name ends in the crc32c of its bytes.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import re
@@ -172,7 +173,9 @@ class FocusEventLog:
             temporary.rename(self._folder / name)
             fsync_folder(self._folder)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
+            # A full or broken disk may refuse this too; the error of the write is what counts.
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
             kind = DiskFullError if error.errno in {errno.ENOSPC, errno.EDQUOT} else StorageError
             raise kind(
                 f"cannot write focus events under {self._folder}: {error}; they are kept and tried again"

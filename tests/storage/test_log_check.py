@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import sqlite3
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -93,6 +96,29 @@ def test_a_header_half_written_when_the_log_is_begun_anew_loses_nothing(
     _change(database, 0, header[:written])
     assert lost_commits(database) == ""
     assert _words(database) == 6
+
+
+def test_looking_at_the_database_leaves_the_locks_of_this_process_alone(died: Callable[..., Path]) -> None:
+    database = died(6, 0)
+    header = _begin_anew(database)
+    with contextlib.closing(sqlite3.connect(database)) as db:
+        assert db.execute("SELECT count(*) FROM words").fetchone() == (6,)
+        assert _is_locked(database)
+        _change(database, 0, header[:20])
+        assert lost_commits(database) == ""
+        assert _is_locked(database)
+
+
+def _is_locked(database: Path) -> bool:
+    """Whether another process may not have the file for itself, which is what SQLite's last user takes it for."""
+    program = (
+        "import fcntl, sys\n"
+        "with open(sys.argv[1], 'r+b') as file:\n"
+        "    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 510, 0x40000002)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(database)], capture_output=True, text=True)
+    assert done.returncode == 0 or "BlockingIOError" in done.stderr, done.stderr
+    return done.returncode != 0
 
 
 def test_damage_inside_is_told_from_damage_in_the_last_commit(died: Callable[..., Path]) -> None:

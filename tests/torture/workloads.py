@@ -244,7 +244,11 @@ def restore_all(writer: ContextWriter, say: Say) -> None:
 
 def curate_something(writer: ContextWriter, chance: random.Random, say: Say) -> None:
     """Spans of blocks are pruned in one of the ways there are, or restored; so that all can be restored later."""
-    num_blocks = writer.version().num_blocks
+    growing = writer.open_document()
+    document = None if growing is None else writer.document(growing.key)
+    num_blocks = writer.version().num_blocks if document is None else document.first_block
+    if num_blocks == 0:
+        return
     edges = sorted(chance.sample(range(num_blocks + 1), min(chance.choice([2, 2, 4]), (num_blocks + 1) // 2 * 2)))
     spans = tuple((low, high - low) for low, high in zip(edges[::2], edges[1::2], strict=True))
     pruned = chance.choice(PRUNED)
@@ -374,9 +378,9 @@ def curation(root: Path, seed: int, say: Say) -> None:
     store = Store(root, create=True)
     with open_or_create(root) as writer:
         for number in itertools.count(first_unfinished(writer)):
-            write_document(writer, writer.encoding, number, chance, say, tails=True)
             for _ in range(3):
                 curate_something(writer, chance, say)
+            write_document(writer, writer.encoding, number, chance, say, tails=True)
             if chance.random() < 0.5:
                 put_all(writer, writer.encoding, number, say)
             store.collect(writer, keep_s=0.0)
