@@ -104,6 +104,11 @@ class SpanWrite:
         """Blocks of the span."""
         return len(self.num_tokens)
 
+    @property
+    def total_tokens(self) -> int:
+        """Real tokens of the span. Of a sound one, only the last block may be short."""
+        return (len(self.num_tokens) - 1) * K + int(self.num_tokens[-1])
+
     def part(self, start: int, stop: int) -> SpanWrite:
         """Blocks `[start, stop)` of the span as a span of its own."""
         arrays = {

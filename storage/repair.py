@@ -350,8 +350,8 @@ class TreeRepair:
             for first in firsts:
                 stop = first + count
                 rows = db.execute(
-                    "SELECT key, first_block, num_blocks FROM documents WHERE branch_id = ? AND first_block < ? "
-                    "AND first_block + num_blocks > ? ORDER BY first_block",
+                    "SELECT key, first_block, iif(state = 'open', 1 << 40, num_blocks) AS num_blocks FROM documents "
+                    "WHERE branch_id = ? AND first_block < ? AND first_block + num_blocks > ? ORDER BY first_block",
                     (level.branch_id, stop, first),
                 ).fetchall()
                 spans = [

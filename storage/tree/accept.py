@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.errors import InvalidWriteError, OutOfOrderError
 from storage.codec import encode_arrays
 from storage.contract import DocumentMeta, PrunedSpan, SpanWrite
@@ -24,6 +25,8 @@ class Accepted:
     skipped_blocks: int = 0
     num_blocks: int = 0
     """New blocks, those of `spans`."""
+    num_tokens: int = 0
+    """Their tokens."""
 
     @property
     def open_document(self) -> OpenDocument | None:
@@ -40,12 +43,15 @@ class Accepted:
 
     def blocks(self, tokens_before: int) -> dict[str, np.ndarray]:
         """Tokens, counts and prefix sum of the run, given the timeline's tokens before it."""
-        num_tokens = _joined([span.num_tokens for span in self.spans])
-        before = np.cumsum(num_tokens, dtype=np.int64) - num_tokens + tokens_before
+        before = []
+        for span in self.spans:
+            # All blocks but a document's last one are full.
+            before.append(np.arange(tokens_before, tokens_before + span.num_blocks * K, K, np.int64))
+            tokens_before += span.total_tokens
         return {
             "tokens": _joined([span.tokens for span in self.spans]),
-            "tokens_before": before[:, None],
-            "num_tokens": num_tokens[:, None],
+            "tokens_before": _joined(before)[:, None],
+            "num_tokens": _joined([span.num_tokens for span in self.spans])[:, None],
         }
 
     def encoded(self, encoding: Encoding, *, check_finite: bool = True) -> dict[str, np.ndarray]:
@@ -124,6 +130,7 @@ def accept_spans(
         document.grow(new)
         accepted.spans.append(new)
         accepted.num_blocks += new.num_blocks
+        accepted.num_tokens += new.total_tokens
         if key not in planned:
             planned[key] = document
             accepted.documents.append(document)

@@ -48,6 +48,7 @@ CREATE TABLE commits (
   num_tokens INTEGER NOT NULL, level_counts TEXT NOT NULL, created_at REAL NOT NULL, request_id TEXT NOT NULL,
   author TEXT NOT NULL DEFAULT '', job TEXT NOT NULL DEFAULT '', message TEXT NOT NULL DEFAULT '');
 
+-- The counts of an open document are those of when it began: it reaches to the end of its branch, in full blocks.
 CREATE TABLE documents (
   document_id INTEGER PRIMARY KEY AUTOINCREMENT, branch_id INTEGER NOT NULL, key TEXT NOT NULL, uri TEXT NOT NULL,
   content_sha256 TEXT NOT NULL, size_bytes INTEGER NOT NULL, modified_at REAL, tags TEXT NOT NULL,
@@ -207,7 +208,17 @@ def _schema_crc(db: sqlite3.Connection) -> str:
     return str(row_checksums.row_crc(*(text for row in rows for text in row)))
 
 
-MIGRATIONS: dict[int, Callable[[sqlite3.Connection], None]] = {1: _add_forks_and_authors, 2: _add_states_and_checksums}
+def _leave_documents_alone(db: sqlite3.Connection) -> None:
+    """Format 3 to 4: a commit leaves the open document's row alone, and brings its own checksum. What the rows of open
+    documents say is right as long as nobody asks them."""
+    row_checksums.guard(db, list(_columns()))
+
+
+MIGRATIONS: dict[int, Callable[[sqlite3.Connection], None]] = {
+    1: _add_forks_and_authors,
+    2: _add_states_and_checksums,
+    3: _leave_documents_alone,
+}
 """Step from format n to n + 1, run by the writer in one transaction before anything else."""
 
 
@@ -366,41 +377,48 @@ def translated(path: Path) -> Iterator[None]:
     """Turn SQLite's errors into ours, with the file and what to do."""
     try:
         yield
-    except sqlite3.OperationalError as error:
-        text = str(error)
+    except ERRORS as error:
+        raise translation(path, error) from error
+
+
+ERRORS = (sqlite3.DatabaseError, json.JSONDecodeError, UnicodeDecodeError)
+"""What `translation` takes."""
+
+
+def translation(path: Path, error: Exception) -> StorageError:
+    """Our error for one of SQLite's, or for text that is none."""
+    text = str(error)
+    if isinstance(error, sqlite3.OperationalError):
         if "decode" in text or "user-defined function" in text:
             # Text that is none, met by SQLite's module or on the way to `row_crc`.
-            raise CorruptTreeError(
+            return CorruptTreeError(
                 f"{path} holds damaged text ({text}). Nothing was changed. `tree verify` lists all damage."
-            ) from error
+            )
         if "full" in text:
-            raise DiskFullError(
+            return DiskFullError(
                 f"the disk (or quota) under {path.parent} is full; nothing of this write was stored, what was "
                 "acknowledged before is safe. Free space and run the same command again."
-            ) from error
+            )
         if "locked" in text or "busy" in text:
-            raise StorageError(
+            return StorageError(
                 f"{path} stayed locked by another program for 30 s; stop it and run the same command again"
-            ) from error
-        raise StorageError(
+            )
+        return StorageError(
             f"{path}: {text}. What was acknowledged before is safe. Check the disk and the file's permissions."
-        ) from error
-    except sqlite3.IntegrityError as error:
-        if row_checksums.DAMAGED in str(error):
-            raise CorruptTreeError(f"{path}: {error}. Nothing was changed. `tree verify` lists all damage.") from error
-        raise StorageError(f"{path} refused a write: {error}. Nothing was changed.") from error
-    except sqlite3.ProgrammingError as error:
-        raise StorageError(f"{path}: {error}; open the context again") from error
-    except sqlite3.DatabaseError as error:
-        raise CorruptTreeError(
-            f"{path} is damaged ({error}). Nothing was changed. Restore the file from a backup; sealed segments "
+        )
+    if isinstance(error, sqlite3.IntegrityError):
+        if row_checksums.DAMAGED in text:
+            return CorruptTreeError(f"{path}: {text}. Nothing was changed. `tree verify` lists all damage.")
+        return StorageError(f"{path} refused a write: {text}. Nothing was changed.")
+    if isinstance(error, sqlite3.ProgrammingError):
+        return StorageError(f"{path}: {text}; open the context again")
+    if isinstance(error, sqlite3.DatabaseError):
+        return CorruptTreeError(
+            f"{path} is damaged ({text}). Nothing was changed. Restore the file from a backup; sealed segments "
             "beside it are plain Zarr and stay readable."
-        ) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        # What SQLite takes for a sound row, or says of a schema that is none.
-        raise CorruptTreeError(
-            f"{path} holds damaged text ({error}). Nothing was changed. Restore the file from a backup."
-        ) from error
+        )
+    # What SQLite takes for a sound row, or says of a schema that is none.
+    return CorruptTreeError(f"{path} holds damaged text ({text}). Nothing was changed. Restore the file from a backup.")
 
 
 def _quoted(path: Path) -> str:

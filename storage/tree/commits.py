@@ -11,6 +11,8 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from storage.row_checksums import row_crc
+
 
 @dataclass(frozen=True)
 class Writing:
@@ -45,23 +47,26 @@ def insert_commit(
     message: str = "",
 ) -> int:
     """Add a version and move the branch's tip to it; call inside a transaction. Returns its seq."""
-    cursor = db.execute(
-        "INSERT INTO commits (branch_id, encoding_id, num_tokens, level_counts, created_at, request_id, author, job, "
-        "message) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-        (
-            branch_id,
-            encoding_id,
-            num_tokens,
-            f"[{', '.join(map(str, counts))}]",
-            time.time(),
-            request_id,
-            writing.author,
-            writing.job,
-            message,
-        ),
+    seq = int(db.execute("SELECT coalesce(max(seq), 0) + 1 FROM commits").fetchone()[0])
+    # In the order of the columns' names, as their checksum has them.
+    row = (
+        writing.author,
+        branch_id,
+        time.time(),
+        encoding_id,
+        writing.job,
+        f"[{', '.join(map(str, counts))}]",
+        message,
+        num_tokens,
+        request_id,
+        seq,
     )
-    seq = cursor.lastrowid
-    assert seq is not None
+    db.execute(
+        "INSERT INTO commits (author, branch_id, created_at, encoding_id, job, level_counts, message, num_tokens, "
+        "request_id, seq, crc) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        (*row, row_crc(*row)),
+    )
+    # Also a check: a page that has lost its last rows is sound otherwise, and an earlier version would be served.
     db.execute("UPDATE branches SET head_seq = ? WHERE branch_id = ?", (seq, branch_id))
     return seq
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import sqlite3
 from dataclasses import dataclass, field
@@ -30,6 +29,8 @@ def _select(tail: bool, where: str) -> str:
 
 
 _BEFORE = "d.first_block < coalesce(?, 9223372036854775807)"
+# Of those that begin inside the version. One that is open reaches to its end.
+_HAS_BLOCKS = "(d.state = 'open' OR d.num_blocks > 0)"
 
 
 @dataclass
@@ -46,7 +47,9 @@ class OpenDocument:
 
     def copy(self) -> OpenDocument:
         """A copy to plan on."""
-        return copy.copy(self)
+        return OpenDocument(
+            self.document_id, self.meta, self.first_block, self.num_blocks, self.num_tokens, self.state, self.tail
+        )
 
     def mark(self) -> DocumentMark:
         """Its high-water mark."""
@@ -78,7 +81,7 @@ class OpenDocument:
                 f"document {self.meta.key!r} cannot end: {len(self.tail)} tail tokens follow its last block"
             )
         self.num_blocks += span.num_blocks
-        self.num_tokens += int(span.num_tokens.sum(dtype=np.int64))
+        self.num_tokens += span.total_tokens
         if span.last:
             self.state = "complete"
 
@@ -96,27 +99,27 @@ class OpenDocument:
         self.tail = self.tail[:0]
 
 
-def find_document(connection: sqlite3.Connection, lineage: Lineage, key: str) -> OpenDocument | None:
-    """The document of a key, with its tail."""
+def find_document(connection: sqlite3.Connection, lineage: Lineage, key: str, num_blocks: int) -> OpenDocument | None:
+    """The document of a key, with its tail; the branch has `num_blocks` blocks."""
     for part in reversed(lineage.document_parts()):
         row = connection.execute(
             _select(True, f"WHERE d.branch_id = ? AND d.key = ? AND {_BEFORE}"),
             (part.branch_id, key, part.stop),
         ).fetchone()
         if row is not None:
-            return _document(row)
+            return _document(row, num_blocks)
     return None
 
 
-def open_document(connection: sqlite3.Connection, branch_id: int) -> OpenDocument | None:
-    """The document that is still growing: always the newest."""
+def open_document(connection: sqlite3.Connection, branch_id: int, num_blocks: int) -> OpenDocument | None:
+    """The document that is still growing, always the newest, of a branch with `num_blocks` blocks."""
     row = connection.execute(
         _select(True, "WHERE d.branch_id = ? ORDER BY d.document_id DESC LIMIT 1"),
         (branch_id,),
     ).fetchone()
     if row is None or row[10] != "open":
         return None
-    return _document(row)
+    return _document(row, num_blocks)
 
 
 def insert_document(db: sqlite3.Connection, branch_id: int, document: OpenDocument) -> int:
@@ -146,12 +149,13 @@ def insert_document(db: sqlite3.Connection, branch_id: int, document: OpenDocume
 
 
 def update_document(db: sqlite3.Connection, branch_id: int, document: OpenDocument) -> None:
-    """Move a document's high-water mark, state and tail."""
+    """Store a document's tail, and its counts and state once it has ended: until then they follow from the branch."""
     assert document.document_id is not None
-    db.execute(
-        "UPDATE documents SET num_blocks = ?, num_tokens = ?, state = ? WHERE document_id = ?",
-        (document.num_blocks, document.num_tokens, document.state, document.document_id),
-    )
+    if document.state != "open":
+        db.execute(
+            "UPDATE documents SET num_blocks = ?, num_tokens = ?, state = ? WHERE document_id = ?",
+            (document.num_blocks, document.num_tokens, document.state, document.document_id),
+        )
     if document.state == "cut":
         # It keeps its span but not its key: the same text may come again, from its start. (A key that is set, also to
         # what it was, writes a page of the index in every commit.)
@@ -181,38 +185,45 @@ def _set_tail(db: sqlite3.Connection, branch_id: int, document_id: int, tail: np
 
 
 def document_infos(connection: sqlite3.Connection, lineage: Lineage, num_blocks: int) -> list[DocumentInfo]:
-    """Documents that begin before block `num_blocks`, in timeline order."""
+    """Documents of a version with `num_blocks` blocks that have any of them, in timeline order."""
     infos = []
     for part in lineage.document_parts():
         stop = num_blocks if part.stop is None else min(part.stop, num_blocks)
         rows = connection.execute(
-            _select(False, f"WHERE d.branch_id = ? AND {_BEFORE} AND d.num_blocks > 0 ORDER BY d.first_block"),
+            _select(False, f"WHERE d.branch_id = ? AND {_BEFORE} AND {_HAS_BLOCKS} ORDER BY d.first_block"),
             (part.branch_id, stop),
         )
-        infos += [_info(_document(row)) for row in rows]
+        infos += [_info(_document(row, num_blocks)) for row in rows]
     return infos
 
 
-def document_info_at(connection: sqlite3.Connection, lineage: Lineage, block: int) -> DocumentInfo | None:
-    """The document whose span holds a block."""
+def document_info_at(
+    connection: sqlite3.Connection, lineage: Lineage, num_blocks: int, block: int
+) -> DocumentInfo | None:
+    """The document whose span holds a block of a version with `num_blocks` blocks."""
     part = next(part for part in reversed(lineage.document_parts()) if part.first <= block)
     row = connection.execute(
         _select(
             False,
-            "WHERE d.branch_id = ? AND d.first_block <= ? AND d.num_blocks > 0 ORDER BY d.first_block DESC LIMIT 1",
+            f"WHERE d.branch_id = ? AND d.first_block <= ? AND {_HAS_BLOCKS} ORDER BY d.first_block DESC LIMIT 1",
         ),
         (part.branch_id, block),
     ).fetchone()
-    return None if row is None else _info(_document(row))
+    return None if row is None else _info(_document(row, num_blocks))
 
 
 def _info(document: OpenDocument) -> DocumentInfo:
     return DocumentInfo(document.meta, document.first_block, document.num_blocks, document.num_tokens, document.state)
 
 
-def _document(row: tuple) -> OpenDocument:
+def _document(row: tuple, stop: int) -> OpenDocument:
+    """The document of a row; `stop` is where the branch, or a version of it, ends."""
     meta = DocumentMeta(plain_key(row[0], row[1], row[10]), row[2], row[3], row[4], row[5], tuple(json.loads(row[6])))
     catalogue.require_sound(row[11], f"document {meta.key!r}")
     catalogue.require_sound(row[13], f"the tail of document {meta.key!r}")
     tail = np.frombuffer(row[12], "<u4") if row[12] is not None else np.empty(0, np.uint32)
-    return OpenDocument(row[0], meta, row[7], row[8], row[9], row[10], tail)
+    first_block, num_blocks, num_tokens, state = row[7:11]
+    if state == "open":
+        num_blocks = max(stop - first_block, 0)
+        num_tokens = num_blocks * K
+    return OpenDocument(row[0], meta, first_block, num_blocks, num_tokens, state, tail)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sqlite3
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import google_crc32c
@@ -92,14 +92,26 @@ def insert(
     row_ids: Iterator[int],
 ) -> None:
     """Write nodes `[first, first + count)` under the next row ids. Call inside a transaction."""
+    insert_all(connection, [(level, first, count, dict(arrays))], row_ids)
+
+
+NewRun = tuple[Level, int, int, Arrays]
+"""Nodes to write: their level, the first, how many, and their arrays."""
+
+
+def insert_all(connection: sqlite3.Connection, runs: Iterable[NewRun], row_ids: Iterator[int]) -> None:
+    """As `insert`, for several runs in one statement."""
     rows = []
-    for start, size in split_aligned(first, count, K):
-        offset = start - first
-        payload = b"".join(
-            arrays[stored.name][offset * stored.rows_per_node : (offset + size) * stored.rows_per_node].tobytes()
-            for stored in level.layout
-        )
-        rows.append((next(row_ids), *level.key, start, size, checksum(*level.key, start, size, payload), payload))
+    for level, first, count, arrays in runs:
+        key = level.key
+        for start, size in split_aligned(first, count, K):
+            offset = start - first
+            parts = [
+                arrays[stored.name][offset * stored.rows_per_node : (offset + size) * stored.rows_per_node].tobytes()
+                for stored in level.layout
+            ]
+            payload = b"".join(parts) if len(parts) > 1 else parts[0]
+            rows.append((next(row_ids), *key, start, size, checksum(*key, start, size, payload), payload))
     connection.executemany(
         "INSERT INTO journal (row_id, branch_id, encoding_id, lod, first, count, crc, payload) "
         "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",

@@ -299,7 +299,7 @@ class ContextReader:
         """The document a block belongs to (`TreeReader.document_at`)."""
         if 0 <= block < self._version.num_blocks:
             with catalogue.translated(self.folder / catalogue.CATALOGUE_FILE):
-                found = document_info_at(self._connection, self._lineage, block)
+                found = document_info_at(self._connection, self._lineage, self._version.num_blocks, block)
             if found is not None and not found.first_block <= block < found.first_block + found.num_blocks:
                 raise CorruptTreeError(
                     f"the catalogue's row of document {found.meta.key!r} is damaged: it does not hold block {block}. "
@@ -333,7 +333,7 @@ class ContextReader:
         ):
             branch_id = self._lineage.branch.branch_id
             head = db.execute("SELECT head_seq FROM branches WHERE branch_id = ?", (branch_id,)).fetchone()[0]
-            document = open_document(db, branch_id) if head == self._version.seq else None
+            document = open_document(db, branch_id, self._version.num_blocks) if head == self._version.seq else None
         if document is None or len(document.tail) == 0:
             return None
         return Tail(document.meta, document.tail)

@@ -36,11 +36,11 @@ from storage.durable import disk_errors
 from storage.file_lock import take_lock
 from storage.schema import Encoding
 from storage.tree import catalogue, journal, sealing
-from storage.tree.accept import accept_spans, accept_tail, ended_document
+from storage.tree.accept import Accepted, accept_spans, accept_tail, ended_document
 from storage.tree.commits import Writing, insert_audit, insert_commit
 from storage.tree.documents import OpenDocument, find_document, insert_document, open_document, update_document
 from storage.tree.levels import fresh_nodes, sealed_nodes
-from storage.tree.lineage import LIVE, Branch, check_head, load_lineage
+from storage.tree.lineage import LIVE, Branch, check_head, find_branch, load_lineage
 from storage.tree.log_check import lost_commits
 from storage.tree.reader import ContextReader
 from storage.tree.sealer import Sealer
@@ -124,29 +124,34 @@ class ContextWriter:
 
     def _load_branch(self, branch: str) -> None:
         with self.reading() as db:
-            row = db.execute(
-                "SELECT b.branch_id, b.encoding_id, e.body, c.seq, c.num_tokens, c.level_counts, b.state, "
-                f"{catalogue.sound('commits', 'c')}, {catalogue.sound('encodings', 'e')} "
-                "FROM branches b JOIN encodings e USING (encoding_id) JOIN commits c ON c.seq = b.head_seq "
-                "WHERE b.name = ?",
-                (branch,),
-            ).fetchone()
-            if row is None:
+            found = find_branch(db, branch)
+            if found is None:
                 raise StorageError(f"context {self.name!r} has no branch {branch!r}")
-            if row[6] != LIVE:
+            if found.state != LIVE:
                 raise StorageError(
-                    f"branch {branch!r} of context {self.name!r} is {row[6]}, so what is written to it would be "
+                    f"branch {branch!r} of context {self.name!r} is {found.state}, so what is written to it would be "
                     "collected. Fork a branch from it, or roll back to it"
                 )
-            self.lineage = load_lineage(db, row[0])
-            check_head(db, row[0], row[3])
-            catalogue.require_sound(row[7], f"version {row[3]}")
-            catalogue.require_sound(row[8], f"encoding {row[1]}")
-            self.encoding_id = int(row[1])
-            self.encoding = Encoding.from_json(row[2])
-            counts = tuple(json.loads(row[5]))
-            self._version = Version(self.name, branch, int(row[3]), self.encoding, int(row[4]), counts, row[0])
-            self._open = open_document(db, self.branch.branch_id)
+            lineage = load_lineage(db, found.branch_id)
+            check_head(db, found.branch_id, found.head_seq)
+            body, num_tokens, level_counts, *are_sound = db.execute(
+                f"SELECT e.body, c.num_tokens, c.level_counts, {catalogue.sound('commits', 'c')}, "
+                f"{catalogue.sound('encodings', 'e')} FROM commits c, encodings e "
+                "WHERE c.seq = ? AND e.encoding_id = ?",
+                (found.head_seq, found.encoding_id),
+            ).fetchone() or ("", 0, "", False, False)
+            catalogue.require_sound(are_sound[0], f"version {found.head_seq}")
+            catalogue.require_sound(are_sound[1], f"encoding {found.encoding_id}")
+            self.lineage = lineage
+            self.encoding_id = found.encoding_id
+            self.encoding = Encoding.from_json(body)
+            counts = tuple(json.loads(level_counts))
+            self._version = Version(
+                self.name, branch, found.head_seq, self.encoding, num_tokens, counts, found.branch_id
+            )
+            self._open = open_document(db, found.branch_id, self._version.num_blocks)
+            # Where blocks and their gists go.
+            self._levels = self.branch.block_level(), self.branch.level(self.encoding_id, self.encoding, 1)
 
     def reload(self) -> None:
         """Take the branch's state from disk again."""
@@ -200,7 +205,7 @@ class ContextWriter:
     def document(self, key: str) -> OpenDocument | None:
         """A copy of what is stored of a document, with its tail."""
         with self.reading() as db:
-            return find_document(db, self.lineage, key)
+            return find_document(db, self.lineage, key, self._version.num_blocks)
 
     def marks(self, keys: Sequence[str]) -> dict[str, DocumentMark]:
         """High-water marks of those documents that are known."""
@@ -220,18 +225,27 @@ class ContextWriter:
         if self._closed:
             raise StorageError(f"the writer of context {self.name!r} is closed")
         with self.lock:
+            # As `catalogue.transaction` and `catalogue.translated`, without a context manager for each: a commit is
+            # mostly Python.
+            db = self._connection
             try:
-                with catalogue.translated(self._catalogue_path), catalogue.transaction(self._connection) as db:
-                    found = db.execute("SELECT epoch, owner FROM writer").fetchone()
-                    if found[0] != self._epoch:
-                        raise StaleWriterError(
-                            f"context {self.name!r} was taken over by {found[1]} (epoch {found[0]}, this writer has "
-                            f"{self._epoch}); nothing was written. Stop this job."
-                        )
-                    yield db
-            except BaseException:
-                with contextlib.suppress(StorageError):
+                db.execute("BEGIN IMMEDIATE")
+                epoch, owner = db.execute("SELECT epoch, owner FROM writer").fetchone()
+                if epoch != self._epoch:
+                    raise StaleWriterError(
+                        f"context {self.name!r} was taken over by {owner} (epoch {epoch}, this writer has "
+                        f"{self._epoch}); nothing was written. Stop this job."
+                    )
+                yield db
+                db.execute("COMMIT")
+            except BaseException as error:
+                with contextlib.suppress(StorageError, sqlite3.Error):
+                    # After a failed COMMIT or a full disk SQLite may have rolled back by itself.
+                    if db.in_transaction:
+                        db.execute("ROLLBACK")
                     self.reload()
+                if isinstance(error, catalogue.ERRORS):
+                    raise catalogue.translation(self._catalogue_path, error) from error
                 raise
 
     @contextlib.contextmanager
@@ -275,45 +289,60 @@ class ContextWriter:
         if direct:
             # Segments hold a prefix of a level, so what waits in the journal goes first.
             self.sealer.seal()
-        with self.lock, contextlib.ExitStack() as stack:
+        with self.lock:
             accepted = accept_spans(spans, self.name, self._version.num_blocks, self._open, self.document)
             if not accepted.spans:
                 return Ack(self._version, skipped_blocks=accepted.skipped_blocks)
             first = self._version.num_blocks
             count = accepted.num_blocks
-            blocks = accepted.blocks(self._version.num_tokens)
-            gists = accepted.encoded(self.encoding, check_finite=not direct)
-            base = self.branch.block_level()
-            level = self.branch.level(self.encoding_id, self.encoding, 1)
-            sealed = None
+            blocks, gists = self._levels
+            runs: list[journal.NewRun] = [
+                (blocks, first, count, accepted.blocks(self._version.num_tokens)),
+                (gists, first, count, accepted.encoded(self.encoding, check_finite=not direct)),
+            ]
             if direct:
-                self._check_direct(first, count, (base, level))
-                parts = [sealing.Part(base, first, count, blocks), sealing.Part(level, first, count, gists)]
-                sealed = stack.enter_context(self.sealer.written(parts))
-            num_tokens = self._version.num_tokens + int(blocks["num_tokens"].sum(dtype=np.int64))
-            with self.commit() as db:
-                for document in accepted.documents:
-                    if document.document_id is None:
-                        document.document_id = insert_document(db, self.branch.branch_id, document)
-                    else:
-                        update_document(db, self.branch.branch_id, document)
-                if sealed is None:
-                    journal.insert(db, base, first, count, blocks, self.row_ids)
-                    journal.insert(db, level, first, count, gists, self.row_ids)
-                else:
-                    sealed.record(db)
-                counts = (first + count, *self._version.level_counts[1:])
-                version = self._advance(db, request_id, num_tokens, counts, message=message)
-                insert_states(db, self.branch.branch_id, version.seq, accepted.pruned(first))
+                self._check_direct(first, count)
+                with self.sealer.written([sealing.Part(*run) for run in runs]) as sealed:
+                    version = self._store(accepted, runs, sealed, request_id, message)
+            else:
+                version = self._store(accepted, runs, None, request_id, message)
             self._version = version
             self._open = accepted.open_document
             self.sealer.notify(first, count)
             return Ack(version, new_blocks=count, skipped_blocks=accepted.skipped_blocks)
 
-    def _check_direct(self, first: int, count: int, levels: Sequence[journal.Level]) -> None:
+    def _store(
+        self,
+        accepted: Accepted,
+        runs: Sequence[journal.NewRun],
+        sealed: sealing.SealedSegment | None,
+        request_id: str,
+        message: str,
+    ) -> Version:
+        """Commit blocks and their gists: through the journal, or as the segment that holds them already."""
+        branch_id = self.branch.branch_id
+        first = self._version.num_blocks
+        num_tokens = self._version.num_tokens + accepted.num_tokens
+        counts = (first + accepted.num_blocks, *self._version.level_counts[1:])
+        with self.commit() as db:
+            for document in accepted.documents:
+                if document.document_id is None:
+                    document.document_id = insert_document(db, branch_id, document)
+                else:
+                    update_document(db, branch_id, document)
+            if sealed is None:
+                journal.insert_all(db, runs, self.row_ids)
+            else:
+                sealed.record(db)
+            version = self._advance(db, request_id, num_tokens, counts, message=message)
+            if pruned := accepted.pruned(first):
+                insert_states(db, branch_id, version.seq, pruned)
+        return version
+
+    def _check_direct(self, first: int, count: int) -> None:
         size = self.sealer.segment_nodes
         with self.reading() as db:
-            num_sealed = [sealed_nodes(db, level) for level in levels]
+            num_sealed = [sealed_nodes(db, level) for level in self._levels]
         if first % size or count % size or any(sealed != first for sealed in num_sealed):
             raise InvalidWriteError(
                 f"a direct write must fill segments of {size} blocks behind the sealed ones; got {count} at {first}"

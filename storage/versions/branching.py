@@ -436,7 +436,7 @@ def _document_at(reader: ContextReader, writer: ContextWriter, block: int) -> Op
     branch = reader.lineage.branch
     if block == reader.version.num_blocks and branch.head_seq == reader.version.seq:
         with writer.reading() as db:
-            growing = open_document(db, branch.branch_id)
+            growing = open_document(db, branch.branch_id, block)
         return None if growing is None else replace(growing, document_id=None)
     if block == 0:
         return None

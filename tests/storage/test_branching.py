@@ -19,6 +19,7 @@ from cluster.errors import (
     OutOfOrderError,
     StorageError,
 )
+from storage.contract import DocumentMark
 from storage.row_checksums import register
 from storage.tree import catalogue
 from storage.tree.reader import ContextReader
@@ -416,7 +417,7 @@ def test_a_tree_without_checksums_of_rows_is_migrated_by_its_next_writer(root: P
         to_format_2(db)
         row_id, payload = db.execute("SELECT min(row_id), payload FROM journal").fetchone()
         db.execute("UPDATE journal SET payload = ? WHERE row_id = ?", (b"\xff" + payload[1:], row_id))
-    with pytest.raises(IncompatibleTreeError, match="format 2, this program writes 3"):
+    with pytest.raises(IncompatibleTreeError, match="format 2, this program writes 4"):
         ContextReader(root / CONTEXT, CONTEXT)
     with open_context(root, seal_in_background=False), closing(sqlite3.connect(path)) as db:
         assert schema_of(db) == fresh
@@ -430,6 +431,92 @@ def test_a_tree_without_checksums_of_rows_is_migrated_by_its_next_writer(root: P
         db.execute("UPDATE meta SET value = '2' WHERE key = 'format_version'")
     with pytest.raises(CorruptTreeError, match="format version is damaged"):
         open_context(root)
+
+
+def to_format_3(db: sqlite3.Connection) -> None:
+    """Take a catalogue back to the format whose commits changed the row of the open document."""
+    register(db)
+    for trigger, text in db.execute("SELECT name, sql FROM sqlite_master WHERE name LIKE '%_crc_of_new'").fetchall():
+        db.execute(f"DROP TRIGGER {trigger}")
+        db.execute(text.replace(" WHEN NEW.crc IS NULL", ""))
+    db.execute("UPDATE documents SET num_blocks = 20, num_tokens = 640 WHERE state = 'open'")
+    db.execute("UPDATE meta SET value = '3' WHERE key = 'format_version'")
+    catalogue._note_schema(db)
+
+
+def test_a_tree_whose_commits_changed_the_document_is_migrated_by_its_next_writer(root: Path) -> None:
+    with open_context(root, seal_in_background=False) as writer:
+        Branching(writer).fork("side")
+        write(writer, TWO)
+        writer.append([ONE.span(ENCODING, 0, 20)])
+        writer.append_tail(ONE.meta, 20 * K, ONE.tokens(20 * K, 20 * K + 7))
+    path = root / CONTEXT / catalogue.CATALOGUE_FILE
+    with closing(sqlite3.connect(path, isolation_level=None)) as db:
+        fresh = schema_of(db)
+        to_format_3(db)
+        assert schema_of(db) != fresh
+    with pytest.raises(IncompatibleTreeError, match="format 3, this program writes 4"):
+        ContextReader(root / CONTEXT, CONTEXT)
+    with open_context(root, seal_in_background=False) as writer:
+        assert writer.marks(["one"])["one"] == DocumentMark(20, 20 * K, 7, "open")
+        with writer.reading() as db:
+            assert schema_of(db) == fresh
+        writer.append([ONE.span(ENCODING, 20)])
+    holds(root, TWO, ONE)
+    holds(root, branch="side")
+    is_sound(root)
+
+
+def test_a_commit_leaves_the_row_of_the_open_document_alone(root: Path) -> None:
+    stored = "SELECT num_blocks, num_tokens, state FROM documents"
+    with open_context(root, seal_in_background=False) as writer:
+        writer.append([ONE.span(ENCODING, 0, 10)])
+        before = rows(writer, stored)
+        with writer.reader() as old:
+            for first in range(10, 40, 10):
+                writer.append([ONE.span(ENCODING, first, first + 10)])
+            assert rows(writer, stored) == before
+            assert [(d.num_blocks, d.num_tokens, d.state) for d in old.documents()] == [(10, 10 * K, "open")]
+        with writer.reader() as new:
+            assert [(d.num_blocks, d.num_tokens, d.state) for d in new.documents()] == [(40, 40 * K, "open")]
+            assert new.document_at(39).num_blocks == 40
+        Branching(writer).fork("side")
+        writer.switch("side")
+        assert writer.marks(["one"])["one"] == DocumentMark(40, 40 * K, 0, "open")
+        writer.append([ONE.span(ENCODING, 40)])
+        assert rows(writer, f"{stored} WHERE state != 'open'") == [(1100, 1100 * K, "complete")]
+    with open_context(root, seal_in_background=False) as writer:
+        assert writer.marks(["one"])["one"] == DocumentMark(40, 40 * K, 0, "open")
+    holds(root, ONE, branch="side")
+    is_sound(root)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "UPDATE commits SET branch_id = 77 WHERE seq = (SELECT max(seq) FROM commits)",
+        "UPDATE commits SET level_counts = '[4]' WHERE seq = (SELECT max(seq) FROM commits)",
+        "UPDATE branches SET head_seq = 1000",
+    ],
+)
+def test_a_damaged_tip_is_not_served(root: Path, damage: str) -> None:
+    with open_context(root, seal_in_background=False) as writer:
+        Branching(writer).fork("side")
+        write(writer, TWO)
+        writer.append([ONE.span(ENCODING, 0, 20)])
+    with closing(sqlite3.connect(root / CONTEXT / catalogue.CATALOGUE_FILE, isolation_level=None)) as db:
+        triggers = "SELECT name, sql FROM sqlite_master WHERE type = 'trigger' AND name LIKE '%_crc_%'"
+        found = db.execute(triggers).fetchall()
+        for name, _ in found:
+            db.execute(f"DROP TRIGGER {name}")
+        db.execute(damage)
+        for _, text in found:
+            db.execute(text)
+    with pytest.raises(CorruptTreeError, match="is damaged"):
+        ContextReader(root / CONTEXT, CONTEXT)
+    with pytest.raises(CorruptTreeError, match="is damaged"):
+        open_context(root)
+    assert not verify_context(root / CONTEXT, CONTEXT).ok
 
 
 def test_a_tree_of_the_first_format_is_migrated_by_its_next_writer(root: Path, tmp_path: Path) -> None:

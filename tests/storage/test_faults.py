@@ -310,7 +310,7 @@ def test_a_failing_commit_leaves_the_writer_usable(
         writer.append_tail(ONE.meta, 10 * K, ONE.tokens(10 * K, 11 * K))
         version, marks = writer.version(), writer.marks(["one"])
         with monkeypatch.context() as patch:
-            patch.setattr(journal, "insert", raising(error))
+            patch.setattr(journal, "insert_all", raising(error))
             with pytest.raises((StorageError, type(error))):
                 writer.append([ONE.span(ENCODING, 10), TWO.span(ENCODING)])
         with writer.reading() as db:
