@@ -56,6 +56,7 @@ def test_every_job_is_there_and_accepts_its_configuration() -> None:
         "curate report",
         "curate plan",
         "curate apply",
+        "curate effect",
         "curate restore",
         "curate watch",
         "tree delete",
