@@ -46,7 +46,7 @@ class Accepted:
         before = []
         for span in self.spans:
             # All blocks but a document's last one are full.
-            before.append(np.arange(tokens_before, tokens_before + span.num_blocks * K, K, np.int64))
+            before.append(np.arange(tokens_before, tokens_before + span.num_blocks * K, K, dtype=np.int64))
             tokens_before += span.total_tokens
         return {
             "tokens": _joined([span.tokens for span in self.spans]),
