@@ -152,4 +152,4 @@ def plot_effect(results: EffectResults, path: Path) -> None:
         recall.set(xlabel="share of right answers (dashed: guessing)", xlim=(0, 1.02), title="Planted answers")
         recall.invert_yaxis()
         if bars:
-            recall.legend(fontsize=8, loc="lower right")
+            recall.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
