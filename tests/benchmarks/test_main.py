@@ -15,8 +15,11 @@ from cluster.environment import PROJECT_ROOT
 from cluster.errors import ConfigError
 
 NAMES = [benchmark.name for benchmark in BENCHMARKS]
-NEEDS_CLUSTER = {"feed_actors", "feed_ray_data", "ingest_memory", "training_stack"}
-"""Start Ray, and processes of their own: a minute rather than seconds."""
+TAKES_LONG = {
+    "concurrent_readers", "feed_actors", "feed_ray_data", "ingest_memory", "lens_service", "open_time",
+    "training_stack",
+}  # fmt: skip
+"""Start Ray, or many processes of their own: a minute rather than seconds."""
 
 CAN_BE_NOTHING = {"curation_missed"}
 """Count what went wrong."""
@@ -46,7 +49,7 @@ def check_row(row: dict) -> None:
     assert row["quick"]
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in NEEDS_CLUSTER])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in TAKES_LONG])
 def test_runs_and_reports(name: str, tmp_path: Path) -> None:
     row, printed = measure(name, tmp_path)
     check_row(row)
@@ -57,8 +60,8 @@ def test_runs_and_reports(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(NEEDS_CLUSTER))
-def test_runs_with_a_cluster(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", sorted(TAKES_LONG))
+def test_runs_with_many_processes(name: str, tmp_path: Path) -> None:
     row, printed = measure(name, tmp_path, timeout_s=280.0)
     check_row(row)
     assert name in printed

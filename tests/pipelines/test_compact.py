@@ -153,7 +153,7 @@ def test_a_second_run_redoes_nothing_and_new_documents_are_added(
     assert_sound(job.store)
 
 
-@pytest.mark.parametrize("feed", ["actors", "ray_data"])
+@pytest.mark.parametrize("feed", [pytest.param("actors", marks=pytest.mark.slow), "ray_data"])
 def test_an_interrupted_document_is_finished_before_a_new_one_that_sorts_before_it(
     make_job: JobFactory, corpus_folder: Path, feed: str
 ) -> None:

@@ -7,9 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from actors.labelling.edits import PlaceLabels
+from benchmarks import attention_signal
 from cluster.cli import main
 from cluster.config import BaseLMConfig
 from cluster.ray_runtime import RaySession
@@ -236,3 +238,24 @@ def test_labels_of_another_net_are_refused(root: Path, labels: Path, capsys: pyt
     words = ["train", "lensnet", "--lensnet.labels", f"[{labels}, {other}]", "--run.dir", str(root / "runs")]
     assert main(JOBS, [*words, "--run.name", "mixed"]) == 2
     assert "was labelled with another gistnet" in capsys.readouterr().err
+
+
+def test_attention_is_compared_with_what_blocks_were_worth(
+    root: Path, labels: Path, tiny_lm_config: BaseLMConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--labels", str(labels.parent), "--store", str(root / "store"), "--newest_tokens", "16"]
+    words += ["--lm", "tiny", "--cache_dir", str(tiny_lm_config.cache_dir), "--dtype", "float32"]
+    assert attention_signal.main([*words, "--num_contexts", "2"]) == 2
+    assert "label more places" in capsys.readouterr().err
+    assert attention_signal.main(words) == 0
+    printed = capsys.readouterr().out
+    assert "6 Working Contexts" in printed
+    assert "attention of every head" in printed
+
+
+def test_correlations_see_what_is_there() -> None:
+    gains = np.array([0.3, -0.1, 0.2, 0.0])
+    columns = attention_signal.ranks(np.column_stack([gains * 2, -gains, np.ones(4)]))
+    assert attention_signal.correlations(columns, gains).tolist() == pytest.approx([1, -1, 0])
+    other = np.array([0.5, -0.5, 0.25, -0.25])
+    assert attention_signal.beyond(columns[:, :1], other, gains) == pytest.approx(0, abs=1e-6)

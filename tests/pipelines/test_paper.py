@@ -61,6 +61,7 @@ def folder(words: list[str]) -> Path:
     return Path(words[words.index("--run.dir") + 1]) / "p"
 
 
+@pytest.mark.slow
 def test_the_chain_leaves_a_paper(folder: Path) -> None:
     report = json.loads((folder / "report.json").read_text())
     assert report["status"] == "finished"
@@ -84,6 +85,7 @@ def test_the_chain_leaves_a_paper(folder: Path) -> None:
         assert heading in text
 
 
+@pytest.mark.slow
 def test_a_second_run_measures_nothing(folder: Path, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     before = json.loads((folder / "report.json").read_text())
 
@@ -99,6 +101,7 @@ def test_a_second_run_measures_nothing(folder: Path, words: list[str], monkeypat
         assert after[name] == before[name]
 
 
+@pytest.mark.slow
 def test_the_notebook_draws_its_figures(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     notebook = json.loads((PROJECT_ROOT / "docs/notebooks/paper0.ipynb").read_text(encoding="utf-8"))
     monkeypatch.setenv("MEGACONTEXT_PAPER", str(folder))
@@ -116,6 +119,7 @@ def test_the_notebook_draws_its_figures(folder: Path, monkeypatch: pytest.Monkey
     plt.close("all")
 
 
+@pytest.mark.slow
 def test_another_configuration_needs_another_name(
     folder: Path, words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

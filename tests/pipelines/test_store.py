@@ -155,6 +155,7 @@ def test_a_killed_actor_is_survived(
     assert sorted(found.describe(index)["num_restarts"] for index in (0, 1)) == [0, 1]
 
 
+@pytest.mark.slow
 def test_a_job_outlives_a_service_that_is_stopped(
     service: None, store: StoreConfig, make_job: JobFactory, corpus_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

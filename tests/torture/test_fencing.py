@@ -121,6 +121,7 @@ def test_without_the_look_at_the_epoch_the_damage_is_found(
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.slow
 def test_a_job_goes_on_where_the_node_of_its_store_was_lost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = fence_drill.run(tmp_path / "drill", "actors")
     with capsys.disabled():

@@ -24,11 +24,12 @@ def drill(tmp_path_factory: pytest.TempPathFactory, ray_cluster: RaySession) -> 
     made.close()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(500)
 @pytest.mark.parametrize(
     ("feed", "victims"),
     [
-        pytest.param("actors", ("compactor", "store", "driver"), marks=pytest.mark.slow),
+        ("actors", ("compactor", "store", "driver")),
         ("ray_data", ("tokeniser", "compactor", "store", "driver")),
     ],
 )
