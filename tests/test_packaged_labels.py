@@ -16,12 +16,12 @@ from storage.focus.labels import label_settings, read_labels
 FOLDER = PROJECT_ROOT / "models/packaged/lensnet-smollm2-135m"
 
 
-@pytest.mark.parametrize(("name", "num_places"), [("code-dev", 260), ("prose-dev", 160)])
-def test_labels_can_be_trained_on(name: str, num_places: int) -> None:
+@pytest.mark.parametrize(("name", "num_places", "num_usable"), [("code-dev", 260, 260), ("prose-dev", 160, 160), ("tasks-code-dev", 150, 109)])
+def test_labels_can_be_trained_on(name: str, num_places: int, num_usable: int) -> None:
     path: Path = FOLDER / f"{name}.parquet"
     contexts = read_labels(path, list(FEATURES))
     assert len(contexts) == num_places
-    assert len(usable(measured_sets(contexts))) == num_places
+    assert len(usable(measured_sets(contexts))) == num_usable
     packaged = GistNet.load(PROJECT_ROOT / "models/packaged/gistnet-smollm2-135m")
     assert label_settings(path)["gistnet"] == packaged.digest()
     assert contexts[0].keys.shape[1] == packaged.key_dim
