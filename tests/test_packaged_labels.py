@@ -16,7 +16,10 @@ from storage.focus.labels import label_settings, read_labels
 FOLDER = PROJECT_ROOT / "models/packaged/lensnet-smollm2-135m"
 
 
-@pytest.mark.parametrize(("name", "num_places", "num_usable"), [("code-dev", 260, 260), ("prose-dev", 160, 160), ("tasks-code-dev", 150, 109)])
+@pytest.mark.parametrize(
+    ("name", "num_places", "num_usable"),
+    [("code-dev", 260, 260), ("prose-dev", 160, 160), ("tasks-code-dev", 150, 109)],
+)
 def test_labels_can_be_trained_on(name: str, num_places: int, num_usable: int) -> None:
     path: Path = FOLDER / f"{name}.parquet"
     contexts = read_labels(path, list(FEATURES))
