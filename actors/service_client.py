@@ -30,7 +30,7 @@ from cluster.errors import MegaContextError, ResourceError, ResourceTimeoutError
 from cluster.ray_calls import get_or_raise, wait_for_actors
 from cluster.ray_runtime import NAMESPACE, would_embed
 from storage.store import Store
-from storage.tree.writer import committed_epoch
+from storage.tree.writer_lock import committed_epoch
 
 logger = logging.getLogger("megacontext.storage")
 

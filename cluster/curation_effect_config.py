@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from cluster.config import (
     SLOTS_PER_SUPER_BLOCK,
@@ -89,18 +90,8 @@ class CurationEffectConfig:
             horizon_tokens=self.horizon_tokens,
             max_per_document=self.max_per_document,
             places_per_history=1,
-            seed=self.seed,
-            budgets=[self.budget],
-            rivals=self.rivals,
-            forms=self.forms,
-            positional=self.positional,
-            tail_tokens=self.tail_tokens,
-            max_blocks=self.max_blocks,
             oracle_blocks=self.max_blocks,
-            retrieval=self.retrieval,
-            lensnet=self.lensnet,
-            num_workers=self.num_workers,
-            threads_per_worker=self.threads_per_worker,
+            **self._of_both(),
         )
 
     def questions(self) -> TaskEvaluationConfig:
@@ -109,19 +100,16 @@ class CurationEffectConfig:
             tasks=self.tasks,
             num_samples=self.num_questions,
             history_tokens=[self.history_tokens],
-            seed=self.seed,
-            budgets=[self.budget],
-            rivals=self.rivals,
-            forms=self.forms,
-            positional=self.positional,
-            tail_tokens=self.tail_tokens,
-            max_blocks=self.max_blocks,
-            retrieval=self.retrieval,
-            lensnet=self.lensnet,
             generate=False,
-            num_workers=self.num_workers,
-            threads_per_worker=self.threads_per_worker,
+            **self._of_both(),
         )
+
+    def _of_both(self) -> dict[str, Any]:
+        names = (
+            "seed", "rivals", "forms", "positional", "tail_tokens", "max_blocks", "retrieval", "lensnet", "num_workers",
+            "threads_per_worker",
+        )  # fmt: skip
+        return {name: getattr(self, name) for name in names} | {"budgets": [self.budget]}
 
     def validate(self) -> None:
         require(self.num_questions >= 2, "evaluation.num_questions must be at least 2 (for an error bar)")

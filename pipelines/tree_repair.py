@@ -20,7 +20,8 @@ from storage.schema import Encoding, check_same
 from storage.store import Store
 from storage.tree import catalogue
 from storage.tree.log_check import forget_lost_commits, lost_commits
-from storage.tree.writer import MAIN_BRANCH, writer_lock
+from storage.tree.writer import MAIN_BRANCH
+from storage.tree.writer_lock import writer_lock
 
 
 def run(job: TreeRepairJob) -> None:

@@ -19,13 +19,13 @@ import torch
 from jaxtyping import Int64, UInt8, UInt32
 
 from actors.compactor import Compactor
-from actors.evaluation.states import states_of
+from actors.evaluation.states import ReaderOver
 from actors.packing import BLOCKS_PER_WINDOW, WINDOW_TOKENS, Window
 from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.errors import IncompatibleTreeError, InvalidWriteError
 from models.node_encoder import NodeEncoder
 from storage.codec import Values, decode_array, encode_arrays, encoded_pieces
-from storage.contract import BlockState, DocumentInfo, DocumentMeta, SpanWrite, Tail, TreeReader, Version
+from storage.contract import BlockState, DocumentMeta, SpanWrite, TreeReader, Version
 from storage.geometry import NO_TOKEN
 from storage.schema import GISTS, KEYS, Encoding
 
@@ -93,12 +93,10 @@ class PlantedNodes:
         return nodes
 
 
-class PlantedReader:
-    """Implements `TreeReader` over another reader, whose version, documents, prefix sums and tail it keeps.
+class PlantedReader(ReaderOver):
+    """Some super-blocks hold other text; version, documents, prefix sums and tail are those beneath.
 
-    It names the same version as the reader beneath, so rows that were assembled from one of the two must not be
-    taken over (`Assembler.assemble(previous=…)`) for the other. Documents keep their provenance too: the content
-    hash of a document with planted text is that of the text it had.
+    Documents keep their provenance, too: the content hash of one with planted text is that of the text it had.
     """
 
     def __init__(
@@ -116,7 +114,7 @@ class PlantedReader:
             InvalidWriteError: counts that differ from the original's, arrays that do not fit the tree's encoding,
                 or other ancestors than those there are.
         """
-        self._reader = reader
+        super().__init__(reader)
         order = sorted(replaced)
         for index in order:
             # Not `tokens`: what curation pruned counts on the timeline, and can be planted over all the same.
@@ -142,11 +140,6 @@ class PlantedReader:
             )
 
     @property
-    def version(self) -> Version:
-        """The version of the reader beneath."""
-        return self._reader.version
-
-    @property
     def planted_blocks(self) -> Int64[np.ndarray, " n"]:
         """Blocks whose text is planted, ascending."""
         return self._blocks
@@ -160,14 +153,10 @@ class PlantedReader:
 
     def block_states(self, first_block: int, num_blocks: int) -> np.ndarray:
         """States of consecutive blocks as beneath, planted ones whole: `(num_blocks,)` int8."""
-        states = states_of(self._reader, first_block, num_blocks)
+        states = super().block_states(first_block, num_blocks)
         hits, _ = _matches(self._blocks, np.arange(first_block, first_block + num_blocks))
         states[hits] = BlockState.WHOLE
         return states
-
-    def tokens_before(self, blocks: np.ndarray) -> np.ndarray:
-        """Real tokens of the timeline before each block (`TreeReader.tokens_before`)."""
-        return self._reader.tokens_before(blocks)
 
     def read(self, name: str, lod: int, indices: np.ndarray | Sequence[int]) -> torch.Tensor:
         """Nodes of a level in the order asked for (`TreeReader.read`): one read beneath, planted rows put over it."""
@@ -185,21 +174,6 @@ class PlantedReader:
     def _patched(self, name: str, lod: int, nodes: torch.Tensor, indices: np.ndarray | Sequence[int]) -> torch.Tensor:
         planted = self._levels.get(lod)
         return nodes if planted is None else planted.patch(name, nodes, np.asarray(indices, np.int64).reshape(-1))
-
-    def documents(self) -> list[DocumentInfo]:
-        """The version's documents in timeline order (`TreeReader.documents`)."""
-        return self._reader.documents()
-
-    def document_at(self, block: int) -> DocumentInfo:
-        """The document a block belongs to (`TreeReader.document_at`)."""
-        return self._reader.document_at(block)
-
-    def tail(self) -> Tail | None:
-        """The open document's unfilled tail (`TreeReader.tail`)."""
-        return self._reader.tail()
-
-    def close(self) -> None:
-        """Nothing: the reader beneath is its caller's."""
 
 
 def plant(

@@ -26,38 +26,28 @@ def has_tokens(reader: TreeReader) -> Bool[np.ndarray, " blocks"]:
     return ~np.isin(states_of(reader, 0, reader.version.num_blocks), PRUNED)
 
 
-class CuratedReader:
-    """Implements `TreeReader` over another reader: the same nodes, some of whose tokens are not to be had.
+class ReaderOver:
+    """Implements `TreeReader` by another reader, which stays its caller's; others change some of it.
 
     It names the same version as the reader beneath, so rows that were assembled from one of the two must not be taken
-    over for the other.
+    over (`Assembler.assemble(previous=…)`) for the other.
     """
 
-    def __init__(self, reader: TreeReader, states: Int8[np.ndarray, " blocks"]) -> None:
-        """Args:
-        reader: belongs to the caller, who closes it.
-        states: `BlockState` of every block of its version. What is pruned beneath stays so.
-        """
+    def __init__(self, reader: TreeReader) -> None:
         self._reader = reader
-        beneath = states_of(reader, 0, reader.version.num_blocks)
-        self._states = np.where(np.isin(beneath, PRUNED) & ~np.isin(states, PRUNED), beneath, states).astype(np.int8)
 
     @property
     def version(self) -> Version:
         """The version of the reader beneath."""
         return self._reader.version
 
-    def block_states(self, first_block: int, num_blocks: int) -> np.ndarray:
-        """States of consecutive blocks: `(num_blocks,)` int8."""
-        return self._states[first_block : first_block + num_blocks].copy()
-
     def tokens(self, first_block: int, num_blocks: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens of consecutive blocks (`TreeReader.tokens`)."""
-        tokens, counts = self._reader.tokens(first_block, num_blocks)
-        pruned = np.isin(self._states[first_block : first_block + num_blocks], PRUNED)
-        tokens, counts = tokens.copy(), counts.copy()
-        tokens[pruned], counts[pruned] = NO_TOKEN, 0
-        return tokens, counts
+        return self._reader.tokens(first_block, num_blocks)
+
+    def block_states(self, first_block: int, num_blocks: int) -> np.ndarray:
+        """States of consecutive blocks: `(num_blocks,)` int8."""
+        return states_of(self._reader, first_block, num_blocks)
 
     def tokens_before(self, blocks: np.ndarray) -> np.ndarray:
         """Real tokens of the timeline before each block (`TreeReader.tokens_before`)."""
@@ -89,3 +79,28 @@ class CuratedReader:
 
     def close(self) -> None:
         """Nothing: the reader beneath is its caller's."""
+
+
+class CuratedReader(ReaderOver):
+    """The same nodes, some of whose tokens are not to be had."""
+
+    def __init__(self, reader: TreeReader, states: Int8[np.ndarray, " blocks"]) -> None:
+        """Args:
+        reader: belongs to the caller, who closes it.
+        states: `BlockState` of every block of its version. What is pruned beneath stays so.
+        """
+        super().__init__(reader)
+        beneath = states_of(reader, 0, reader.version.num_blocks)
+        self._states = np.where(np.isin(beneath, PRUNED) & ~np.isin(states, PRUNED), beneath, states).astype(np.int8)
+
+    def block_states(self, first_block: int, num_blocks: int) -> np.ndarray:
+        """States of consecutive blocks: `(num_blocks,)` int8."""
+        return self._states[first_block : first_block + num_blocks].copy()
+
+    def tokens(self, first_block: int, num_blocks: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of consecutive blocks (`TreeReader.tokens`)."""
+        tokens, counts = self._reader.tokens(first_block, num_blocks)
+        pruned = np.isin(self._states[first_block : first_block + num_blocks], PRUNED)
+        tokens, counts = tokens.copy(), counts.copy()
+        tokens[pruned], counts[pruned] = NO_TOKEN, 0
+        return tokens, counts

@@ -19,7 +19,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 
@@ -33,7 +32,6 @@ from cluster.errors import (
 from storage.codec import Values
 from storage.contract import Ack, DocumentMark, DocumentMeta, PrunedSpan, SpanWrite, Version
 from storage.durable import disk_errors
-from storage.file_lock import take_lock
 from storage.schema import Encoding
 from storage.tree import catalogue, journal, sealing
 from storage.tree.accept import Accepted, accept_spans, accept_tail, ended_document
@@ -46,10 +44,10 @@ from storage.tree.reader import ContextReader
 from storage.tree.sealer import Sealer
 from storage.tree.segment import WriteFile
 from storage.tree.states import insert_states
+from storage.tree.writer_lock import take_writer_lock
 
 logger = logging.getLogger("megacontext.storage")
 
-LOCK_FILE = "writer.lock"
 MAIN_BRANCH = "main"
 
 _WANTS_SCRUB = "wants_scrub"
@@ -92,7 +90,7 @@ class ContextWriter:
         self.writing = Writing.of_this_process(owner)
         self.lock = threading.RLock()
         self._catalogue_path = folder / catalogue.CATALOGUE_FILE
-        self._lock_file = _take_lock(folder, name)
+        self._lock_file = take_writer_lock(folder, name)
         try:
             # SQLite's own recovery would write over what is left of them.
             if lost := lost_commits(self._catalogue_path):
@@ -477,43 +475,3 @@ class ContextWriter:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def committed_epoch(folder: Path) -> int:
-    """The newest writer's fencing number, as a context's catalogue has it."""
-    with (
-        contextlib.closing(catalogue.connect(folder, read_only=True)) as connection,
-        catalogue.translated(folder / catalogue.CATALOGUE_FILE),
-    ):
-        return int(connection.execute("SELECT epoch FROM writer").fetchone()[0])
-
-
-@contextlib.contextmanager
-def writer_lock(folder: Path, name: str) -> Iterator[None]:
-    """Keep everybody from writing to a context.
-
-    Raises:
-        WriterConflictError: another live process does.
-    """
-    with contextlib.closing(_take_lock(folder, name)):
-        yield
-
-
-def _take_lock(folder: Path, name: str) -> IO[str]:
-    """The context's lock file, held until closed."""
-
-    def held() -> str:
-        return (
-            f"context {name!r} is being written by another process ({_describe_owner(folder)}). A context has one "
-            "writer: wait for that job, stop it, or write to another context with --store.context."
-        )
-
-    return take_lock(folder / LOCK_FILE, f"write to context {name!r}", held)
-
-
-def _describe_owner(folder: Path) -> str:
-    with (
-        contextlib.closing(catalogue.connect(folder, read_only=True)) as connection,
-        catalogue.translated(folder / catalogue.CATALOGUE_FILE),
-    ):
-        return str(connection.execute("SELECT owner FROM writer").fetchone()[0])

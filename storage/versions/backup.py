@@ -26,7 +26,7 @@ from storage.store import Store
 from storage.tree import catalogue
 from storage.tree.sealing import SEGMENT_FOLDER, is_ours
 from storage.tree.segment import Manifest, check_manifest
-from storage.tree.writer import writer_lock
+from storage.tree.writer_lock import writer_lock
 from storage.versions.archive import ARCHIVE_FOLDER
 
 logger = logging.getLogger("megacontext.storage")

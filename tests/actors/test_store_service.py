@@ -36,7 +36,7 @@ from cluster.ray_calls import get_or_raise
 from storage.contract import SpanWrite
 from storage.store import Store
 from storage.tree.verify import verify_context
-from storage.tree.writer import committed_epoch
+from storage.tree.writer_lock import committed_epoch
 from tests.actors.helpers import make_compactor, make_documents, tiny_plan
 
 

@@ -6,7 +6,6 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 
-import google_crc32c
 import numpy as np
 import pytest
 import torch
@@ -15,12 +14,10 @@ from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.errors import (
     BranchConflictError,
     CorruptTreeError,
-    IncompatibleTreeError,
     OutOfOrderError,
     StorageError,
 )
 from storage.contract import DocumentMark
-from storage.row_checksums import register
 from storage.tree import catalogue
 from storage.tree.reader import ContextReader
 from storage.tree.rebuild import EncodingBuilder
@@ -379,94 +376,6 @@ def test_the_audit_log_cannot_be_edited(root: Path) -> None:
                 rows(writer, statement)
 
 
-def to_format_2(db: sqlite3.Connection) -> None:
-    """Take a catalogue back to the format without checksums of rows."""
-    triggers = db.execute("SELECT name FROM sqlite_master WHERE type = 'trigger' AND name LIKE '%_crc_%'").fetchall()
-    for (trigger,) in triggers:
-        db.execute(f"DROP TRIGGER {trigger}")
-    assert len(triggers) == 3 * len({trigger.partition("_crc_")[0] for (trigger,) in triggers}) >= 36
-    db.execute("DROP TRIGGER audit_is_not_changed")
-    for table in {trigger.partition("_crc_")[0] for (trigger,) in triggers}:
-        db.execute(f"ALTER TABLE {table} DROP COLUMN crc")
-    for table in ("block_states", "growth"):
-        db.execute(f"DROP TABLE {table}")
-    db.execute("CREATE TABLE node_states (branch_id INTEGER)")
-    db.execute(
-        "CREATE TRIGGER audit_is_not_changed BEFORE UPDATE ON audit "
-        "BEGIN SELECT RAISE(ABORT, 'the audit log is append-only'); END"
-    )
-    for row_id, payload in db.execute("SELECT row_id, payload FROM journal").fetchall():
-        db.execute("UPDATE journal SET crc = ? WHERE row_id = ?", (google_crc32c.value(payload), row_id))
-    db.execute("DELETE FROM meta WHERE key = 'schema_crc'")
-    db.execute("UPDATE meta SET value = '2' WHERE key = 'format_version'")
-
-
-def schema_of(db: sqlite3.Connection) -> dict[str, list[tuple]]:
-    tables = [row[0] for row in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
-    triggers = db.execute("SELECT name, sql FROM sqlite_master WHERE type = 'trigger' ORDER BY name").fetchall()
-    return {table: db.execute(f"PRAGMA table_info({table})").fetchall() for table in tables} | {"": triggers}
-
-
-def test_a_tree_without_checksums_of_rows_is_migrated_by_its_next_writer(root: Path, tmp_path: Path) -> None:
-    with open_context(root, seal_in_background=False) as writer:
-        write(writer, TWO)
-        Branching(writer).fork("side", at_block=40)
-    path = root / CONTEXT / catalogue.CATALOGUE_FILE
-    with closing(sqlite3.connect(path, isolation_level=None)) as db:
-        fresh = schema_of(db)
-        to_format_2(db)
-        row_id, payload = db.execute("SELECT min(row_id), payload FROM journal").fetchone()
-        db.execute("UPDATE journal SET payload = ? WHERE row_id = ?", (b"\xff" + payload[1:], row_id))
-    with pytest.raises(IncompatibleTreeError, match="format 2, this program writes 4"):
-        ContextReader(root / CONTEXT, CONTEXT)
-    with open_context(root, seal_in_background=False), closing(sqlite3.connect(path)) as db:
-        assert schema_of(db) == fresh
-    # What was damaged before is damaged still.
-    found = verify_context(root / CONTEXT, CONTEXT).problems
-    assert len(found) == 1
-    assert "journal row of LOD" in found[0]
-    # A format number that rotted is no reason to give damaged rows new checksums.
-    with closing(sqlite3.connect(path, isolation_level=None)) as db:
-        register(db)
-        db.execute("UPDATE meta SET value = '2' WHERE key = 'format_version'")
-    with pytest.raises(CorruptTreeError, match="format version is damaged"):
-        open_context(root)
-
-
-def to_format_3(db: sqlite3.Connection) -> None:
-    """Take a catalogue back to the format whose commits changed the row of the open document."""
-    register(db)
-    for trigger, text in db.execute("SELECT name, sql FROM sqlite_master WHERE name LIKE '%_crc_of_new'").fetchall():
-        db.execute(f"DROP TRIGGER {trigger}")
-        db.execute(text.replace(" WHEN NEW.crc IS NULL", ""))
-    db.execute("UPDATE documents SET num_blocks = 20, num_tokens = 640 WHERE state = 'open'")
-    db.execute("UPDATE meta SET value = '3' WHERE key = 'format_version'")
-    catalogue._note_schema(db)
-
-
-def test_a_tree_whose_commits_changed_the_document_is_migrated_by_its_next_writer(root: Path) -> None:
-    with open_context(root, seal_in_background=False) as writer:
-        Branching(writer).fork("side")
-        write(writer, TWO)
-        writer.append([ONE.span(ENCODING, 0, 20)])
-        writer.append_tail(ONE.meta, 20 * K, ONE.tokens(20 * K, 20 * K + 7))
-    path = root / CONTEXT / catalogue.CATALOGUE_FILE
-    with closing(sqlite3.connect(path, isolation_level=None)) as db:
-        fresh = schema_of(db)
-        to_format_3(db)
-        assert schema_of(db) != fresh
-    with pytest.raises(IncompatibleTreeError, match="format 3, this program writes 4"):
-        ContextReader(root / CONTEXT, CONTEXT)
-    with open_context(root, seal_in_background=False) as writer:
-        assert writer.marks(["one"])["one"] == DocumentMark(20, 20 * K, 7, "open")
-        with writer.reading() as db:
-            assert schema_of(db) == fresh
-        writer.append([ONE.span(ENCODING, 20)])
-    holds(root, TWO, ONE)
-    holds(root, branch="side")
-    is_sound(root)
-
-
 def test_a_commit_leaves_the_row_of_the_open_document_alone(root: Path) -> None:
     stored = "SELECT num_blocks, num_tokens, state FROM documents"
     with open_context(root, seal_in_background=False) as writer:
@@ -517,33 +426,3 @@ def test_a_damaged_tip_is_not_served(root: Path, damage: str) -> None:
     with pytest.raises(CorruptTreeError, match="is damaged"):
         open_context(root)
     assert not verify_context(root / CONTEXT, CONTEXT).ok
-
-
-def test_a_tree_of_the_first_format_is_migrated_by_its_next_writer(root: Path, tmp_path: Path) -> None:
-    with open_context(root) as writer:
-        write(writer, TWO)
-    path = root / CONTEXT / catalogue.CATALOGUE_FILE
-    with sqlite3.connect(path, isolation_level=None) as db:
-        schema = {t: db.execute(f"PRAGMA table_info({t})").fetchall() for t in ("branches", "commits", "tags")}
-        to_format_2(db)
-        for trigger in ("audit_is_not_changed", "audit_is_not_shortened"):
-            db.execute(f"DROP TRIGGER {trigger}")
-        later = {
-            "branches": "fork_seq fork_encoding_id bases documents_from state created_at retired_at",
-            "commits": "author job message",
-            "tags": "author message",
-        }
-        for table, columns in later.items():
-            for column in columns.split():
-                db.execute(f"ALTER TABLE {table} DROP COLUMN {column}")
-        db.execute("UPDATE meta SET value = '1' WHERE key = 'format_version'")
-    db.close()
-    with open_context(root) as writer:
-        for table, columns in schema.items():
-            assert rows(writer, f"PRAGMA table_info({table})") == columns
-        Branching(writer).fork("side", at_block=40)
-        write(writer, THREE)
-        with pytest.raises(StorageError, match="append-only"):
-            rows(writer, "DELETE FROM audit")
-    holds(root, TWO, THREE)
-    holds(root, clipped(TWO, 40), branch="side")
