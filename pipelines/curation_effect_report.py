@@ -131,6 +131,7 @@ def plot_effect(results: EffectResults, path: Path) -> None:
         loss.set_yticks(rows, names)
         loss.set(xlabel="nats a token, after − before (worse →)", title="NLL of held positions")
         loss.invert_yaxis()
+        loss.locator_params(axis="x", nbins=5)
         bars: list[tuple[str, list[Paired]]] = [
             (where, [results.answer("correct", name, where) for name in names])
             for where in WHERE

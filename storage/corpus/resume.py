@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from storage.contract import DocumentMeta
@@ -21,46 +21,31 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class OnlyPart:
-    """One document of another part."""
+class Selection:
+    """Another part's one document, or all but that."""
 
     part: Part
     key: str
+    only: bool
 
     @property
     def estimated_bytes(self) -> int:
         return self.part.estimated_bytes
 
     def read(self, options: ReadOptions) -> Iterator[CorpusItem]:
-        """Yield the document; nothing when it is not there any more."""
+        """Yield the document, if it is there yet; or all the others, and quarantined items."""
         for item in self.part.read(options):
-            if isinstance(item, Document) and item.key == self.key:
+            is_it = isinstance(item, Document) and item.key == self.key
+            if is_it == self.only:
                 yield item
+            if is_it and self.only:
                 return
-
-
-@dataclass(frozen=True, slots=True)
-class WithoutPart:
-    """Another part without one document."""
-
-    part: Part
-    key: str
-
-    @property
-    def estimated_bytes(self) -> int:
-        return self.part.estimated_bytes
-
-    def read(self, options: ReadOptions) -> Iterator[CorpusItem]:
-        """Yield all the others, and quarantined items."""
-        for item in self.part.read(options):
-            if not isinstance(item, Document) or item.key != self.key:
-                yield item
 
 
 class ResumedCorpus:
     """Another corpus with one document moved to its beginning. See `storage.corpus.source.CorpusSource`."""
 
-    def __init__(self, source: CorpusSource, first: OnlyPart, options: ReadOptions) -> None:
+    def __init__(self, source: CorpusSource, first: Selection, options: ReadOptions) -> None:
         """Of a document that is in `source`, in `first`."""
         self._source = source
         self._first = first
@@ -78,9 +63,7 @@ class ResumedCorpus:
         yield Shard((self._first,), self._options)
         for shard in self._source.shards():
             if self._first.part in shard.parts:
-                rest = (
-                    WithoutPart(part, self._first.key) if part == self._first.part else part for part in shard.parts
-                )
+                rest = (replace(self._first, only=False) if part == self._first.part else part for part in shard.parts)
                 yield Shard(tuple(rest), shard.options)
             else:
                 yield shard
@@ -99,7 +82,7 @@ def interrupted_first(source: CorpusSource, document: DocumentMeta) -> CorpusSou
     """
     for shard in source.shards():
         for part in shard.parts:
-            only = OnlyPart(part, document.key)
+            only = Selection(part, document.key, only=True)
             if _may_hold(part, document.uri) and any(only.read(shard.options)):
                 return ResumedCorpus(source, only, shard.options)
     return source
