@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from actors.compactor import CompactorSpec, encoding_of, explicit_dtype
-from cluster.config import BaseLMConfig, CompactionConfig, GistNetConfig, StoreConfig
+from cluster.config import AUTO_GISTNET, BaseLMConfig, CompactionConfig, GistNetConfig, StoreConfig
 from cluster.errors import ContextNotFoundError
 from models.base_lm import choose_dtype
-from models.gistnet import GistNet, build_gistnet
+from models.gistnet import GistNet, build_gistnet, packaged_gistnet
 from models.model_files import ModelFiles, resolve_model
 from models.tokenizer import Tokenizer
 from storage.corpus import CorpusSource
@@ -39,6 +39,8 @@ class CompactionPlan:
     """With its dtype decided."""
     identity: TreeIdentity
     encoding: Encoding
+    gistnet_path: str
+    """Where the net comes from; empty: it is not trained."""
 
     def compactor_spec(self, num_threads: int, window_batch: int) -> CompactorSpec:
         """What a compactor needs of the plan."""
@@ -61,10 +63,11 @@ def plan_models(base_lm: BaseLMConfig, gistnet: GistNetConfig, store: StoreConfi
         IncompatibleTreeError: the context was made by something else.
     """
     files = resolve_model(base_lm)
-    net = build_gistnet(gistnet, files)
     tokenizer = Tokenizer.load(base_lm)
     identity = TreeIdentity(files.model_id, files.digest, tokenizer.digest)
     existing = _existing(store)
+    gistnet = _chosen(gistnet, files, existing[1] if existing else None)
+    net = build_gistnet(gistnet, files)
     decided = _decide_dtype(base_lm, net, existing[1] if existing else None)
     encoding = encoding_of(net, decided.dtype, store.gist_dtype)
     if existing is not None:
@@ -74,7 +77,22 @@ def plan_models(base_lm: BaseLMConfig, gistnet: GistNetConfig, store: StoreConfi
             identity,
             "Use the model it was made for, or write to another context with --store.context",
         )
-    return CompactionPlan(files, tokenizer, net, decided, identity, encoding)
+    return CompactionPlan(files, tokenizer, net, decided, identity, encoding, gistnet.path)
+
+
+def _chosen(gistnet: GistNetConfig, files: ModelFiles, existing: Encoding | None) -> GistNetConfig:
+    """What `gistnet.path=auto` comes to: the net that comes along with the model, or an untrained one."""
+    if gistnet.path != AUTO_GISTNET:
+        return gistnet
+    untrained = replace(gistnet, path="")
+    along = packaged_gistnet(files)
+    if along is None or gistnet != GistNetConfig():
+        return untrained
+    if existing is not None and existing.gistnet_digest == build_gistnet(untrained, files).digest():
+        logger.info("GistNet: untrained, as the context was begun with it; `tree rebuild-gists` takes a trained one")
+        return untrained
+    logger.info("GistNet: %s, which comes along with %s", along.name, files.model_id)
+    return replace(gistnet, path=str(along))
 
 
 def check_encoding(plan: CompactionPlan, store: StoreConfig) -> None:

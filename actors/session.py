@@ -43,7 +43,7 @@ from models.focus.layout import found_before_turn, lay_out, runs_of_neighbours
 from models.focus.refocus import BlockName, Focus, RefocusPolicy, refocus
 from models.focus.working_context import smallest_budget
 from models.lensnet import LensNet
-from models.lensnet.net import require_keys
+from models.lensnet.net import require_models
 from storage.contract import DocumentMeta
 from storage.schema import GISTS
 
@@ -412,12 +412,12 @@ def _session_lens(spec: SessionSpec, lens: Lens | None) -> SessionLens | None:
     """Who scores candidates, if anybody does.
 
     Raises:
-        ModelError: no net there, or one that reads other keys.
+        ModelError: no net there, or one that was trained with other models.
     """
     gistnet, folder = spec.plan.gistnet, spec.config.lensnet
     if lens is None and folder:
         lens = net = LensNet.load(base_folder() / Path(folder).expanduser())
-        require_keys(net, folder, gistnet.key_dim)
+        require_models(net, folder, spec.plan.digests(), gistnet.key_dim)
     return None if lens is None else SessionLens(lens, gistnet, spec.config.lens_unit)
 
 

@@ -194,6 +194,10 @@ class BaseLMConfig:
         require(bool(self.source), "base_lm.source must not be empty")
 
 
+AUTO_GISTNET = "auto"
+"""`gistnet.path` that leaves the choice to the model and the context (`actors.plan.plan_models`)."""
+
+
 @dataclass(frozen=True)
 class GistNetConfig:
     """The net that compresses 32 children into a node's m vectors."""
@@ -203,9 +207,11 @@ class GistNetConfig:
     transformer over 32 tokens alone. `constant`, `last_token`, `mean`, `rescaled_mean`: controls. Ignored when `path`
     is set."""
 
-    path: str = ""
+    path: str = AUTO_GISTNET
     """Folder of a saved GistNet (safetensors + config), or one of MLflow's registry: `models:/NAME/VERSION`,
-    `models:/NAME/latest`, `models:/NAME@ALIAS`. Empty: an untrained one of `kind`."""
+    `models:/NAME/latest`, `models:/NAME@ALIAS`. Empty: an untrained one of `kind`. `auto`: the trained one that comes
+    along with `base_lm.source`, where there is one, nothing else of this section is set, and the context was not begun
+    with the untrained one; else untrained."""
 
     num_vectors: int = 1
     """m: vectors a node; 1, 2 or 4. A node's cost in a Working Context is m."""

@@ -131,7 +131,7 @@ class TrainKeysJob:
     """The text that facts are planted in; its `train` split is trained on and its `dev` split validates."""
     base_lm: BaseLMConfig = field(default_factory=BaseLMConfig)
     """The frozen language model."""
-    gistnet: GistNetConfig = field(default_factory=GistNetConfig)
+    gistnet: GistNetConfig = field(default_factory=lambda: GistNetConfig(path=""))
     """The net whose keys are trained; its gists stay as they are."""
     routing_keys: RoutingKeysConfig = field(default_factory=RoutingKeysConfig)
     """The keys."""

@@ -209,7 +209,7 @@ class ChatJob:
     """MLflow."""
     base_lm: BaseLMConfig = field(default_factory=BaseLMConfig)
     """Who answers."""
-    gistnet: GistNetConfig = field(default_factory=lambda: GistNetConfig(path=PACKAGED_GISTNET))
+    gistnet: GistNetConfig = field(default_factory=GistNetConfig)
     """Who compresses; the contexts must be its own."""
     store: StoreConfig = field(default_factory=StoreConfig)
     """The store; its `context` is the field above."""

@@ -287,7 +287,7 @@ class TrainGistNetJob:
     """The store, and its context."""
     base_lm: BaseLMConfig = field(default_factory=BaseLMConfig)
     """The frozen language model."""
-    gistnet: GistNetConfig = field(default_factory=GistNetConfig)
+    gistnet: GistNetConfig = field(default_factory=lambda: GistNetConfig(path=""))
     """The net; with `path` a trained one that goes on."""
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     """LoRA on the model that reads the gists; off by default."""

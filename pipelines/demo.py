@@ -71,7 +71,7 @@ def run(job: DemoJob) -> None:
             job_run.progress(job.read_back.num_samples, "places", "reading back") as progress,
         ):
             reading = read_back(lm, reader, job.read_back, on_place=progress.advance)
-        trained = bool(job.gistnet.path)
+        trained = bool(plan.gistnet_path)
         tables.append(Table(reading_rows(reading), reading_title(job.read_back, reading, trained=trained)))
         tables[-1].show()
         plot_reading(reading, job_run.folder / "read_back.png")

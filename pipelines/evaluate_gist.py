@@ -41,7 +41,7 @@ CONTROLS = ("last_token", "mean", "rescaled_mean")
 def run(job: EvaluateGistJob) -> None:
     """Choose places, measure every condition at each, report."""
     # Stored gists are read, not made: which net stands in the plan says nothing, and a control fits any model.
-    plan = plan_models(_absolute(job.base_lm), GistNetConfig(kind="last_token"), job.store)
+    plan = plan_models(_absolute(job.base_lm), GistNetConfig(kind="last_token", path=""), job.store)
     nets = build_nets(job.evaluation.gistnets, job.gistnet, plan)
     adapter = load_adapter(plan)
     with (

@@ -16,7 +16,7 @@ from cluster.environment import base_folder
 from cluster.run import JobRun
 from models.gistnet import GistNet
 from models.lensnet import LensNet
-from models.lensnet.net import require_keys
+from models.lensnet.net import require_models
 
 PlaceT = TypeVar("PlaceT", bound=Numbered)
 MeasuredT = TypeVar("MeasuredT")
@@ -58,12 +58,12 @@ def with_lensnet(evaluation: EvaluationT, plan: CompactionPlan) -> EvaluationT:
     """The evaluation, its LensNet's folder as workers find it, which may work in another folder.
 
     Raises:
-        ModelError: there is no net there, or one that reads other keys than the context has.
+        ModelError: there is no net there, or one that was trained with other models than the context's.
     """
     if not evaluation.lensnet:
         return evaluation
     folder = base_folder() / Path(evaluation.lensnet).expanduser()
-    require_keys(LensNet.load(folder), folder, plan.gistnet.key_dim)
+    require_models(LensNet.load(folder), folder, plan.digests(), plan.gistnet.key_dim)
     return replace(evaluation, lensnet=str(folder))  # type: ignore[type-var]
 
 

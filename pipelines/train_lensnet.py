@@ -49,7 +49,7 @@ def run(job: TrainLensNetJob) -> None:
     if unknown := [name for name in config.leave_out if name not in FEATURES]:
         raise ConfigError(f"lensnet.leave_out holds {unknown[0]!r}; the features are: {', '.join(FEATURES)}")
     files = {name: _file(name) for name in (*config.labels, *config.validation)}
-    _require_same_models(list(files.values()))
+    trained_with = _models(list(files.values()))
     sets = _sets([files[name] for name in config.labels])
     if config.validation:
         held_back = _sets([files[name] for name in config.validation])
@@ -68,6 +68,7 @@ def run(job: TrainLensNetJob) -> None:
         with ray_session(job.ray):
             losses, net = _trained(spec, sets, job_run)
             folded, ordered = _folded(spec, [*sets, *held_back], job_run) if config.num_folds else ({}, [])
+        net.trained_with = trained_with
         exported = job_run.folder / LENSNET
         net.save(exported)
         net = LensNet.load(exported)
@@ -105,8 +106,12 @@ def _sets(paths: Sequence[Path]) -> list[MeasuredSet]:
     return [found for found in measured_sets(contexts) if found.measured.any() or found.edits]
 
 
-def _require_same_models(paths: Sequence[Path]) -> None:
-    """Keys of two nets do not compare, nor what two models gain."""
+def _models(paths: Sequence[Path]) -> dict[str, str]:
+    """Digests of the models that all these labels were made with.
+
+    Raises:
+        ConfigError: they differ: keys of two nets do not compare, nor what two models gain.
+    """
     settings = {path: label_settings(path) for path in paths}
     first = next(iter(settings))
     for path, own in settings.items():
@@ -115,6 +120,7 @@ def _require_same_models(paths: Sequence[Path]) -> None:
                 raise ConfigError(
                     f"{path} was labelled with another {what} than {first}; label both with the same models"
                 )
+    return {what: str(settings[first][what]) for what in MODELS if what in settings[first]}
 
 
 def _require_other_documents(sets: Sequence[MeasuredSet], held_back: Sequence[MeasuredSet]) -> None:

@@ -32,6 +32,7 @@ def test_labels_can_be_trained_on(name: str, num_places: int, num_usable: int) -
 
 def test_the_net_reads_them() -> None:
     net = LensNet.load(FOLDER)
+    assert net.trained_with["gistnet"] == label_settings(FOLDER / "prose-dev.parquet")["gistnet"]
     contexts = read_labels(FOLDER / "prose-dev.parquet", list(FEATURES))
     found = measured_sets(contexts)[0]
     scores = net.scores(found.candidates)

@@ -14,7 +14,7 @@ Every kind is imported here, because a kind registers itself under its name when
 
 from models.gistnet.base import Entries, GistNet, GistNetSpec, GistOutput
 from models.gistnet.block import BlockGistNet
-from models.gistnet.build import build_gistnet
+from models.gistnet.build import build_gistnet, packaged_gistnet
 from models.gistnet.controls import ConstantGistNet, LastTokenGistNet, MeanGistNet, RescaledMeanGistNet
 from models.gistnet.windowed import WindowedGistNet
 
@@ -30,4 +30,5 @@ __all__ = [
     "RescaledMeanGistNet",
     "WindowedGistNet",
     "build_gistnet",
+    "packaged_gistnet",
 ]

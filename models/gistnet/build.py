@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Protocol
 
 import torch
 
-from cluster.config import GistNetConfig
+from cluster.config import AUTO_GISTNET, GistNetConfig
 from cluster.errors import ModelError
 from models.gistnet.base import GistNet, GistNetSpec
 
 NUM_BLOCK_LAYERS = 2
+
+PACKAGED = {"smollm2-135m": "gistnet-smollm2-135m"}
+"""By model, the folder in `models/packaged` of the net that was trained for it."""
 
 
 class LMShape(Protocol):
@@ -27,12 +31,20 @@ class LMShape(Protocol):
 def build_gistnet(config: GistNetConfig, lm: LMShape) -> GistNet:
     """The net at `config.path`, or an untrained one of `config.kind`; the same weights in every process.
 
+    `auto` is an untrained one here: what it means for a context, `actors.plan.plan_models` knows.
+
     Raises:
         ModelError: the net cannot be read, or does not fit the LM's hidden size or number of layers.
     """
-    net = GistNet.load(config.path) if config.path else _untrained(config, lm)
+    net = GistNet.load(config.path) if config.path not in {"", AUTO_GISTNET} else _untrained(config, lm)
     check_fits(net, lm)
     return net
+
+
+def packaged_gistnet(lm: LMShape) -> Path | None:
+    """Folder of the net that comes along for a model; None where there is none."""
+    name = PACKAGED.get(lm.model_id)
+    return None if name is None else Path(__file__).parents[1] / "packaged" / name
 
 
 def check_fits(net: GistNet, lm: LMShape) -> None:

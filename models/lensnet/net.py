@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -28,6 +28,8 @@ from models.lensnet.features import FEATURES, CandidateSet
 
 FORMAT, FORMAT_VERSION = "megacontext-lensnet", 1
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+TRAINED_WITH = "trained_with"
+"""Key of the config that holds `LensNet.trained_with`; a net without it is taken as it is."""
 
 
 @dataclass(frozen=True)
@@ -72,10 +74,13 @@ class LensNet(nn.Module):
 
     feature_mean: Tensor
     feature_scale: Tensor
+    trained_with: Mapping[str, str]
+    """Digests of the models its labels were made with, by what they are (`base_lm`, `gistnet`, ...); empty: unknown."""
 
     def __init__(self, spec: LensNetSpec) -> None:
         super().__init__()
         self.spec = spec
+        self.trained_with = {}
         names = list(FEATURES)
         self._columns = [names.index(name) for name in spec.features]
         self.register_buffer("feature_mean", torch.zeros(len(spec.features)))
@@ -174,6 +179,7 @@ class LensNet(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         header = {"format": FORMAT, "format_version": FORMAT_VERSION, **dataclasses.asdict(self.spec)}
+        header[TRAINED_WITH] = dict(self.trained_with)
         save_file(weights, folder / f"{WEIGHTS_FILE}.tmp")
         os.replace(folder / f"{WEIGHTS_FILE}.tmp", folder / WEIGHTS_FILE)
         (folder / f"{CONFIG_FILE}.tmp").write_text(json.dumps(header, indent=2) + "\n")
@@ -187,7 +193,7 @@ class LensNet(nn.Module):
             ModelError: no net there, another format, or weights that do not fit the config or are not finite.
         """
         folder = Path(folder).expanduser()
-        spec = _read_spec(folder / CONFIG_FILE)
+        spec, trained_with = _read_config(folder / CONFIG_FILE)
         try:
             # Built without memory and filled from the file, so that a forged config cannot ask for any.
             with torch.device("meta"):
@@ -199,15 +205,27 @@ class LensNet(nn.Module):
             raise ModelError(f"{folder / WEIGHTS_FILE} does not fit {CONFIG_FILE}: {reason}") from error
         if broken := [n for n, t in weights.items() if t.dtype != torch.float32 or not bool(t.isfinite().all())]:
             raise ModelError(f"{folder / WEIGHTS_FILE}: {broken[0]!r} is not finite float32")
+        net.trained_with = trained_with
         return net.eval()
 
 
-def require_keys(net: LensNet, folder: Path | str, key_dim: int) -> None:
-    """Refuse a net that reads other routing keys than a context has.
+def require_models(net: LensNet, folder: Path | str, digests: Mapping[str, str], key_dim: int) -> None:
+    """Refuse a net whose signals would mean something else: scores of another model's gains, other keys and gists.
+
+    Args:
+        digests: of the models that a context was made with, by the names of `LensNet.trained_with`.
+        key_dim: of the context's routing keys.
 
     Raises:
-        ModelError: naming both widths.
+        ModelError: naming the model that differs, or both widths of keys.
     """
+    for what, trained in net.trained_with.items():
+        if digests.get(what, trained) != trained:
+            raise ModelError(
+                f"the LensNet in {folder} was trained with another {what} ({trained[:12]}) than the context's "
+                f"({digests[what][:12]}): take a context that was compacted with that one, or train a LensNet on "
+                "labels of this one (`ray_job.py label`, `train lensnet`)"
+            )
     if net.spec.key_dim not in {0, key_dim}:
         raise ModelError(
             f"the LensNet in {folder} reads keys of {net.spec.key_dim} dimensions, the context has {key_dim}; train "
@@ -237,11 +255,13 @@ def padded(sets: Sequence[CandidateSet]) -> tuple[Tensor, Tensor, Tensor, Tensor
     return features, keys, torch.stack([torch.tensor(candidates.query) for candidates in sets]), there
 
 
-def _read_spec(path: Path) -> LensNetSpec:
+def _read_config(path: Path) -> tuple[LensNetSpec, dict[str, str]]:
+    """What a net's shape depends on, and what it was trained with."""
     try:
         header = json.loads(path.read_text(encoding="utf-8"))
         found = (header.pop("format", None), header.pop("format_version", None))
         header["features"] = tuple(header["features"])
+        trained_with = {str(what): str(digest) for what, digest in header.pop(TRAINED_WITH, {}).items()}
     except FileNotFoundError as error:
         raise ModelError(f"there is no LensNet at {path.parent}: {path.name} is missing") from error
     except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
@@ -251,6 +271,6 @@ def _read_spec(path: Path) -> LensNetSpec:
             f"{path} is {found[0]!r} version {found[1]!r}; this program reads {FORMAT!r} version {FORMAT_VERSION}"
         )
     try:
-        return LensNetSpec(**header)
+        return LensNetSpec(**header), trained_with
     except TypeError as error:
         raise ModelError(f"{path} is no LensNet configuration of version {FORMAT_VERSION}: {error}") from error

@@ -170,6 +170,8 @@ def test_questions_are_labelled_by_their_answers(root: Path, door: Door, labels:
 def test_training_leaves_a_net_a_card_and_numbers(root: Path, net: Path) -> None:
     loaded = LensNet.load(net)
     assert loaded.spec.hidden_dim == 16
+    settings = label_settings(net.parents[1] / "labels" / LABELS)
+    assert loaded.trained_with == {what: settings[what] for what in ("base_lm", "tokenizer", "gistnet")}
     assert (net / "README.md").read_text().startswith("# LensNet")
     assert (net.parent / "lensnet.png").stat().st_size > 10_000
     numbers = report_of(root, "net")
@@ -197,6 +199,19 @@ def test_the_net_is_a_rival(root: Path, tiny_lm_config: BaseLMConfig, net: Path)
         measured = {m["condition"]: m for m in json.loads(line)["measured"]}
         assert measured["lensnet/raw"]["slots"] == measured["recency/raw"]["slots"] == 256
         assert len(measured["lensnet/raw"]["picked"]) <= 4
+
+
+@pytest.mark.parametrize("which", ["focus", "tasks"])
+def test_a_net_of_another_gistnet_is_no_rival(
+    root: Path, tiny_lm_config: BaseLMConfig, net: Path, tmp_path: Path, which: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = LensNet.load(net)
+    other.trained_with = {**other.trained_with, "gistnet": "0" * 64}
+    other.save(tmp_path / "other")
+    common = [*models(root, tiny_lm_config), "--run.name", f"other-{which}", "--tracking.enabled", "false"]
+    asked = ["--evaluation.rivals", "[lensnet]", "--evaluation.lensnet", str(tmp_path / "other")]
+    assert main(JOBS, ["evaluate", which, *common, *asked]) == 4
+    assert "was trained with another gistnet (000000000000)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -102,6 +102,11 @@ def test_a_lens_that_does_not_fit_is_refused_at_once(spec: SessionSpec, lm: Base
     untrained_lensnet(LensNetSpec(key_dim=3)).save(tmp_path / "net")
     with pytest.raises(ModelError, match="keys of 3 dimensions"):
         Session(replace(spec, config=replace(CONFIG, lensnet=str(tmp_path / "net"))), lm)
+    strange = untrained_lensnet(LensNetSpec())
+    strange.trained_with = {"base_lm": "0" * 64}
+    strange.save(tmp_path / "strange")
+    with pytest.raises(ModelError, match="trained with another base_lm"):
+        Session(replace(spec, config=replace(CONFIG, lensnet=str(tmp_path / "strange"))), lm)
     with pytest.raises(ModelError, match="no LensNet"):
         Session(replace(spec, config=replace(CONFIG, lensnet=str(tmp_path / "nowhere"))), lm)
     assert not (tmp_path / "own").exists(), "and no context is made"

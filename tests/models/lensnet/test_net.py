@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from cluster.errors import ModelError
 from models.lensnet import FEATURES, CandidateSet, LensNet, LensNetSpec
-from models.lensnet.net import CONFIG_FILE, WEIGHTS_FILE, padded, untrained_lensnet
+from models.lensnet.net import CONFIG_FILE, WEIGHTS_FILE, padded, require_models, untrained_lensnet
 
 KEY_DIM = 6
 SPEC = LensNetSpec(key_dim=KEY_DIM, key_directions=4, hidden_dim=16, num_layers=2, num_heads=2)
@@ -131,6 +131,28 @@ def test_it_comes_back_as_it_was(tmp_path: Path) -> None:
     assert again.digest() == net.digest()
     np.testing.assert_array_equal(again.scores(candidates(7)), net.scores(candidates(7)))
     assert opinionated(replace(SPEC, max_score=0.4)).digest() != net.digest()
+
+
+def test_it_is_refused_beside_models_it_was_not_trained_with(tmp_path: Path) -> None:
+    net = opinionated()
+    digest = net.digest()
+    net.trained_with = {"base_lm": "a" * 64, "gistnet": "b" * 64}
+    assert net.digest() == digest, "the same weights are the same net"
+    net.save(tmp_path)
+    again = LensNet.load(tmp_path)
+    require_models(again, tmp_path, {"base_lm": "a" * 64, "gistnet": "b" * 64, "tokenizer": "c" * 64}, KEY_DIM)
+    with pytest.raises(ModelError, match=r"another gistnet \(bbbbbbbbbbbb\) than the context's \(dddddddddddd\)"):
+        require_models(again, tmp_path, {"base_lm": "a" * 64, "gistnet": "d" * 64}, KEY_DIM)
+    with pytest.raises(ModelError, match="keys of 6 dimensions, the context has 7"):
+        require_models(again, tmp_path, {}, KEY_DIM + 1)
+
+
+def test_a_net_that_does_not_say_what_it_was_trained_with_is_taken(tmp_path: Path) -> None:
+    opinionated().save(tmp_path)
+    config = json.loads((tmp_path / CONFIG_FILE).read_text())
+    del config["trained_with"]
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(config))
+    require_models(LensNet.load(tmp_path), tmp_path, {"gistnet": "d" * 64}, KEY_DIM)
 
 
 @pytest.mark.parametrize(
