@@ -36,7 +36,8 @@ def state_numbers(store: Store, config: StoreConfig) -> dict[str, Any]:
     folder = store.folder(config.context)
     with store.open_reader(config.context, config.version) as reader:
         states = reader.block_states(0, reader.version.num_blocks)
-    tokens = sum(path.stat().st_size for path in (folder / SEGMENT_FOLDER).glob("*/lod0/tokens/c/0"))
+    shards = (folder / SEGMENT_FOLDER).glob("*/lod0/tokens/**/*")
+    tokens = sum(path.stat().st_size for path in shards if path.is_file() and path.name != "zarr.json")
     archive = folder / ARCHIVE_FOLDER
     return {
         "blocks_by_state": {state.name.lower(): int((states == state).sum()) for state in BlockState},

@@ -20,16 +20,13 @@ _HALF_INFINITY = {"float16": 0x7C00, "bfloat16": 0x7F80}
 """Bits of infinity; every NaN is above it."""
 
 
-def encode_arrays(
-    specs: tuple[ArraySpec, ...], arrays: Mapping[str, Values], num_nodes: int, *, check_finite: bool = True
-) -> dict[str, np.ndarray]:
+def encode_arrays(specs: tuple[ArraySpec, ...], arrays: Mapping[str, Values], num_nodes: int) -> dict[str, np.ndarray]:
     """Bytes of a level's arrays.
 
     Args:
         specs: the arrays the level holds.
         arrays: by name, float `(num_nodes * rows, width)` or `(num_nodes, rows, width)`, or already encoded.
         num_nodes: nodes the arrays are for.
-        check_finite: False for what came out of here before.
 
     Returns:
         By stored name, C-contiguous `(num_nodes * rows, width)` in the stored dtype.
@@ -51,7 +48,7 @@ def encode_arrays(
                     f"array {stored.name!r} has shape {tuple(piece.shape)}; {num_nodes} nodes need "
                     f"({rows}, {stored.width})"
                 )
-            if check_finite and not _all_finite(stored, piece):
+            if not _all_finite(stored, piece):
                 raise InvalidWriteError(
                     f"array {stored.name!r} holds values that are not finite; check the GistNet or store float32"
                 )

@@ -32,7 +32,7 @@ from storage.tree.journal import Level
 from storage.tree.lineage import COLLECTED, Branch, branches, load_lineage
 from storage.tree.reader import ContextReader
 from storage.tree.sealing import SEGMENT_FOLDER
-from storage.tree.segment import CRC_BYTES, Manifest, SegmentArraySpec, check_manifest, shard_bytes
+from storage.tree.segment import CRC_BYTES, Manifest, SegmentArraySpec, check_manifest, shard_bytes, shard_path
 from storage.tree.verify import VerifyReport
 from storage.tree.writer import ContextWriter
 
@@ -192,11 +192,14 @@ class TreeRepair:
         """Read an array past its damage; returns how many bits were turned back."""
         spec = sealing.array_spec(unit.level, stored, unit.count)
         groups = unit.count // K
+        folder = self._folder / SEGMENT_FOLDER / segment
+        shard = shard_path(folder, spec)
         try:
-            data = (self._folder / SEGMENT_FOLDER / segment / spec.shard_file).read_bytes()
+            data = shard.read_bytes()
         except OSError:
             data = b""
-        chunks, bad, turned = _payload(data, spec, manifest.get(spec.shard_file, {}).get("sha256", ""))
+        digest = manifest.get(shard.relative_to(folder).as_posix(), {}).get("sha256", "")
+        chunks, bad, turned = _payload(data, spec, digest)
         unit.arrays[stored.name] = np.frombuffer(chunks, stored.dtype).reshape(-1, stored.width).copy()
         unit.bad[stored.name] = {chunk * groups // spec.num_chunks for chunk in bad}
         return turned

@@ -17,7 +17,7 @@ import numpy as np
 from cluster.config import TOKENS_PER_BLOCK, GistDtype
 from cluster.errors import CorruptTreeError, IncompatibleTreeError
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 """Raised when the layout changes. A reader takes its own version and, by a step in `catalogue.MIGRATIONS`, older
 ones; a newer one is refused."""
 

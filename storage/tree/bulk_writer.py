@@ -1,16 +1,18 @@
 """Bulk ingest: blocks go straight into segments, without passing through the journal.
 
 Spans are gathered in memory until they fill a segment; its catalogue commit acknowledges them. Where segments fill
-faster than `gather_s`, up to eight are written as one: files and their syncs are most of the time where gists come
-ready-made, and nothing beside a GistNet. What a crash costs is at most one segment's worth of unacknowledged work, or
-the last `gather_s` of it, which the job's next run does again.
+faster than `gather_s`, up to eight are written as one, by a thread of its own while the next are gathered: files and
+their syncs are most of the time where gists come ready-made, and nothing beside a GistNet. What a crash costs is at
+most one segment's worth of unacknowledged work, or the last `gather_s` of it and what is being written, which the
+job's next run does again.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -28,6 +30,15 @@ SEGMENTS_AT_ONCE = 8
 """Full segments that do not wait any longer: 10 MB at d = 576."""
 
 
+@dataclass(frozen=True)
+class _Flight:
+    """Blocks that are being written."""
+
+    first_block: int
+    num_blocks: int
+    ack: Future[Ack]
+
+
 class BulkWriter:
     """A `TreeWriter` that fills whole segments. Acknowledgements count what is pending; `flush` makes it durable."""
 
@@ -36,8 +47,9 @@ class BulkWriter:
 
         Args:
             writer: of the context.
-            gather_s: a segment that is full is committed by the first `append` so many seconds after the last commit
-                (0: at once), or with seven others.
+            gather_s: a segment that is full is written by the first `append` so many seconds after the last one, or
+                with seven others, while the caller goes on; a write that failed is told to the next call. 0: at once,
+                before `append` returns.
         """
         self._writer = writer
         self._gather_s = gather_s
@@ -46,6 +58,8 @@ class BulkWriter:
         self._num_pending = 0
         # Documents as they will be once what is pending is stored; those on disk are not repeated.
         self._planned: dict[str, OpenDocument] = {}
+        self._hand = ThreadPoolExecutor(1, f"bulk-{writer.name}") if gather_s else None
+        self._flight: _Flight | None = None
 
     def version(self) -> Version:
         """The newest committed version."""
@@ -58,18 +72,25 @@ class BulkWriter:
         commit fails, everything pending is dropped: it was never acknowledged, and `marks` say where to go on.
         """
         writer = self._writer
-        tip = writer.version().num_blocks + self._num_pending
-        accepted = accept_spans(spans, writer.name, tip, self._growing(), self._document)
+        new_blocks = self._landed(wait=False)
+        accepted = accept_spans(
+            spans, writer.name, self._written() + self._num_pending, self._growing(), self._document
+        )
         # Encoded now: bad values are refused with their own call, and what waits takes the bytes it will have on disk.
         specs = writer.encoding.arrays
         encoded = [replace(s, arrays=encode_arrays(specs, s.arrays, s.num_blocks)) for s in accepted.spans]
         self._pending += encoded
         self._num_pending += accepted.num_blocks
         self._planned.update({document.meta.key: document for document in accepted.documents})
-        new_blocks = 0
         while num_blocks := self._due():
             new_blocks += self._store(num_blocks, request_id)
-        return Ack(writer.version(), new_blocks, accepted.skipped_blocks, pending_blocks=self._num_pending)
+        waiting = self._num_pending + (self._flight.num_blocks if self._flight else 0)
+        return Ack(writer.version(), new_blocks, accepted.skipped_blocks, pending_blocks=waiting)
+
+    def _written(self) -> int:
+        """Blocks of the timeline, with those that are being written."""
+        flight = self._flight
+        return self._writer.version().num_blocks if flight is None else flight.first_block + flight.num_blocks
 
     def _growing(self) -> OpenDocument | None:
         growing = next((document for document in self._planned.values() if document.state == "open"), None)
@@ -85,7 +106,7 @@ class BulkWriter:
     def _due(self) -> int:
         """How many pending blocks are to be stored now: up to the next segment boundary, or full segments."""
         size = self._writer.sealer.segment_nodes
-        room = size - self._writer.version().num_blocks % size
+        room = size - self._written() % size
         if room < size:
             return room if self._num_pending >= room else 0
         num_full = self._num_pending // size
@@ -94,20 +115,56 @@ class BulkWriter:
         return min(num_full, SEGMENTS_AT_ONCE) * size
 
     def _store(self, num_blocks: int, request_id: str) -> int:
-        """Commit the first pending blocks: as one segment when they fill one or more, through the journal otherwise."""
+        """Write the first pending blocks: as one segment when they fill one or more, through the journal otherwise.
+
+        Returns:
+            How many blocks were committed: these, or with a hand to write them those that it wrote before.
+        """
+        new_blocks = self._landed(wait=True)
         size = self._writer.sealer.segment_nodes
-        direct = num_blocks % size == 0 and self._writer.version().num_blocks % size == 0
+        first = self._written()
+        fills = num_blocks % size == 0 and first % size == 0
         spans, rest = _split(self._pending, num_blocks)
-        try:
-            ack = self._writer.append(spans, request_id, direct=direct)
-        except BaseException:
-            self._pending, self._num_pending, self._planned = [], 0, {}
-            raise
+        if fills and self._hand is not None:
+            self._flight = _Flight(first, num_blocks, self._hand.submit(self._writer.append_segment, spans, request_id))
+        else:
+            try:
+                store = self._writer.append_segment if fills else self._writer.append
+                new_blocks += store(spans, request_id).new_blocks
+            except BaseException:
+                self._forget()
+                raise
         self._stored_at = time.monotonic()
         self._pending, self._num_pending = rest, self._num_pending - num_blocks
-        keys = {span.document.key for span in rest}
-        self._planned = {key: document for key, document in self._planned.items() if key in keys}
+        if self._flight is None:
+            self._keep_planned()
+        return new_blocks
+
+    def _landed(self, *, wait: bool) -> int:
+        """How many blocks the writing thread has committed since the last call; those it is at are waited for or not.
+
+        Raises:
+            StorageError: it could not; everything pending is dropped.
+        """
+        flight = self._flight
+        if flight is None or not (wait or flight.ack.done()):
+            return 0
+        try:
+            ack = flight.ack.result()
+        except BaseException:
+            self._forget()
+            raise
+        self._flight = None
+        self._keep_planned()
         return ack.new_blocks
+
+    def _forget(self) -> None:
+        self._pending, self._num_pending, self._planned, self._flight = [], 0, {}, None
+
+    def _keep_planned(self) -> None:
+        """Only documents of pending spans: the others are on disk."""
+        keys = {span.document.key for span in self._pending}
+        self._planned = {key: document for key, document in self._planned.items() if key in keys}
 
     def append_tail(self, document: DocumentMeta, token_offset: int, tokens: np.ndarray) -> Ack:
         """Flush, then as `ContextWriter.append_tail`."""
@@ -142,6 +199,7 @@ class BulkWriter:
         while num_blocks := self._due() or self._num_pending:
             new_blocks += self._store(num_blocks, "flush")
             self._stored_at = -self._gather_s
+        new_blocks += self._landed(wait=True)
         return Ack(self._writer.flush().version, new_blocks)
 
     def close(self) -> None:
@@ -149,6 +207,8 @@ class BulkWriter:
         try:
             self.flush()
         finally:
+            if self._hand is not None:
+                self._hand.shutdown()
             self._writer.close()
 
 

@@ -214,10 +214,15 @@ def _leave_documents_alone(db: sqlite3.Connection) -> None:
     row_checksums.guard(db, list(_columns()))
 
 
+def _leave_segments_alone(db: sqlite3.Connection) -> None:
+    """Format 4 to 5: shards of new segments have names that older programs do not know (`segment.CHUNK_KEY`)."""
+
+
 MIGRATIONS: dict[int, Callable[[sqlite3.Connection], None]] = {
     1: _add_forks_and_authors,
     2: _add_states_and_checksums,
     3: _leave_documents_alone,
+    4: _leave_segments_alone,
 }
 """Step from format n to n + 1, run by the writer in one transaction before anything else."""
 

@@ -10,9 +10,11 @@ import shutil
 import sqlite3
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from cluster.errors import DiskFullError, StaleWriterError, StorageError
+from cluster.errors import DiskFullError, OutOfOrderError, StaleWriterError, StorageError
+from storage.durable import SYNCS_AT_ONCE
 from storage.schema import Encoding
 from storage.tree import journal, sealing
 from storage.tree.levels import level_counts, sealed_nodes
@@ -40,6 +42,8 @@ class Sealer:
         self._writer = writer
         self._write_file = write_file
         self._num_written = 0
+        # Its threads begin with the first segment, and end with `stop`.
+        self._pool = ThreadPoolExecutor(SYNCS_AT_ONCE, f"sync-{writer.name}")
         self._one_at_a_time = threading.Lock()
         self._wake = threading.Condition()
         # True at first: a dead writer may have left full segments unsealed.
@@ -59,6 +63,7 @@ class Sealer:
             self._wake.notify_all()
         if self._thread is not None:
             self._thread.join()
+        self._pool.shutdown()
 
     def notify(self, first: int, count: int) -> None:
         """Nodes `[first, first + count)` of a level were committed; wake up if they completed a segment."""
@@ -98,7 +103,7 @@ class Sealer:
         sealed = self._write(parts)
         try:
             yield sealed
-        except (DiskFullError, StaleWriterError):
+        except (DiskFullError, StaleWriterError, OutOfOrderError):
             shutil.rmtree(self._writer.folder / sealing.SEGMENT_FOLDER / sealed.folder_name, ignore_errors=True)
             raise
 
@@ -113,7 +118,7 @@ class Sealer:
             "encoding_id": parts[-1].level.encoding_id,
         }
         try:
-            return sealing.write(writer.folder, tag, parts, attributes, self._write_file)
+            return sealing.write(writer.folder, tag, parts, attributes, self._write_file, self._pool)
         except OSError as error:
             if error.errno in {errno.ENOSPC, errno.EDQUOT}:
                 raise DiskFullError(

@@ -8,6 +8,7 @@ import shutil
 import sqlite3
 import time
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,9 +129,10 @@ def write(
     parts: list[Part],
     attributes: Mapping[str, Any],
     write: WriteFile | None = None,
+    pool: ThreadPoolExecutor | None = None,
 ) -> SealedSegment:
-    """Write parts as one durable segment. `tag` makes its name unique: the writer's epoch keeps a fenced writer's
-    files apart, a count the writer's own attempts.
+    """Write parts as one durable segment (`write_segment` has `write` and `pool`). `tag` makes its name unique: the
+    writer's epoch keeps a fenced writer's files apart, a count the writer's own attempts.
 
     Raises:
         OSError: the disk refused; nothing is left behind.
@@ -150,6 +152,6 @@ def write(
         "levels": [{"lod": p.level.lod, "first_node": p.first, "num_nodes": p.count} for p in parts],
         "lod0_node_is": "block of 32 slots",
     }
-    manifest = write_segment(context_folder / SEGMENT_FOLDER / name, arrays, specs, described, write)
+    manifest = write_segment(context_folder / SEGMENT_FOLDER / name, arrays, specs, described, write, pool)
     payload = sum(part.count * part.level.node_bytes for part in parts)
     return SealedSegment(name, payload, manifest, parts)

@@ -26,12 +26,19 @@ import numpy as np
 import torch
 
 from cluster.errors import CorruptTreeError, StorageError
-from storage.durable import PendingSyncs, fsync_folder, write_file
+from storage.durable import SYNCS_AT_ONCE, PendingSyncs, fsync_folder, write_file
 
 Manifest = dict[str, dict[str, Any]]
 """By file of a segment, its `bytes` and `sha256`."""
 
 WriteFile = Callable[[Path, bytes | memoryview], None]
+
+LARGE_BYTES = 1 << 20
+"""Of a file whose sync is begun before the others are written."""
+
+CHUNK_KEY, FLAT_CHUNK_KEY = "c.0.0", "c.0"
+"""An array's only shard. With `/` between the numbers, as before format 5, each would be a folder, which a file system
+makes in as much time as it writes a megabyte."""
 
 CRC_BYTES = 4
 _ZARR_DTYPES = {
@@ -88,7 +95,7 @@ class SegmentArraySpec:
     @property
     def shard_file(self) -> str:
         """Path of the shard inside the segment."""
-        return f"{self.path}/c/0/0" if self.width else f"{self.path}/c/0"
+        return f"{self.path}/{CHUNK_KEY if self.width else FLAT_CHUNK_KEY}"
 
     def zarr_metadata(self) -> dict[str, Any]:
         """The array's `zarr.json` (Zarr v3 core, sharding_indexed codec)."""
@@ -101,7 +108,7 @@ class SegmentArraySpec:
             "shape": [self.num_rows, *columns],
             "data_type": _ZARR_DTYPES[self.dtype],
             "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [self.num_rows, *columns]}},
-            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
             "fill_value": 0 if self.fill is None else self.fill,
             "codecs": [
                 {
@@ -117,6 +124,13 @@ class SegmentArraySpec:
             "attributes": {"dtype": self.logical_dtype} if self.logical_dtype else {},
             "storage_transformers": [],
         }
+
+
+def shard_path(segment_folder: Path, spec: SegmentArraySpec) -> Path:
+    """Where an array's shard is; in segments of before format 5 in folders of its own."""
+    path = segment_folder / spec.shard_file
+    older = path.parent / path.name.replace(".", "/")
+    return older if not path.exists() and older.exists() else path
 
 
 def shard_bytes(spec: SegmentArraySpec, values: np.ndarray) -> memoryview:
@@ -163,6 +177,7 @@ def write_segment(
     specs: list[SegmentArraySpec],
     attributes: Mapping[str, Any],
     write: WriteFile | None = None,
+    pool: ThreadPoolExecutor | None = None,
 ) -> Manifest:
     """Write a segment durably: temporary name, fsync of files and folders, rename, fsync of the parent.
 
@@ -172,6 +187,7 @@ def write_segment(
         specs: the arrays, in a fixed order.
         attributes: of the Zarr group.
         write: writes one file, which is synced afterwards; replaced by fault drills.
+        pool: hashes and syncs, `SYNCS_AT_ONCE` files at a time; None: one of its own.
 
     Returns:
         For every file its size and sha256, to be kept in the catalogue.
@@ -179,32 +195,35 @@ def write_segment(
     Raises:
         OSError: the disk refused; the temporary folder is removed.
     """
+    if pool is None:
+        with ThreadPoolExecutor(SYNCS_AT_ONCE) as own:
+            return write_segment(folder, arrays, specs, attributes, write, own)
     write = write or write_file
     temporary = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
-    folders: set[PurePosixPath] = set()
+    headers = _headers(specs, attributes)
+    # The largest is on its way to the disk while the others are written.
+    shards = {spec.shard_file: spec for spec in sorted(specs, key=lambda spec: -spec.file_bytes)}
+    folders = sorted({parent for name in (*headers, *shards) for parent in PurePosixPath(name).parents})
     sizes: dict[str, int] = {}
     digests: dict[str, Future[str]] = {}
 
     def put(relative: str, data: bytes | memoryview) -> None:
         # Hashing a shard takes as long as writing it, and neither needs the interpreter.
-        digests[relative] = hasher.submit(lambda: hashlib.sha256(data).hexdigest())
+        digests[relative] = pool.submit(lambda: hashlib.sha256(data).hexdigest())
         sizes[relative] = len(data)
-        for parent in reversed(PurePosixPath(relative).parents):
-            if parent not in folders:
-                (temporary / parent).mkdir()
-                folders.add(parent)
         write(temporary / relative, data)
-        syncs.add(temporary / relative)
+        syncs.add(temporary / relative, now=len(data) >= LARGE_BYTES)
 
     try:
-        with PendingSyncs() as syncs, ThreadPoolExecutor(1) as hasher:
-            put("zarr.json", _json({"zarr_format": 3, "node_type": "group", "attributes": dict(attributes)}))
-            for level in sorted({spec.path.split("/")[0] for spec in specs}):
-                put(f"{level}/zarr.json", _json({"zarr_format": 3, "node_type": "group", "attributes": {}}))
-            for spec in specs:
-                put(f"{spec.path}/zarr.json", _array_json(spec))
-                put(spec.shard_file, shard_bytes(spec, arrays[spec.path]))
+        with PendingSyncs(pool) as syncs:
+            # All of them first: beside a sync, making one waits for the file system's journal.
+            for inner in folders:
+                (temporary / inner).mkdir()
+            for relative, spec in shards.items():
+                put(relative, shard_bytes(spec, arrays[spec.path]))
+            for relative, data in headers.items():
+                put(relative, data)
             for inner in folders:
                 syncs.add(temporary / inner)
             syncs.wait()
@@ -214,6 +233,16 @@ def write_segment(
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return {relative: {"bytes": size, "sha256": digests[relative].result()} for relative, size in sizes.items()}
+
+
+def _headers(specs: Sequence[SegmentArraySpec], attributes: Mapping[str, Any]) -> dict[str, bytes]:
+    """Every `zarr.json` of a segment: of the group, of each level, of each array."""
+    group: dict[str, Any] = {"zarr_format": 3, "node_type": "group", "attributes": {}}
+    headers = {"zarr.json": _json({**group, "attributes": dict(attributes)})}
+    for spec in specs:
+        headers[f"{spec.path.split('/')[0]}/zarr.json"] = _json(group)
+        headers[f"{spec.path}/zarr.json"] = _array_json(spec)
+    return headers
 
 
 class SegmentArray:
@@ -227,7 +256,7 @@ class SegmentArray:
             StorageError: it cannot be read.
         """
         self.spec = spec
-        self.path = segment_folder / spec.shard_file
+        self.path = shard_path(segment_folder, spec)
         try:
             size = self.path.stat().st_size
             left_out, odd = divmod(spec.file_bytes - size, spec.stride)

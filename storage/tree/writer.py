@@ -26,6 +26,7 @@ from cluster.config import BLOCKS_PER_SUPER_BLOCK
 from cluster.errors import (
     CorruptTreeError,
     InvalidWriteError,
+    OutOfOrderError,
     StaleWriterError,
     StorageError,
 )
@@ -272,42 +273,64 @@ class ContextWriter:
         )
         return replace(self._version, seq=seq, num_tokens=num_tokens, level_counts=counts)
 
-    def append(
-        self, spans: Sequence[SpanWrite], request_id: str = "", message: str = "", *, direct: bool = False
-    ) -> Ack:
+    def append(self, spans: Sequence[SpanWrite], request_id: str = "", message: str = "") -> Ack:
         """Store spans in one commit (`TreeWriter.append`).
 
         Args:
             spans: in timeline order.
             request_id: kept with the version.
             message: kept with the version.
-            direct: write the blocks as a segment at once instead of through the journal. They must be encoded already
-                and fill one segment or several exactly, from a boundary on, as `BulkWriter` arranges.
         """
-        if direct:
-            # Segments hold a prefix of a level, so what waits in the journal goes first.
-            self.sealer.seal()
         with self.lock:
-            accepted = accept_spans(spans, self.name, self._version.num_blocks, self._open, self.document)
+            accepted = self._accepted(spans)
             if not accepted.spans:
                 return Ack(self._version, skipped_blocks=accepted.skipped_blocks)
-            first = self._version.num_blocks
-            count = accepted.num_blocks
-            blocks, gists = self._levels
-            runs: list[journal.NewRun] = [
-                (blocks, first, count, accepted.blocks(self._version.num_tokens)),
-                (gists, first, count, accepted.encoded(self.encoding, check_finite=not direct)),
-            ]
-            if direct:
-                self._check_direct(first, count)
-                with self.sealer.written([sealing.Part(*run) for run in runs]) as sealed:
-                    version = self._store(accepted, runs, sealed, request_id, message)
-            else:
-                version = self._store(accepted, runs, None, request_id, message)
-            self._version = version
-            self._open = accepted.open_document
-            self.sealer.notify(first, count)
-            return Ack(version, new_blocks=count, skipped_blocks=accepted.skipped_blocks)
+            runs = self._runs(accepted, accepted.encoded(self.encoding))
+            return self._store(accepted, runs, None, request_id, message)
+
+    def append_segment(self, spans: Sequence[SpanWrite], request_id: str = "", message: str = "") -> Ack:
+        """As `append`, of blocks that become a segment at once instead of going through the journal.
+
+        They must have been accepted and encoded already and fill one segment or several exactly, from a boundary on, as
+        `BulkWriter` arranges. The writer's lock is free while files are written: nodes of higher levels may be put
+        meanwhile, but nothing else that moves the end of the timeline.
+
+        Raises:
+            InvalidWriteError: the blocks do not fill segments behind the sealed ones.
+            OutOfOrderError: something else was written behind the timeline meanwhile; nothing was stored.
+        """
+        # Segments hold a prefix of a level, so what waits in the journal goes first.
+        self.sealer.seal()
+        with self.sealer.paused():
+            with self.lock:
+                accepted = self._accepted(spans, checked=True)
+                if not accepted.spans:
+                    return Ack(self._version, skipped_blocks=accepted.skipped_blocks)
+                runs = self._runs(accepted, accepted.encoded_before())
+                self._check_segments(self._version.num_blocks, accepted.num_blocks)
+                before = self._end()
+            with self.sealer.written([sealing.Part(*run) for run in runs]) as sealed, self.lock:
+                if self._end() != before:
+                    raise OutOfOrderError(
+                        f"context {self.name!r} changed while a segment was written; nothing of it was stored"
+                    )
+                return self._store(accepted, runs, sealed, request_id, message)
+
+    def _accepted(self, spans: Sequence[SpanWrite], *, checked: bool = False) -> Accepted:
+        return accept_spans(spans, self.name, self._version.num_blocks, self._open, self.document, checked=checked)
+
+    def _runs(self, accepted: Accepted, gists: dict[str, np.ndarray]) -> list[journal.NewRun]:
+        """Blocks and their gists, as they lie in the journal or in a segment."""
+        first, count = self._version.num_blocks, accepted.num_blocks
+        block_level, gist_level = self._levels
+        tokens = accepted.blocks(self._version.num_tokens)
+        return [(block_level, first, count, tokens), (gist_level, first, count, gists)]
+
+    def _end(self) -> tuple[object, ...]:
+        """Where the timeline ends, and which document grows there."""
+        version, growing = self._version, self._open
+        document = None if growing is None else (growing.meta.key, growing.num_blocks, len(growing.tail))
+        return version.branch_id, self.encoding_id, version.num_blocks, version.num_tokens, document
 
     def _store(
         self,
@@ -316,7 +339,7 @@ class ContextWriter:
         sealed: sealing.SealedSegment | None,
         request_id: str,
         message: str,
-    ) -> Version:
+    ) -> Ack:
         """Commit blocks and their gists: through the journal, or as the segment that holds them already."""
         branch_id = self.branch.branch_id
         first = self._version.num_blocks
@@ -335,15 +358,18 @@ class ContextWriter:
             version = self._advance(db, request_id, num_tokens, counts, message=message)
             if pruned := accepted.pruned(first):
                 insert_states(db, branch_id, version.seq, pruned)
-        return version
+        self._version, self._open = version, accepted.open_document
+        if sealed is None:
+            self.sealer.notify(first, accepted.num_blocks)
+        return Ack(version, new_blocks=accepted.num_blocks, skipped_blocks=accepted.skipped_blocks)
 
-    def _check_direct(self, first: int, count: int) -> None:
+    def _check_segments(self, first: int, count: int) -> None:
         size = self.sealer.segment_nodes
         with self.reading() as db:
             num_sealed = [sealed_nodes(db, level) for level in self._levels]
         if first % size or count % size or any(sealed != first for sealed in num_sealed):
             raise InvalidWriteError(
-                f"a direct write must fill segments of {size} blocks behind the sealed ones; got {count} at {first}"
+                f"a segment's write must fill segments of {size} blocks behind the sealed ones; got {count} at {first}"
             )
 
     def append_tail(self, document: DocumentMeta, token_offset: int, tokens: np.ndarray) -> Ack:

@@ -1,4 +1,4 @@
-"""Which GistNet `gistnet.path=auto` comes to: the model's own, unless the configuration or the context says otherwise."""
+"""Which GistNet `gistnet.path=auto` comes to: the model's own, unless configuration or context says otherwise."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ def test_verify_finds_damage(make_job: JobFactory, capsys: pytest.CaptureFixture
     job = make_job()
     compact_job.run(job)
     tree_job.verify(TreeVerifyJob(store=job.store))
-    shard = next(Store(job.store.root).folder("c").glob("segments/*/lod1/gists/c/0/0"))
+    shard = next(Store(job.store.root).folder("c").glob("segments/*/lod1/gists/c.0.0"))
     data = bytearray(shard.read_bytes())
     data[1000] ^= 1
     shard.write_bytes(data)

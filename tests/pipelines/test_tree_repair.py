@@ -116,13 +116,13 @@ def test_gists_of_every_level_and_the_index_are_made_again(
     job: TreeRepairJob, made: CompactJob, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = job.store.root
-    flip(segment_file(root, "0-1", 1, "lod1/gists/c/0/0"), 100, 9000, 9001)
-    flip(segment_file(root, "0-1", 2, "lod1/keys/c/0/0"), 11, 12)
+    flip(segment_file(root, "0-1", 1, "lod1/gists/c.0.0"), 100, 9000, 9001)
+    flip(segment_file(root, "0-1", 2, "lod1/keys/c.0.0"), 11, 12)
     assert spoil_rows(root, 1) == 1
     assert spoil_rows(root, 2) >= 1
     with closing(sqlite3.connect(root / NAME / LEXICAL_FILE, isolation_level=None)) as db:
         db.execute("UPDATE state SET num_terms = num_terms + 1")
-    before = {path: path.read_bytes() for path in root.rglob("c/0/0")}
+    before = {path: path.read_bytes() for path in root.rglob("c.0.0")}
 
     planned = asked(replace(job, apply=False), capsys)
     assert not planned["applied"]
@@ -130,7 +130,7 @@ def test_gists_of_every_level_and_the_index_are_made_again(
     assert "64 nodes of LOD1 made anew" in hows
     assert "nodes of LOD2 made anew" in hows
     assert "built anew from the blocks" in hows
-    assert {path: path.read_bytes() for path in root.rglob("c/0/0")} == before
+    assert {path: path.read_bytes() for path in root.rglob("c.0.0")} == before
 
     done = asked(job, capsys)
     assert done["left"] == []
@@ -145,17 +145,17 @@ def truncate(path: Path) -> None:
 
 MENDED: dict[str, Callable[[Path], None]] = {
     "metadata": lambda root: flip(segment_file(root, "0-1", 0, "lod0/tokens/zarr.json"), 10),
-    "a missing file": lambda root: segment_file(root, "0-1", 1, "lod1/gists/c/0/0").unlink(),
-    "a short file": lambda root: truncate(segment_file(root, "0-1", 3, "lod1/keys/c/0/0")),
-    "counts": lambda root: flip(segment_file(root, "0-1", 2, "lod0/num_tokens/c/0"), 3, 4),
-    "prefix sums": lambda root: flip(segment_file(root, "0-1", 2, "lod0/tokens_before/c/0"), 3, 900),
-    "a shard's index": lambda root: flip(segment_file(root, "0-1", 1, "lod0/tokens/c/0"), -10, -30),
-    "a checksum": lambda root: flip(segment_file(root, "0-1", 1, "lod0/tokens/c/0"), 4097),
-    "one bit of the tokens": lambda root: flip(segment_file(root, "0-1", 1, "lod0/tokens/c/0"), 1000),
+    "a missing file": lambda root: segment_file(root, "0-1", 1, "lod1/gists/c.0.0").unlink(),
+    "a short file": lambda root: truncate(segment_file(root, "0-1", 3, "lod1/keys/c.0.0")),
+    "counts": lambda root: flip(segment_file(root, "0-1", 2, "lod0/num_tokens/c.0"), 3, 4),
+    "prefix sums": lambda root: flip(segment_file(root, "0-1", 2, "lod0/tokens_before/c.0"), 3, 900),
+    "a shard's index": lambda root: flip(segment_file(root, "0-1", 1, "lod0/tokens/c.0"), -10, -30),
+    "a checksum": lambda root: flip(segment_file(root, "0-1", 1, "lod0/tokens/c.0"), 4097),
+    "one bit of the tokens": lambda root: flip(segment_file(root, "0-1", 1, "lod0/tokens/c.0"), 1000),
     "tokens and their gists": lambda root: (
-        flip(segment_file(root, "0-1", 1, "lod0/tokens/c/0"), 1000),
-        flip(segment_file(root, "0-1", 1, "lod1/gists/c/0/0"), 7, 8),
-        flip(segment_file(root, "0-1", 1, "lod0/num_tokens/c/0"), 7, 8),
+        flip(segment_file(root, "0-1", 1, "lod0/tokens/c.0"), 1000),
+        flip(segment_file(root, "0-1", 1, "lod1/gists/c.0.0"), 7, 8),
+        flip(segment_file(root, "0-1", 1, "lod0/num_tokens/c.0"), 7, 8),
     )[0],
 }
 
@@ -173,7 +173,7 @@ def test_what_can_be_had_from_the_segment_itself(job: TreeRepairJob, made: Compa
 
 
 def test_tokens_come_from_a_backup_and_from_nowhere_else(job: TreeRepairJob, made: CompactJob) -> None:
-    shard = segment_file(job.store.root, "0-1", 1, "lod0/tokens/c/0")
+    shard = segment_file(job.store.root, "0-1", 1, "lod0/tokens/c.0")
     flip(shard, 1000, 1001, 1002)
     num_rows = spoil_rows(job.store.root, 0)
     assert num_rows > 0
@@ -188,7 +188,7 @@ def test_tokens_come_from_a_backup_and_from_nowhere_else(job: TreeRepairJob, mad
 
 
 def test_another_net_is_refused(job: TreeRepairJob) -> None:
-    shard = segment_file(job.store.root, "0-1", 1, "lod1/gists/c/0/0")
+    shard = segment_file(job.store.root, "0-1", 1, "lod1/gists/c.0.0")
     flip(shard, 100, 101)
     damaged = shard.read_bytes()
     with pytest.raises(IncompatibleTreeError, match="gistnet_digest"):
@@ -230,7 +230,7 @@ def test_the_same_bytes_from_zarr(job: TreeRepairJob, made: CompactJob) -> None:
     """A segment written anew is plain Zarr, too."""
     import zarr
 
-    flip(segment_file(job.store.root, "0-1", 1, "lod1/gists/c/0/0"), 100, 101)
+    flip(segment_file(job.store.root, "0-1", 1, "lod1/gists/c.0.0"), 100, 101)
     sound: Any = zarr.open_group(segment_file(made.store.root, "0-1", 1, ""), mode="r")
     repair_job.run(job)
     mended: Any = zarr.open_group(segment_file(job.store.root, "0-1", 1, ""), mode="r")

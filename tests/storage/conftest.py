@@ -30,12 +30,19 @@ def _bulk(folder: Path, encoding: Encoding, **options) -> TreeWriter:
     return BulkWriter(open_context(folder, **options))
 
 
+def _gathering(folder: Path, encoding: Encoding, **options) -> TreeWriter:
+    new_store(folder, encoding)
+    return BulkWriter(open_context(folder, **options), gather_s=1e-6)
+
+
 def _memory(folder: Path, encoding: Encoding, **options) -> TreeWriter:
     del folder, options
     return MemoryTree(encoding)
 
 
-@pytest.fixture(params=[_context, _journal_only, _bulk, _memory], ids=["disk", "journal", "bulk", "memory"])
+@pytest.fixture(
+    params=[_context, _journal_only, _bulk, _gathering, _memory], ids=["disk", "journal", "bulk", "gathering", "memory"]
+)
 def make_tree(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[MakeTree]:
     made: list[TreeWriter] = []
 

@@ -125,7 +125,7 @@ def test_what_cannot_be_copied_leaves_the_backup_of_before(source: Store, target
         write_and_seal(writer, ONE)
         back_up(source, CONTEXT, target)
         write_and_seal(writer, TWO)
-    shard = max(source.folder(CONTEXT).glob("segments/*/lod1/gists/c/0/0"))
+    shard = max(source.folder(CONTEXT).glob("segments/*/lod1/gists/c.0.0"))
     data = bytearray(shard.read_bytes())
     data[7] ^= 1
     shard.write_bytes(data)

@@ -60,7 +60,7 @@ def shown(root: Path, first: int, count: int, **which) -> tuple[np.ndarray, np.n
 
 
 def token_bytes(root: Path) -> int:
-    return sum(path.stat().st_size for path in (root / CONTEXT / "segments").glob("*/lod0/tokens/c/0"))
+    return sum(path.stat().st_size for path in (root / CONTEXT / "segments").glob("*/lod0/tokens/c.0"))
 
 
 def shards_of(root: Path) -> set[bytes]:

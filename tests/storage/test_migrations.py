@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import sqlite3
 from contextlib import closing
 from pathlib import Path
 
 import google_crc32c
+import numpy as np
 import pytest
+import zarr
 
 from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.errors import (
@@ -19,6 +23,7 @@ from storage.contract import DocumentMark
 from storage.row_checksums import register
 from storage.tree import catalogue
 from storage.tree.reader import ContextReader
+from storage.tree.sealing import SEGMENT_FOLDER
 from storage.tree.verify import verify_context
 from storage.versions.branching import Branching
 from tests.storage.support import CONTEXT, Text, encoding_of, new_store, open_context, rows
@@ -72,7 +77,7 @@ def test_a_tree_without_checksums_of_rows_is_migrated_by_its_next_writer(root: P
         to_format_2(db)
         row_id, payload = db.execute("SELECT min(row_id), payload FROM journal").fetchone()
         db.execute("UPDATE journal SET payload = ? WHERE row_id = ?", (b"\xff" + payload[1:], row_id))
-    with pytest.raises(IncompatibleTreeError, match="format 2, this program writes 4"):
+    with pytest.raises(IncompatibleTreeError, match="format 2, this program writes 5"):
         ContextReader(root / CONTEXT, CONTEXT)
     with open_context(root, seal_in_background=False), closing(sqlite3.connect(path)) as db:
         assert schema_of(db) == fresh
@@ -110,7 +115,7 @@ def test_a_tree_whose_commits_changed_the_document_is_migrated_by_its_next_write
         fresh = schema_of(db)
         to_format_3(db)
         assert schema_of(db) != fresh
-    with pytest.raises(IncompatibleTreeError, match="format 3, this program writes 4"):
+    with pytest.raises(IncompatibleTreeError, match="format 3, this program writes 5"):
         ContextReader(root / CONTEXT, CONTEXT)
     with open_context(root, seal_in_background=False) as writer:
         assert writer.marks(["one"])["one"] == DocumentMark(20, 20 * K, 7, "open")
@@ -150,3 +155,53 @@ def test_a_tree_of_the_first_format_is_migrated_by_its_next_writer(root: Path, t
             rows(writer, "DELETE FROM audit")
     holds(root, TWO, THREE)
     holds(root, clipped(TWO, 40), branch="side")
+
+
+def to_format_4(root: Path, db: sqlite3.Connection) -> None:
+    """Give the segments' shards the names they had: every chunk number a folder."""
+    register(db)
+    for segment_id, name, body in db.execute("SELECT segment_id, folder, manifest FROM segments").fetchall():
+        folder = root / CONTEXT / SEGMENT_FOLDER / name
+        manifest = json.loads(body)
+        for relative in list(manifest):
+            path, entry = folder / relative, manifest.pop(relative)
+            if path.name == "zarr.json":
+                text = path.read_text().replace('"separator": "."', '"separator": "/"')
+                path.write_text(text)
+                entry = {"bytes": len(text), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+            else:
+                older = path.parent / path.name.replace(".", "/")
+                older.parent.mkdir(parents=True)
+                path.rename(older)
+                relative = older.relative_to(folder).as_posix()
+            manifest[relative] = entry
+        db.execute("UPDATE segments SET manifest = ? WHERE segment_id = ?", (json.dumps(manifest), segment_id))
+    db.execute("UPDATE meta SET value = '4' WHERE key = 'format_version'")
+
+
+def test_a_tree_whose_shards_lie_in_folders_is_read_and_goes_on(root: Path) -> None:
+    with open_context(root) as writer:
+        write(writer, ONE)
+    with closing(sqlite3.connect(root / CONTEXT / catalogue.CATALOGUE_FILE, isolation_level=None)) as db:
+        to_format_4(root, db)
+    with pytest.raises(IncompatibleTreeError, match="format 4, this program writes 5"):
+        ContextReader(root / CONTEXT, CONTEXT)
+    with open_context(root) as writer:
+        write(writer, TWO)
+    segments = root / CONTEXT / SEGMENT_FOLDER
+    older, newer = set(segments.glob("*/lod1/gists/c/0/0")), set(segments.glob("*/lod1/gists/c.0.0"))
+    assert older
+    assert newer
+    holds(root, ONE, TWO)
+    is_sound(root)
+    for shard in (*older, *newer):
+        # For everybody else they are Zarr, the one as the other.
+        folder = next(parent for parent in shard.parents if parent.name.endswith(".zarr"))
+        gists = zarr.open_group(str(folder), mode="r")["lod1/gists"]
+        assert np.isfinite(np.asarray(gists[:])).all()
+    shard = min(older)
+    data = bytearray(shard.read_bytes())
+    data[9] ^= 1
+    shard.write_bytes(data)
+    (problem, *_) = verify_context(root / CONTEXT, CONTEXT).problems
+    assert "lod1/gists/c/0/0" in problem

@@ -126,13 +126,13 @@ def test_a_damaged_group_is_refused_every_time_and_no_other(tmp_path: Path) -> N
     encoding = encoding_of()
     fill(tmp_path, encoding)
     folder = next((tmp_path / CONTEXT / SEGMENT_FOLDER).glob("*_0000000032_32_*"))
-    path = folder / "lod1/gists/c/0/0"
+    path = folder / "lod1/gists/c.0.0"
     data = bytearray(path.read_bytes())
     data[3] ^= 1
     path.write_bytes(data)
     with open_reader(tmp_path) as reader:
         for nodes in ([0, 40, 100], [40], [0, 40, 100]):
-            with pytest.raises(CorruptTreeError, match=rf"{folder.name}/lod1/gists/c/0/0: checksum of rows 0-31"):
+            with pytest.raises(CorruptTreeError, match=rf"{folder.name}/lod1/gists/c.0.0: checksum of rows 0-31"):
                 reader.read("gists", 1, nodes)
         fine = [169, 0, 64, 95, 100, 31]
         assert torch.equal(reader.read("gists", 1, fine), wanted(encoding, fine))

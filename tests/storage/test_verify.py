@@ -104,16 +104,16 @@ def remove_segment(folder: Path) -> None:
 DAMAGE: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     "journal payload": (flip_journal, ["journal row of LOD1 nodes 96-110 is damaged"]),
     "segment byte": (
-        lambda folder: flip(folder, "*_0000000032_*/lod1/gists/c/0/0", 9),
-        ["_0000000032_32", "lod1/gists/c/0/0", "LOD1 nodes 32-63", "checksum"],
+        lambda folder: flip(folder, "*_0000000032_*/lod1/gists/c.0.0", 9),
+        ["_0000000032_32", "lod1/gists/c.0.0", "LOD1 nodes 32-63", "checksum"],
     ),
     "token byte": (
-        lambda folder: flip(folder, "*_0000000064_*/lod0/tokens/c/0", 900),
-        ["lod0/tokens/c/0", "LOD0 nodes 64-95"],
+        lambda folder: flip(folder, "*_0000000064_*/lod0/tokens/c.0", 900),
+        ["lod0/tokens/c.0", "LOD0 nodes 64-95"],
     ),
     "shard index": (
-        lambda folder: flip(folder, "*_0000000000_*/lod1/keys/c/0/0", -10),
-        ["lod1/keys/c/0/0", "LOD1 nodes 0-31", "shard index is damaged"],
+        lambda folder: flip(folder, "*_0000000000_*/lod1/keys/c.0.0", -10),
+        ["lod1/keys/c.0.0", "LOD1 nodes 0-31", "shard index is damaged"],
     ),
     "metadata file": (
         lambda folder: flip(folder, "*_0000000032_*/lod1/gists/zarr.json", 30),
@@ -220,8 +220,8 @@ def test_damaged_places_are_not_read(folder: Path) -> None:
 
 
 def test_all_damage_is_listed_not_only_the_first(folder: Path) -> None:
-    flip(folder, "*_0000000000_*/lod1/gists/c/0/0", 9)
-    flip(folder, "*_0000000064_*/lod1/keys/c/0/0", 9)
+    flip(folder, "*_0000000000_*/lod1/gists/c.0.0", 9)
+    flip(folder, "*_0000000064_*/lod1/keys/c.0.0", 9)
     flip_journal(folder)
     found = "\n".join(problems(folder))
     for part in ("LOD1 nodes 0-31", "LOD1 nodes 64-95", "LOD1 nodes 96-110"):
@@ -241,7 +241,7 @@ def test_a_sound_shard_of_other_content_is_noticed(tmp_path: Path) -> None:
     with open_context(tmp_path, seal_in_background=False) as writer:
         writer.append([Text("one", 64 * K).span(ENCODING)])
         writer.flush()
-    one, other = sorted((tmp_path / CONTEXT / "segments").glob("*/lod0/tokens/c/0"))
+    one, other = sorted((tmp_path / CONTEXT / "segments").glob("*/lod0/tokens/c.0"))
     other.write_bytes(one.read_bytes())
     problems = verify_context(tmp_path / CONTEXT, CONTEXT).problems
     assert f"{other}: checksum does not match; damaged bytes" in problems

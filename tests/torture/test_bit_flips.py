@@ -46,7 +46,7 @@ def test_no_flip_is_silent(drill: FlipDrill, kind: str) -> None:
 
 def test_every_kind_of_file_of_a_segment_is_hit(drill: FlipDrill) -> None:
     names = {name.rpartition(".zarr/")[2] for name in drill.files("segment")}
-    assert {"zarr.json", "lod0/tokens/c/0", "lod1/gists/c/0/0", "lod1/keys/zarr.json"} <= names
+    assert {"zarr.json", "lod0/tokens/c.0", "lod1/gists/c.0.0", "lod1/keys/zarr.json"} <= names
 
 
 @pytest.mark.slow

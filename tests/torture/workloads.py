@@ -291,9 +291,9 @@ def streaming(root: Path, seed: int, say: Say) -> None:
 
 @workload
 def bulk(root: Path, seed: int, say: Say) -> None:
-    """Whole segments past the journal."""
+    """Whole segments past the journal, by half of the seeds written by a thread of their own."""
     writer = open_or_create(root)
-    _ingest(BulkWriter(writer), writer.encoding, seed, say, tails=False)
+    _ingest(BulkWriter(writer, gather_s=(0.0, 1e-6)[seed % 2]), writer.encoding, seed, say, tails=False)
 
 
 @workload
