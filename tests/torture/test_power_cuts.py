@@ -18,7 +18,7 @@ NUM_CUTS = 7 * len(WORKLOADS)
 PLANTED = {
     "log": ("streaming", "*/catalogue.sqlite-wal"),
     "catalogue": ("reopening", "*/catalogue.sqlite"),
-    "segment files": ("sealing", "*/segments/*/c/*"),
+    "segment files": ("sealing", "*/segments/*/c.*"),
     "folders in a segment": ("bulk", "*/segments/*"),
     "folder of segments": ("sealing", "*/segments"),
     "folder of contexts": ("streaming", "/store"),
