@@ -174,10 +174,23 @@ def served_context(spec: TreeStoreSpec) -> ServedContext | None:
     """The context as the store's verified service has it, to be opened; None when this job opens it itself.
 
     Raises:
+        ResourceError, ServiceMismatchError: as `verified_actor`.
+    """
+    actor = verified_actor(spec.store)
+    if actor is None:
+        return None
+    claim = Claim(spec.store.context, uuid.uuid4().hex, ray.get_runtime_context().get_job_id(), spec.owner)
+    return ServedContext(actor, spec, claim)
+
+
+def verified_actor(store: StoreConfig) -> Any | None:
+    """The actor of a store's service that has `store.context`; None when this job is to open the context itself.
+
+    Raises:
         ResourceError: `store.service` is `require`, and there is none.
         ServiceMismatchError: there is one, and it is not the right one.
     """
-    use, root = spec.store.service, spec.store.root
+    use, root = store.service, store.root
     service = None if use == "off" else find_service(root)
     if service is None:
         if use == "require":
@@ -186,15 +199,14 @@ def served_context(spec: TreeStoreSpec) -> ServedContext | None:
                 "the same --store.root and --ray.address"
             )
         return None
-    index = actor_index(spec.store.context, service.count)
+    index = actor_index(store.context, service.count)
     if index not in service.actors:
         raise ServiceMismatchError(
             f"the service of store {root} lacks actor {index} of {service.count}. Run `store start` again: it starts "
             "what is missing"
         )
     service.verify(service.describe(index))
-    claim = Claim(spec.store.context, uuid.uuid4().hex, ray.get_runtime_context().get_job_id(), spec.owner)
-    return ServedContext(service.actors[index], spec, claim)
+    return service.actors[index]
 
 
 def check_service_use(store: StoreConfig, config: RayConfig) -> None:

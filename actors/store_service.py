@@ -20,6 +20,7 @@ from typing import Any
 
 import ray
 
+from actors.curation.work import WORK
 from actors.tree_store import TreeStore, TreeStoreSpec
 from cluster.environment import PROJECT_ROOT
 from cluster.errors import MegaContextError, StoreRestartedError, WriterConflictError
@@ -56,7 +57,15 @@ SERVED_METHODS = frozenset(
 )
 """What an attached job may call of its `TreeStore`; opening and closing are attaching and detaching."""
 
-_CODE = ("storage/**/*.py", "actors/store_service.py", "actors/tree_store.py", "actors/rows.py", "cluster/config.py")
+_CODE = (
+    "storage/**/*.py",
+    "actors/store_service.py",
+    "actors/tree_store.py",
+    "actors/rows.py",
+    "actors/curation/work.py",
+    "actors/curation/plan.py",
+    "cluster/config.py",
+)
 
 
 @functools.cache
@@ -175,6 +184,26 @@ class StoreService:
         raise StoreRestartedError(
             f"the store's service does not hold context {context!r} for this job any more: it was restarted or stopped"
         )
+
+    def curate(self, context: str, branch: str, owner: str, work: str, *arguments: Any) -> Any:
+        """A piece of curation's work (`actors.curation.work.WORK`) on a branch of a context, between the calls of the
+        job that has it open, if there is one.
+
+        Raises:
+            WriterConflictError: that job writes another branch or rebuilds gists, or a process elsewhere is the writer.
+            StoreRestartedError: the service is being stopped.
+            MegaContextError: as the piece says.
+        """
+        if self._stopping:
+            raise StoreRestartedError(f"the service of store {self._root} is being stopped")
+        store = Store(self._root)
+        held = self._held.get(context)
+        if held is not None:
+            with held.lock:
+                if not held.released:
+                    return WORK[work](store, held.tree.lent(branch), *arguments)
+        with store.open_maintenance(context, branch, owner) as writer:
+            return WORK[work](store, writer, *arguments)
 
     def detach(self, context: str, token: str) -> None:
         """Flush and close a context; a claim that is not known is let go already.

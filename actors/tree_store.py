@@ -16,7 +16,7 @@ import pyarrow as pa
 from actors.rows import spans_from
 from actors.store_metrics import StoreMetrics
 from cluster.config import StoreConfig
-from cluster.errors import StorageError, StoreRestartedError
+from cluster.errors import StorageError, StoreRestartedError, WriterConflictError
 from storage.codec import Values
 from storage.contract import Ack, DocumentMark, DocumentMeta, SpanWrite, Version
 from storage.schema import Encoding, TreeIdentity
@@ -202,6 +202,22 @@ class TreeStore:
         """
         writer = self._opened_under(epoch)
         return self._counted((self._bulk or writer).flush(), now=True)
+
+    def lent(self, branch: str) -> ContextWriter:
+        """The writer, for a piece of work of somebody else between this job's calls.
+
+        Raises:
+            WriterConflictError: the job writes another branch, or makes gists anew, which needs all tokens.
+        """
+        writer = self._opened()
+        written = writer.version().branch
+        if written != branch or self._builder is not None:
+            doing = f"writes branch {written!r}" if written != branch else "rebuilds gists"
+            raise WriterConflictError(
+                f"{self._spec.owner or 'another job'} {doing} of context {writer.name!r} through the store's service; "
+                f"branch {branch!r} can be curated when it has ended"
+            )
+        return writer
 
     def process_id(self) -> int:
         """Of the process that holds the context."""

@@ -17,8 +17,10 @@ from pathlib import Path
 import numpy as np
 
 from actors.curation.apply import apply_plan
+from actors.curation.curator import OwnCurator
 from actors.curation.plan import SPAN_BYTES, make_plan
 from actors.curation.usage import DAY_S, measure_usage
+from actors.curation.work import collect
 from benchmarks.curation_replay import replay
 from benchmarks.curation_users import (
     EXPONENT,
@@ -32,7 +34,7 @@ from benchmarks.curation_users import (
     refocuses,
 )
 from benchmarks.harness import BenchmarkError, Result, Setting
-from cluster.config import BLOCKS_PER_SUPER_BLOCK, TOKENS_PER_BLOCK
+from cluster.config import BLOCKS_PER_SUPER_BLOCK, TOKENS_PER_BLOCK, StoreConfig
 from cluster.curation_config import CurationPace, CurationPolicy
 from storage import row_checksums
 from storage.contract import SpanWrite
@@ -44,7 +46,7 @@ from storage.tree.reader import ContextReader
 from storage.tree.states import PRUNED, as_spans
 from storage.tree.verify import verify_context
 from storage.tree.writer import ContextWriter
-from storage.versions.curation import expire_archives, restore
+from storage.versions.curation import restore
 
 CONTEXT = "year"
 K = TOKENS_PER_BLOCK
@@ -112,7 +114,7 @@ def _write_events(folder: Path, used: list[tuple[int, int, int]], first: np.ndar
 
 
 def _token_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in (folder / "segments").glob("*/lod0/tokens/c/0"))
+    return sum(path.stat().st_size for path in (folder / "segments").glob("*/lod0/tokens/c.0"))
 
 
 @dataclass(frozen=True)
@@ -182,12 +184,11 @@ def _curate(store: Store, policy: CurationPolicy, now: float) -> int:
     protected = {document.meta.key for document in documents if document.meta.tags}
     if any(span.document in protected for span in plan.spans):
         raise BenchmarkError("a protected span was planned for")
-    applied = apply_plan(plan, store, CurationPace(pause_s=0.0), "year", now=now)
+    curator = OwnCurator(StoreConfig(root=store.root, context=CONTEXT), "year", wait_s=0.0)
+    applied = apply_plan(plan, curator, CurationPace(pause_s=0.0), now=now)
     if applied.stale or applied.lost:
         raise BenchmarkError(f"{len(applied.stale)} spans were stale, {len(applied.lost)} lost")
-    with store.open_maintenance(CONTEXT) as writer:
-        store.collect(writer, keep_s=7 * DAY_S, now=now)
-        expire_archives(writer, now)
+    curator.run(collect, 7 * DAY_S, now)
     return applied.done["restore"]
 
 

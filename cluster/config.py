@@ -273,7 +273,7 @@ class StoreConfig:
     """Super-blocks (1,024 slots each) of one sealed segment: 32 is 32,768 slots, about 2.5 MB at d = 576."""
 
     service: StoreServiceUse = "auto"
-    """Whether `compact` and `tree rebuild-gists` write through the service that `store start` started for this store.
+    """Whether `compact`, `curate` and `tree rebuild-gists` write through the service that `store start` started for it.
     `auto`: when one runs on the job's cluster; `require`: refused without one; `off`: the job opens the context
     itself."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cluster.config import RunConfig, StoreConfig, TrackingConfig, require
+from cluster.config import RayConfig, RunConfig, StoreConfig, TrackingConfig, require
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,8 @@ class CurateApplyJob:
 
     run: RunConfig = field(default_factory=RunConfig)
     """Where the report goes."""
+    ray: RayConfig = field(default_factory=RayConfig)
+    """The cluster whose store service writes, where one runs; none is started."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     """MLflow."""
     store: StoreConfig = field(default_factory=StoreConfig)
@@ -141,6 +143,8 @@ class CurateRestoreJob:
     """Bring pruned tokens back, bit for bit: those still in the tree, and those of archives. Without `apply` it says
     what it would bring back."""
 
+    ray: RayConfig = field(default_factory=RayConfig)
+    """The cluster whose store service writes, where one runs; none is started."""
     store: StoreConfig = field(default_factory=StoreConfig)
     """Which store, context and branch."""
     documents: list[str] = field(default_factory=list)
@@ -168,6 +172,8 @@ class CurateWatchJob:
 
     run: RunConfig = field(default_factory=RunConfig)
     """Where plans and the report go."""
+    ray: RayConfig = field(default_factory=RayConfig)
+    """The cluster whose store service writes, where one runs; none is started."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     """MLflow."""
     store: StoreConfig = field(default_factory=StoreConfig)

@@ -1,7 +1,8 @@
 """curate report, plan, apply, restore, watch: keep in detail what is used, and be able to undo the rest.
 
 They start no cluster: a context's catalogue and focus events say all there is to know, and the work is small commits
-between those of others. `watch` is made to be submitted as a job of its own and left alone for days.
+between those of others, by the store's service where one runs. `watch` is made to be submitted as a job of its own and
+left alone for days.
 """
 
 from __future__ import annotations
@@ -12,15 +13,17 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
-from actors.curation.apply import Applied, apply_plan, writing
+from actors.curation.apply import Applied, apply_plan
+from actors.curation.curator import Curator, curating
 from actors.curation.plan import CurationPlan, make_plan
 from actors.curation.usage import DAY_S, Usage, measure_usage
+from actors.curation.work import bring_back, collect
 from cluster.config import StoreConfig
 from cluster.curation_config import (
     CurateApplyJob,
@@ -28,7 +31,6 @@ from cluster.curation_config import (
     CurateReportJob,
     CurateRestoreJob,
     CurateWatchJob,
-    CurationPace,
     CurationPolicy,
 )
 from cluster.errors import ConfigError, MegaContextError, WriterConflictError
@@ -49,7 +51,6 @@ from pipelines.tree_versions import emit
 from storage.contract import DocumentInfo, Version
 from storage.store import Store
 from storage.tree.states import PRUNED, as_spans
-from storage.versions.curation import expire_archives, restore
 
 logger = get_logger("curate")
 
@@ -114,9 +115,12 @@ def apply(job: CurateApplyJob) -> None:
             seq = reader.version.seq
         with (
             job_run.progress(len(made.spans), "spans", "curating") as progress,
+            _curator(job, job_run.name) as curator,
             _stop_signals() as stopping,
         ):
-            applied = _apply(made, store, job.pace, job_run.name, time.time(), progress.advance, stopping)
+            applied = apply_plan(
+                made, curator, job.pace, now=time.time(), on_progress=progress.advance, stopping=stopping
+            )
         after = state_numbers(store, job.store)
         tables = [applied_table(applied), states_table(before, after)]
         for table in tables:
@@ -148,8 +152,8 @@ def restore_(job: CurateRestoreJob) -> None:
     found: dict[str, Any] = {"spans": spans, "blocks": sum(count for _, count in spans), "applied": job.apply}
     tables = [Table(rows, f"{'To restore' if not job.apply else 'Restored'}: {found['blocks']:,} blocks")]
     if job.apply and spans:
-        with writing(store, job.store.context, job.store.version, "curate restore", job.pace.wait_s) as writer:
-            done = restore(writer, spans, message="curate restore")
+        with _curator(job, "curate restore") as curator:
+            done = curator.run(bring_back, spans, "curate restore")
         found |= {"version": done.version.seq, "from_archive": done.from_archive}
         row = {"version": str(done.version.seq), "blocks": done.blocks, "from archives": done.from_archive}
         tables.append(Table([row], "Done"))
@@ -160,13 +164,17 @@ def watch(job: CurateWatchJob) -> None:
     """Curate and collect at an interval, until told to stop."""
     store = Store(job.store.root)
     store.folder(job.store.context)
-    with JobRun.start("curate watch", job) as job_run, _stop_signals() as stopping:
+    with (
+        JobRun.start("curate watch", job) as job_run,
+        _curator(job, job_run.name) as curator,
+        _stop_signals() as stopping,
+    ):
         before = state_numbers(store, job.store)
         totals = Applied()
         rounds: list[dict[str, Any]] = []
         while not stopping() and not (job.rounds and len(rounds) >= job.rounds):
             begun = time.monotonic()
-            rounds.append(_round(job, store, job_run, len(rounds), totals, stopping))
+            rounds.append(_round(job, curator, job_run, len(rounds), totals, stopping))
             job_run.log_metrics({k: v for k, v in rounds[-1].items() if isinstance(v, int | float)}, len(rounds))
             last = job.rounds and len(rounds) >= job.rounds
             while not last and not stopping() and time.monotonic() - begun < job.every_s:
@@ -179,7 +187,7 @@ def watch(job: CurateWatchJob) -> None:
 
 
 def _round(
-    job: CurateWatchJob, store: Store, job_run: JobRun, number: int, totals: Applied, stopping: Any
+    job: CurateWatchJob, curator: Curator, job_run: JobRun, number: int, totals: Applied, stopping: Any
 ) -> dict[str, Any]:
     """Plan, apply, collect. What another writer, a full disk or damage keeps from being done is said, and tried again
     in the next round."""
@@ -190,7 +198,7 @@ def _round(
         made = make_plan(version, documents, usage, job.policy, now=now)
         row |= {action: len(made.of(action)) for action in ("archive", "compact", "delete", "restore")}
         made.write(job_run.folder / PLAN_FILE)
-        applied = _apply(made, store, job.pace, job_run.name, now, lambda _spans: None, stopping)
+        applied = apply_plan(made, curator, job.pace, now=now, stopping=stopping)
         for action, count in applied.done.items():
             totals.done[action] += count
         totals.there_already += applied.there_already
@@ -198,10 +206,8 @@ def _round(
         totals.lost += applied.lost
         totals.commits += applied.commits
         totals.waited_s += applied.waited_s
-        with writing(store, job.store.context, job.store.version, job_run.name, job.pace.wait_s) as writer:
-            garbage = store.collect(writer, keep_s=job.keep_days * DAY_S, now=now)
-            expired = expire_archives(writer, now)
-        row |= {"token bytes freed": garbage.token_bytes, "archive bytes expired": expired, "error": ""}
+        freed = curator.run(collect, job.keep_days * DAY_S, now)
+        row |= {"token bytes freed": freed.token_bytes, "archive bytes expired": freed.archive_bytes, "error": ""}
     except (WriterConflictError, MegaContextError) as error:
         row["error"] = str(error)
         logger.warning("round %d: %s", number + 1, error)
@@ -209,15 +215,11 @@ def _round(
     return row
 
 
-def _apply(
-    made: CurationPlan, store: Store, pace: CurationPace, owner: str, now: float, advance: Any, stopping: Any
-) -> Applied:
+def _curator(job: CurateApplyJob | CurateRestoreJob | CurateWatchJob, owner: str) -> AbstractContextManager[Curator]:
     def waits(seconds: float) -> None:
-        logger.info("context %s is being written; waiting up to %.0f s for its writer to end", made.context, seconds)
+        logger.info("context %s is being written; waiting up to %.0f s for its writer", job.store.context, seconds)
 
-    return apply_plan(
-        made, store, pace, f"run {owner!r}", now=now, on_progress=advance, on_wait=waits, stopping=stopping
-    )
+    return curating(job.store, job.ray, f"run {owner!r}", job.pace.wait_s, waits)
 
 
 def _look(config: StoreConfig, policy: CurationPolicy, now: float) -> tuple[Version, list[DocumentInfo], Usage]:

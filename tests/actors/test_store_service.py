@@ -8,6 +8,7 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ import actors.service_client as client
 import actors.store_service as store_service
 from actors.compactor import Compactor
 from actors.crew import Crew
+from actors.curation.curator import ServedCurator, curating
+from actors.curation.plan import Action, PlannedSpan
+from actors.curation.work import Order, carry_out
 from actors.packing import Packer, batched_windows
 from actors.plan import CompactionPlan
 from actors.service_client import actor_index, find_service, served_context, start_service, stop_service
@@ -33,7 +37,7 @@ from cluster.errors import (
     is_recoverable,
 )
 from cluster.ray_calls import get_or_raise
-from storage.contract import SpanWrite
+from storage.contract import BlockState, SpanWrite
 from storage.store import Store
 from storage.tree.verify import verify_context
 from storage.tree.writer_lock import committed_epoch
@@ -169,6 +173,68 @@ def test_a_stopped_service_holds_nothing_and_takes_nobody(plan: CompactionPlan, 
         service.attach(Claim("c", "t", "01", ""), spec_of(plan, root))
 
 
+def order_of(root: Path, action: Action, num_blocks: int) -> Order:
+    """One span at the beginning of context `c`."""
+    with Store(root).open_reader("c") as reader:
+        document = reader.document_at(0).meta
+    span = PlannedSpan(action, 0, num_blocks, document.key, document.uri, 0.0, 9.0)
+    return Order(action, [span], "main", 1, 1, retention_days=7.0, archive_days=0.0, now=time.time())
+
+
+def states(root: Path, num_blocks: int) -> list[int]:
+    with Store(root).open_reader("c") as reader:
+        return [int(state) for state in reader.block_states(0, num_blocks)]
+
+
+@pytest.mark.parametrize("bulk", [False, True], ids=["journal", "bulk"])
+def test_what_a_job_writes_is_curated_between_its_calls(plan: CompactionPlan, root: Path, bulk: bool) -> None:
+    service = StoreService(root, 0, 1, is_alive=lambda _: True)
+    spans = spans_of(plan, make_compactor(plan), (3000, 2000))
+    first_document = sum(span.num_blocks for span in spans if span.document == spans[0].document)
+    half = next(n for n, span in enumerate(spans) if span.document != spans[0].document) + 1
+    _, epoch = service.attach(Claim("c", "t1", "01", "run 'one'"), replace(spec_of(plan, root), bulk=bulk))
+    service.call("c", "t1", "append", epoch, spans[:half])
+    service.call("c", "t1", "flush", epoch)
+
+    def curate(work: str, *arguments: Any, branch: str = "main") -> Any:
+        return service.curate("c", branch, "run 'watch'", work, *arguments)
+
+    whole = states(root, first_document)
+    done = curate("carry_out", order_of(root, "archive", 40))
+    assert (done.done, done.commits, done.stale) == (1, 1, [])
+    assert curate("carry_out", order_of(root, "archive", 40)).there_already == 1
+    # The job goes on under its epoch, and what it wrote last grows where it was.
+    service.call("c", "t1", "append", epoch, spans[half:])
+    assert states(root, first_document) == [BlockState.GIST_ONLY] * 40 + whole[40:]
+    assert curate("collect", 0.0, time.time() + 8 * 86_400).token_bytes >= 0
+    assert curate("bring_back", [(0, 40)], "restore").blocks == 40
+    assert states(root, first_document) == whole
+    service.call("c", "t1", "flush", epoch)
+    with pytest.raises(WriterConflictError, match="run 'one' writes branch 'main'"):
+        curate("bring_back", [], "restore", branch="side")
+    service.call("c", "t1", "begin_rebuild", plan.encoding.__class__.from_json(plan.encoding.to_json()))
+    with pytest.raises(WriterConflictError, match="run 'one' rebuilds gists"):
+        curate("carry_out", order_of(root, "compact", 40))
+    service.detach("c", "t1")
+    assert verify_context(Store(root).folder("c"), "c").problems == []
+
+
+def test_a_context_that_no_job_has_is_curated_all_the_same(plan: CompactionPlan, root: Path) -> None:
+    service = StoreService(root, 0, 1, is_alive=lambda _: True)
+    _, epoch = service.attach(Claim("c", "t1", "01", ""), spec_of(plan, root))
+    service.call("c", "t1", "append", epoch, spans_of(plan, make_compactor(plan)))
+    service.detach("c", "t1")
+    order = order_of(root, "compact", 8)
+    with Store(root).open_maintenance("c"), pytest.raises(WriterConflictError):
+        service.curate("c", "main", "run 'watch'", "carry_out", order)
+    assert service.curate("c", "main", "run 'watch'", "carry_out", order).done == 1
+    assert states(root, 8) == [BlockState.GIST_ONLY] * 8
+    Store(root).open_maintenance("c").close()  # nobody holds its lock
+    service.stop()
+    with pytest.raises(StoreRestartedError, match="being stopped"):
+        service.curate("c", "main", "run 'watch'", "carry_out", order)
+
+
 # -- its actors ------------------------------------------------------------------------------------------------------
 
 
@@ -201,6 +267,36 @@ def test_two_jobs_write_two_contexts_at_once_and_one_context_never(
         with Store(root).open_reader(name) as reader:
             assert reader.version.num_blocks == sum(span.num_blocks for span in spans)
     Store(root).open_maintenance("c").close()  # detaching let go of the lock
+
+
+def test_curation_works_through_the_service_beside_a_job(
+    service: client.ServiceActors, plan: CompactionPlan, root: Path
+) -> None:
+    spans = spans_of(plan, make_compactor(plan))
+    last = sum(span.document == spans[-1].document for span in spans)
+    store = StoreConfig(root=root, context="c")
+    with Crew(spec_of(plan, root, "c"), RayConfig()) as crew:
+        append(crew, spans[:-last])
+        order = order_of(root, "compact", 8)
+        with curating(store, RayConfig(), "run 'watch'", 0.0) as curator:
+            assert isinstance(curator, ServedCurator)
+            assert curator.run(carry_out, order).done == 1
+        told: list[float] = []
+        with curating(replace(store, service="off"), RayConfig(), "run 'watch'", 0.01, told.append) as curator:
+            with pytest.raises(WriterConflictError):
+                curator.run(carry_out, order)
+            assert told == [0.01]
+        append(crew, spans[-last:])
+    assert states(root, 8) == [BlockState.GIST_ONLY] * 8
+    assert verify_context(Store(root).folder("c"), "c").problems == []
+    stop_service(root, 30)
+    with curating(store, RayConfig(), "run 'watch'", 0.0) as curator:
+        assert curator.run(carry_out, order).there_already == 1
+    with (
+        pytest.raises(ResourceError, match="no service of store"),
+        curating(replace(store, service="require"), RayConfig(), "run 'watch'", 0.0),
+    ):
+        pass
 
 
 def test_calls_of_a_job_keep_their_order(service: client.ServiceActors, plan: CompactionPlan, root: Path) -> None:

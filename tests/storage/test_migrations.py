@@ -198,6 +198,7 @@ def test_a_tree_whose_shards_lie_in_folders_is_read_and_goes_on(root: Path) -> N
         # For everybody else they are Zarr, the one as the other.
         folder = next(parent for parent in shard.parents if parent.name.endswith(".zarr"))
         gists = zarr.open_group(str(folder), mode="r")["lod1/gists"]
+        assert isinstance(gists, zarr.Array)
         assert np.isfinite(np.asarray(gists[:])).all()
     shard = min(older)
     data = bytearray(shard.read_bytes())

@@ -5,17 +5,22 @@ from __future__ import annotations
 import contextlib
 import errno
 import sqlite3
+import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from actors.curation.apply import apply_plan, writing
+from actors.curation.apply import Applied, apply_plan
+from actors.curation.curator import OwnCurator
 from actors.curation.plan import CurationPlan, make_plan
 from actors.curation.usage import DAY_S, Usage, expected_uses, measure_usage
 from cluster.config import TOKENS_PER_BLOCK as K
+from cluster.config import StoreConfig
 from cluster.curation_config import CurationPace, CurationPolicy
 from cluster.errors import ConfigError, DiskFullError, WriterConflictError
 from storage import row_checksums
@@ -43,6 +48,14 @@ WATCHED = (1 - 0.5 ** (100 / 30)) * 30 / np.log(2)
 """Days that uses of a span of 100 days were counted in."""
 TEXTS = [Text(f"doc{i}", 64 * K) for i in range(6)]
 """Two spans each."""
+
+
+def curator(root: Path, wait_s: float = 0.0, on_wait: Callable[[float], None] | None = None) -> OwnCurator:
+    return OwnCurator(StoreConfig(root=root, context=CONTEXT), "test", wait_s, on_wait)
+
+
+def applied(plan: CurationPlan, root: Path, **told: Any) -> Applied:
+    return apply_plan(plan, curator(root), PACE, now=NOW, **told)
 
 
 @pytest.fixture
@@ -163,7 +176,7 @@ def test_storing_a_document_counts_as_uses_of_it_for_a_while() -> None:
 
 def test_what_is_pruned_comes_back_with_its_document_and_the_new_stays(root: Path) -> None:
     _, _, plan = look(root)
-    apply_plan(plan, Store(root), PACE, "test", now=NOW)
+    applied(plan, root)
     log(root, *(event(n, 0.1, found=[(0, 0)]) for n in range(8)))
     alone = replace(POLICY, min_age_days=0.0)
     with_document = replace(alone, document_days=60.0, storing_uses=0.8)
@@ -233,13 +246,13 @@ def test_a_plan_goes_on_after_a_stop_and_does_nothing_twice(root: Path) -> None:
     _, _, plan = look(root)
     assert len(plan.spans) == 10
     stops = iter([False, False, True])
-    first = apply_plan(plan, Store(root), PACE, "test", now=NOW, stopping=lambda: next(stops))
+    first = applied(plan, root, stopping=lambda: next(stops))
     assert (first.done["archive"], first.commits) == (4, 2)
     seen: list[int] = []
-    second = apply_plan(plan, Store(root), PACE, "test", now=NOW, on_progress=seen.append)
+    second = applied(plan, root, on_progress=seen.append)
     assert (second.done["archive"], second.there_already, second.commits) == (6, 4, 3)
     assert sum(seen) == 10
-    again = apply_plan(plan, Store(root), PACE, "test", now=NOW)
+    again = applied(plan, root)
     assert (sum(again.done.values()), again.there_already, again.commits) == (0, 10, 0)
     with Store(root).open_reader(CONTEXT) as reader:
         states = reader.block_states(0, 384)
@@ -249,13 +262,13 @@ def test_a_plan_goes_on_after_a_stop_and_does_nothing_twice(root: Path) -> None:
 
 def test_what_is_asked_for_again_comes_back(root: Path) -> None:
     _, _, plan = look(root)
-    apply_plan(plan, Store(root), PACE, "test", now=NOW)
+    applied(plan, root)
     with open_context(root) as writer:
         assert Store(root).collect(writer, keep_s=0.0, now=NOW + 8 * DAY_S).token_bytes == 10 * 4096
     log(root, *(event(n, 0.0, scores={(70, 0): 0.3}) for n in range(2)), event(9, 1.0, scores={(7, 0): 0.3}))
     _, _, plan = look(root)
     assert [(span.action, span.first_block) for span in plan.spans] == [("restore", 64)]
-    assert apply_plan(plan, Store(root), PACE, "test", now=NOW).done["restore"] == 1
+    assert applied(plan, root).done["restore"] == 1
     with Store(root).open_reader(CONTEXT) as reader:
         np.testing.assert_array_equal(reader.tokens(64, 32)[0], TEXTS[1].packed(0, 32)[0])
 
@@ -265,22 +278,22 @@ def test_a_full_disk_stops_a_restore_and_does_not_count_as_lost(root: Path, monk
         raise OSError(errno.ENOSPC, "no space")
 
     _, _, plan = look(root)
-    apply_plan(plan, Store(root), PACE, "test", now=NOW)
+    applied(plan, root)
     with open_context(root) as writer:
         Store(root).collect(writer, keep_s=0.0, now=NOW + 8 * DAY_S)
     back = replace(plan, spans=[replace(span, action="restore") for span in plan.spans[:4]])
     with monkeypatch.context() as patch:
         patch.setattr("storage.tree.sealing.write_segment", refuse)
         with pytest.raises(DiskFullError):
-            apply_plan(back, Store(root), PACE, "test", now=NOW)
-    done = apply_plan(back, Store(root), PACE, "test", now=NOW)
+            applied(back, root)
+    done = applied(back, root)
     assert (done.done["restore"], done.lost) == (4, [])
 
 
 def test_spans_that_changed_since_the_plan_are_left_alone(root: Path) -> None:
     _, _, plan = look(root)
     moved = replace(plan, spans=[replace(plan.spans[0], document="doc9"), replace(plan.spans[1], first_block=10**6)])
-    done = apply_plan(moved, Store(root), PACE, "test", now=NOW)
+    done = applied(moved, root)
     assert (sum(done.done.values()), done.stale) == (0, [0, 10**6])
     holds(root, *TEXTS)
     with open_context(root) as writer:
@@ -288,14 +301,17 @@ def test_spans_that_changed_since_the_plan_are_left_alone(root: Path) -> None:
         write(writer, Text("more", 40 * K))
         Branching(writer).roll_back(first)
     with pytest.raises(ConfigError, match="rolled back"):
-        apply_plan(plan, Store(root), PACE, "test", now=NOW)
+        applied(plan, root)
 
 
 def test_a_living_writer_is_waited_for(root: Path) -> None:
     _, _, plan = look(root)
     told: list[float] = []
     with open_context(root), pytest.raises(WriterConflictError):
-        apply_plan(plan, Store(root), replace(PACE, wait_s=0.01), "test", now=NOW, on_wait=told.append)
+        apply_plan(plan, curator(root, 0.01, told.append), PACE, now=NOW)
     assert told == [0.01]
-    with writing(Store(root), CONTEXT, "main", "test", 0.0) as writer:
-        assert writer.version().num_blocks == 384
+    waiting = curator(root, 30.0)
+    writer = open_context(root)
+    threading.Timer(0.2, writer.close).start()
+    assert apply_plan(plan, waiting, PACE, now=NOW).commits == 5
+    assert 0.1 < waiting.waited_s < 30.0
