@@ -58,6 +58,10 @@ class ObjectiveConfig:
     overlay: bool = True
     """Whether the gist of such a block stays beside it (overlay) or gives way (strict)."""
 
+    restart_share: float = 0.0
+    """Of windows, those in which a second Working Context begins somewhere, 0 to 1: behind gists that do not come from
+    a window's first tokens, as in the middle of a document."""
+
     kl_share: float = 1.0
     """Weight of KL to the model that read everything raw, 0 to 1; the rest is that of the NLL of the text."""
 
@@ -106,6 +110,7 @@ class ObjectiveConfig:
         require(0 <= self.repeat_share <= 1, "objective.repeat_share must be from 0 to 1")
         require(self.max_tail_blocks >= 1, "objective.max_tail_blocks must be at least 1")
         require(0 <= self.shown_share <= 1, "objective.shown_share must be from 0 to 1")
+        require(0 <= self.restart_share <= 1, "objective.restart_share must be from 0 to 1")
         require(0 <= self.kl_share <= 1, "objective.kl_share must be from 0 to 1")
         require(0 <= self.states_share <= 1, "objective.states_share must be from 0 to 1")
         require(

@@ -264,6 +264,7 @@ class Distillation(nn.Module):
                     shown_share=config.shown_share,
                     overlay=config.overlay,
                     max_gists=max_gists,
+                    restart_share=config.restart_share,
                 )
                 for seed in seeds
             ]

@@ -34,6 +34,9 @@ class Sight:
     """The same of block j's raw tokens."""
     node: Bool[np.ndarray, "B n q"] | None = None
     """The same of the gist of the j-th 32 blocks. None: of no node."""
+    begins: Int64[np.ndarray, "B n"] | None = None
+    """With which block the Working Context of each block begins: nothing before it is seen, by gists neither. None: all
+    of them with the window's first."""
 
     @property
     def num_blocks(self) -> int:
@@ -44,10 +47,12 @@ class Sight:
     def stacked(cls, parts: Sequence[Sight]) -> Sight:
         """Rows of several sights of equally many blocks, one after the other."""
         nodes = [part.node for part in parts if part.node is not None]
+        begins = [part.begins for part in parts if part.begins is not None]
         return cls(
             np.concatenate([p.gist for p in parts]),
             np.concatenate([p.raw for p in parts]),
             np.concatenate(nodes) if nodes else None,
+            np.concatenate(begins) if begins else None,
         )
 
     @property
@@ -79,13 +84,14 @@ class Sight:
         (n·m entries) and then all raw tokens of the blocks from the second on. True: the row's entry sees the column's.
 
         A gist sees itself and what would stand before it in a Working Context of gists: a node's the nodes before it,
-        a block's the nodes before its super-block and the blocks of it before itself.
+        a block's the nodes before its super-block and the blocks of it before itself, from where its Working Context
+        begins.
         """
         num_rows, n, _ = self.gist.shape
         summaries = self._among_gists(num_vectors)
-        raw_from, tokens = len(summaries), (n - 1) * K
+        raw_from, tokens = summaries.shape[-1], (n - 1) * K
         mask = np.zeros((num_rows, 1, raw_from + tokens, raw_from + tokens), bool)
-        mask[:, :, :raw_from, :raw_from] = summaries
+        mask[:, 0, :raw_from, :raw_from] = summaries
         mask[:, 0, raw_from:, :raw_from] = self._of_gists(num_vectors).repeat(K, axis=1)
         mask[:, 0, raw_from:, raw_from:] = self.raw[:, 1:, 1:].repeat(K, axis=1).repeat(K, axis=2)
         inside = np.kron(np.eye(n - 1, dtype=bool), np.tril(np.ones((K, K), bool)))
@@ -102,14 +108,26 @@ class Sight:
             seen = np.diagonal(self.raw[:, 1:, 1:], -distance, axis1=1, axis2=2)
             back[:, distance:, reach - distance] = seen
         return BandedMask(
-            torch.from_numpy(np.broadcast_to(summaries, (num_rows, *summaries.shape)).copy()),
+            torch.from_numpy(np.broadcast_to(summaries, (num_rows, *summaries.shape[-2:])).copy()),
             torch.from_numpy(self._of_gists(num_vectors)),
             torch.from_numpy(back),
             K,
         )
 
-    def _among_gists(self, m: int) -> Bool[np.ndarray, "G G"]:
-        """What the gists of nodes and blocks, G = (q + n)·m, see of each other."""
+    def _among_gists(self, m: int) -> Bool[np.ndarray, "B G G"] | Bool[np.ndarray, "G G"]:
+        """What the gists of nodes and blocks, G = (q + n)·m, see of each other; of all rows at once where they see
+        alike."""
+        seen = self._among_all_gists(m)
+        if self.begins is None:
+            return seen
+        n, q = self.num_blocks, self.num_nodes
+        # First blocks of what stands in the sequence; nodes see as if everything began with the window.
+        first = np.concatenate((BLOCKS_PER_SUPER_BLOCK * np.arange(q), np.arange(n)))
+        begins = np.concatenate((np.zeros((len(self.begins), q), np.int64), self.begins), axis=1)
+        within = first[None, None, :] >= begins[:, :, None]
+        return seen & within.repeat(m, axis=1).repeat(m, axis=2)
+
+    def _among_all_gists(self, m: int) -> Bool[np.ndarray, "G G"]:
         n, q = self.num_blocks, self.num_nodes
         nodes, gists = q * m, n * m
         before = np.tril(np.ones((gists, gists), bool))
@@ -140,6 +158,7 @@ def random_sight(
     shown_share: float = 0.0,
     overlay: bool = True,
     max_gists: int | None = None,
+    restart_share: float = 0.0,
 ) -> Sight:
     """Windows cut into chunks of 1 … `max_tail_blocks` blocks at random.
 
@@ -156,6 +175,8 @@ def random_sight(
         overlay: whether the gist of a block that is shown raw is seen beside it; otherwise raw tokens stand instead of
             it, and none within a node.
         max_gists: a chunk sees gists of so many blocks before it at most, the newest ones. None: of all.
+        restart_share: of the windows, those in which a second Working Context begins with a chunk drawn at random, as
+            one does in the middle of a document: nothing before is seen from there on.
     """
     chunk_of = np.empty((num_rows, num_blocks), np.int64)
     for row in chunk_of:
@@ -178,7 +199,27 @@ def random_sight(
         oldest = earlier_chunk.sum(axis=2, keepdims=True) - max_gists
         gist &= np.arange(num_blocks) >= oldest
         node = None if node is None else node & (BLOCKS_PER_SUPER_BLOCK * np.arange(node.shape[2]) >= oldest)
-    return Sight(gist, tail | shown, node)
+    if not restart_share:
+        return Sight(gist, tail | shown, node)
+    begins = _begins(chunk_of, rng, restart_share)
+    seen = np.arange(num_blocks) >= begins[:, :, None]
+    if node is not None:
+        cut = node & (BLOCKS_PER_SUPER_BLOCK * np.arange(node.shape[2]) < begins[:, :, None])
+        # Of a super-block that is cut in two, what is left is seen block by block.
+        gist[:, :, : BLOCKS_PER_SUPER_BLOCK * node.shape[2]] |= cut.repeat(BLOCKS_PER_SUPER_BLOCK, axis=2)
+        node &= ~cut
+    return Sight(gist & seen, (tail | shown) & seen, node, begins)
+
+
+def _begins(chunk_of: Int64[np.ndarray, "B n"], rng: np.random.Generator, share: float) -> Int64[np.ndarray, "B n"]:
+    """The first block of each block's Working Context, where `share` of the rows have a second one."""
+    num_rows, n = chunk_of.shape
+    begins = np.zeros((num_rows, n), np.int64)
+    restarts, draws = rng.random(num_rows) < share, rng.integers(1, n, num_rows)
+    for row in np.flatnonzero(restarts):
+        start = int(np.searchsorted(chunk_of[row], chunk_of[row, draws[row]]))
+        begins[row, start:] = start
+    return begins
 
 
 def _nodes(

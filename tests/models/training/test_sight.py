@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -114,6 +115,62 @@ def test_older_super_blocks_are_seen_as_nodes(overlay: bool, num_vectors: int) -
             ("raw", "raw"): kind == what == "raw" and bool(sight.raw[0, i, j] or (i == j and place <= at)),
         }.get((kind, what), False)
         assert mask[0, 0, seeing, other] == expected, (entries[seeing], entries[other])
+
+
+@pytest.mark.parametrize("num_blocks", [9, 70])
+def test_a_second_working_context_sees_nothing_of_the_first(num_blocks: int) -> None:
+    rng = np.random.default_rng(5)
+    sight = Sight.stacked(
+        [random_sight(1, num_blocks, rng, max_tail_blocks=3, shown_share=0.2, restart_share=0.7) for _ in range(40)]
+    )
+    assert sight.begins is not None
+    starts = sight.begins.max(axis=1)
+    assert 20 <= (starts > 0).sum() < 40
+    assert len(set(starts.tolist())) > 5
+    mask, q = sight.mask(1).numpy()[:, 0], sight.num_nodes
+    for row, start in enumerate(starts):
+        assert (sight.begins[row] == np.where(np.arange(num_blocks) < start, 0, start)).all()
+        seen = sight.gist[row] | sight.raw[row]
+        if sight.node is not None:
+            seen |= _under(sight.node[row])
+        own = np.tril(np.ones((num_blocks, num_blocks), bool), -1)
+        own[start:, :start] = False
+        assert (seen == own).all(), "all of its own Working Context, and nothing of the other"
+        gists = mask[row, q : q + num_blocks, q : q + num_blocks]
+        assert not gists[start:, :start].any()
+        assert gists[:start, :start].any() == (start > 0)
+        raw_from = q + num_blocks
+        old = slice(raw_from, raw_from + max(0, start - 1) * K)
+        assert not mask[row, raw_from + max(0, start - 1) * K :, old].any() or start == 0
+    tokens = sight.tail_tokens()
+    assert (tokens <= K * (np.arange(num_blocks) - sight.begins)).all()
+
+
+def _under(node: np.ndarray) -> np.ndarray:
+    """Blocks that the nodes each block sees stand for: `(n, n)`."""
+    n = len(node)
+    blocks = np.zeros((n, n), bool)
+    blocks[:, : 32 * node.shape[1]] = node.repeat(32, axis=1)
+    return blocks
+
+
+def test_a_band_says_the_same_as_the_mask_where_working_contexts_begin_anew() -> None:
+    sight = random_sight(6, 12, np.random.default_rng(1), max_tail_blocks=3, restart_share=1.0)
+    assert sight.begins is not None
+    band = sight.banded_mask(2)
+    whole = sight.mask(2)
+    assert torch.equal(band.summaries, whole[:, 0, :24, :24])
+    seen = whole[:, 0, 24:, :24][:, ::K]
+    assert torch.equal(band.to_summaries, seen)
+
+
+def test_without_restarts_the_same_cuts_are_drawn() -> None:
+    with_none = random_sight(3, 9, np.random.default_rng(1), max_tail_blocks=3)
+    anew = random_sight(3, 9, np.random.default_rng(1), max_tail_blocks=3, restart_share=1.0)
+    assert with_none.begins is None
+    assert anew.begins is not None
+    kept = np.arange(9) >= anew.begins[:, :, None]
+    assert (anew.gist == (with_none.gist & kept)).all()
 
 
 def test_windows_of_one_super_block_have_no_nodes() -> None:
