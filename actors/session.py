@@ -32,7 +32,7 @@ from cluster.config import StoreConfig
 from cluster.environment import base_folder
 from cluster.errors import BudgetError, FocusError, MegaContextError
 from cluster.heap import keep_freed_memory
-from cluster.session_config import SamplingConfig, SessionConfig
+from cluster.session_config import AUTO_LENSNET, SamplingConfig, SessionConfig
 from models.base_lm import BaseLM
 from models.decoding.chat_format import ChatFormat
 from models.decoding.focused_cache import FocusedCache
@@ -43,7 +43,7 @@ from models.focus.layout import found_before_turn, lay_out, runs_of_neighbours
 from models.focus.refocus import BlockName, Focus, RefocusPolicy, refocus
 from models.focus.working_context import smallest_budget
 from models.lensnet import LensNet
-from models.lensnet.net import require_models
+from models.lensnet.net import packaged_lensnet, require_models
 from storage.contract import DocumentMeta
 from storage.schema import GISTS
 
@@ -414,10 +414,12 @@ def _session_lens(spec: SessionSpec, lens: Lens | None) -> SessionLens | None:
     Raises:
         ModelError: no net there, or one that was trained with other models.
     """
-    gistnet, folder = spec.plan.gistnet, spec.config.lensnet
-    if lens is None and folder:
-        lens = net = LensNet.load(base_folder() / Path(folder).expanduser())
-        require_models(net, folder, spec.plan.digests(), gistnet.key_dim)
+    gistnet, digests = spec.plan.gistnet, spec.plan.digests()
+    chosen = packaged_lensnet(digests) if spec.config.lensnet == AUTO_LENSNET else spec.config.lensnet
+    if lens is None and chosen:
+        folder = base_folder() / Path(chosen).expanduser()
+        lens = net = LensNet.load(folder)
+        require_models(net, folder, digests, gistnet.key_dim)
     return None if lens is None else SessionLens(lens, gistnet, spec.config.lens_unit)
 
 

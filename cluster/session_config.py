@@ -20,6 +20,9 @@ SessionMode = Literal["overlay", "strict"]
 SessionPositional = Literal["compact", "anchored", "global"]
 SessionLayout = Literal["before_turn", "timeline"]
 
+AUTO_LENSNET = "auto"
+"""`session.lensnet` that takes the net that comes along."""
+
 PACKAGED_GISTNET = "models/packaged/gistnet-smollm2-135m"
 """Trained for SmolLM2-135M; relative to the project's folder."""
 
@@ -104,9 +107,10 @@ class SessionConfig:
     """Who chooses the blocks that are shown. `greedy`: by score. `optimal`: the exact optimum of scores for each cut.
     `stochastic`: by scores with noise, to explore. `recency`: none, all that is over goes to the newest tokens."""
 
-    lensnet: str = ""
-    """Folder of a LensNet of `train lensnet` that scores what words and keys found, and the newest blocks. Empty: their
-    ranks are the scores."""
+    lensnet: str = AUTO_LENSNET
+    """Folder of a LensNet of `train lensnet` that scores what words and keys found, and the newest blocks. `auto`: the
+    one that comes along, where it was trained with the context's models. Empty, and where there is none: ranks are the
+    scores."""
 
     lens_unit: float = 0.05
     """Nats a token that LensNet must expect of a block for a score of 1, the unit of bonus and price."""

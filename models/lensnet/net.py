@@ -233,6 +233,15 @@ def require_models(net: LensNet, folder: Path | str, digests: Mapping[str, str],
         )
 
 
+def packaged_lensnet(digests: Mapping[str, str]) -> Path | None:
+    """Folder of the net that comes along for these models, as in `require_models`; None where there is none."""
+    for path in sorted((Path(__file__).parents[1] / "packaged").glob(f"lensnet-*/{CONFIG_FILE}")):
+        _, trained_with = _read_config(path)
+        if trained_with and all(digests.get(what) == digest for what, digest in trained_with.items()):
+            return path.parent
+    return None
+
+
 def untrained_lensnet(spec: LensNetSpec, seed: int = 0) -> LensNet:
     """The same weights in every process."""
     with torch.random.fork_rng(devices=[]):

@@ -12,9 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cluster.environment import PROJECT_ROOT
 from cluster.errors import ModelError
 from models.lensnet import FEATURES, CandidateSet, LensNet, LensNetSpec
-from models.lensnet.net import CONFIG_FILE, WEIGHTS_FILE, padded, require_models, untrained_lensnet
+from models.lensnet.net import CONFIG_FILE, WEIGHTS_FILE, packaged_lensnet, padded, require_models, untrained_lensnet
 
 KEY_DIM = 6
 SPEC = LensNetSpec(key_dim=KEY_DIM, key_directions=4, hidden_dim=16, num_layers=2, num_heads=2)
@@ -145,6 +146,14 @@ def test_it_is_refused_beside_models_it_was_not_trained_with(tmp_path: Path) -> 
         require_models(again, tmp_path, {"base_lm": "a" * 64, "gistnet": "d" * 64}, KEY_DIM)
     with pytest.raises(ModelError, match="keys of 6 dimensions, the context has 7"):
         require_models(again, tmp_path, {}, KEY_DIM + 1)
+
+
+def test_the_net_that_comes_along_is_found_for_its_models_alone() -> None:
+    folder = PROJECT_ROOT / "models/packaged/lensnet-smollm2-135m"
+    digests = {**LensNet.load(folder).trained_with, "adapter": "e" * 64}
+    assert packaged_lensnet(digests) == folder
+    assert packaged_lensnet({**digests, "gistnet": "f" * 64}) is None
+    assert packaged_lensnet({}) is None
 
 
 def test_a_net_that_does_not_say_what_it_was_trained_with_is_taken(tmp_path: Path) -> None:
