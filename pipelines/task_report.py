@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from actors.evaluation import rivals
 from actors.evaluation.statistics import Estimate
-from actors.evaluation.task_results import Cell, TaskResults
+from actors.evaluation.task_results import Cell, Metric, TaskResults
 from cluster.plots import figure
 from cluster.tables import Table
 
@@ -34,11 +36,11 @@ def task_tables(results: TaskResults) -> list[Table]:
     ]
 
 
-def _by_length(results: TaskResults, budget: int, metric: str) -> list[dict[str, object]]:
+def _by_length(results: TaskResults, budget: int, metric: Metric) -> list[dict[str, object]]:
     return [
         {"shown": condition}
         | {
-            f"{length:,} slots": _share(results.mean(metric, Cell(condition, budget, None, length)))  # type: ignore[arg-type]
+            f"{length:,} slots": _share(results.mean(metric, Cell(condition, budget, None, length)))
             for length in results.lengths
         }
         for condition in results.conditions(budget)
@@ -95,20 +97,38 @@ def _level(estimate: Estimate) -> str:
     return f"{estimate.mean:.2f} ± {estimate.standard_error:.2f}" if estimate.num_samples else ""
 
 
+def length_table(results: TaskResults, budget: int, metric: Metric, title: str) -> Table:
+    """One metric over all tasks, by length of history."""
+    return Table(_by_length(results, budget, metric), title)
+
+
 def plot_depths(results: TaskResults, condition: str, budget: int, path: Path) -> None:
     """Accuracy over length and depth of one condition; white where nothing feasible was measured."""
+    size = (2.0 + 1.1 * len(results.lengths), 1.4 + 0.5 * len(results.depths))
+    with figure(path, f"{condition}, {budget} slots: accuracy", size=size) as axes:
+        _draw_depths(axes, results, condition, budget)
+
+
+def plot_depth_maps(results: TaskResults, conditions: Sequence[str], budget: int, path: Path) -> None:
+    """As `plot_depths`, of several conditions side by side."""
+    size = (len(conditions) * (1.2 + 0.9 * len(results.lengths)), 1.6 + 0.5 * len(results.depths))
+    with figure(path, f"{budget} slots: accuracy", num_columns=len(conditions), size=size) as columns:
+        for axes, condition in zip(columns, conditions, strict=True):
+            _draw_depths(axes, results, condition, budget)
+            axes.set_title(condition)
+
+
+def _draw_depths(axes: Any, results: TaskResults, condition: str, budget: int) -> None:
     cells = [
         [results.mean("correct", Cell(condition, budget, None, length, depth)) for length in results.lengths]
         for depth in results.depths
     ]
     values = np.array([[cell.mean for cell in row] for row in cells])
-    size = (2.0 + 1.1 * len(results.lengths), 1.4 + 0.5 * len(results.depths))
-    with figure(path, f"{condition}, {budget} slots: accuracy", size=size) as axes:
-        axes.grid(visible=False)
-        axes.imshow(np.ma.masked_invalid(values), vmin=0, vmax=1, cmap="viridis", aspect="auto")
-        for row, column in np.argwhere(np.isfinite(values)).tolist():
-            shade = "black" if values[row, column] > 0.6 else "white"
-            axes.text(column, row, f"{values[row, column]:.0%}", ha="center", va="center", color=shade)
-        axes.set_xticks(range(len(results.lengths)), [f"{length:,}" for length in results.lengths])
-        axes.set_yticks(range(len(results.depths)), [f"{depth:.0%}" for depth in results.depths])
-        axes.set(xlabel="slots of history", ylabel="depth (0%: oldest)")
+    axes.grid(visible=False)
+    axes.imshow(np.ma.masked_invalid(values), vmin=0, vmax=1, cmap="viridis", aspect="auto")
+    for row, column in np.argwhere(np.isfinite(values)).tolist():
+        shade = "black" if values[row, column] > 0.6 else "white"
+        axes.text(column, row, f"{values[row, column]:.0%}", ha="center", va="center", color=shade)
+    axes.set_xticks(range(len(results.lengths)), [f"{length:,}" for length in results.lengths])
+    axes.set_yticks(range(len(results.depths)), [f"{depth:.0%}" for depth in results.depths])
+    axes.set(xlabel="slots of history", ylabel="depth (0%: oldest)")
