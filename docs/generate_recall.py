@@ -44,7 +44,7 @@ def tables(results: TaskResults) -> list[Table]:
     ]
 
 
-def _by_task(results: TaskResults, budget: int) -> list[dict[str, object]]:
+def _by_task(results: TaskResults, budget: int) -> list[dict[str, str]]:
     return [
         {"shown": condition}
         | {task: _share(results, Cell(condition, budget, task)) for task in results.tasks}

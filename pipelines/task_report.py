@@ -36,7 +36,7 @@ def task_tables(results: TaskResults) -> list[Table]:
     ]
 
 
-def _by_length(results: TaskResults, budget: int, metric: Metric) -> list[dict[str, object]]:
+def _by_length(results: TaskResults, budget: int, metric: Metric) -> list[dict[str, str]]:
     return [
         {"shown": condition}
         | {

@@ -53,8 +53,8 @@ def by_page(pages: list[Path]) -> Any:
 # -- configuration ---------------------------------------------------------------------------------------------------
 
 
-def generator() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("generate_configuration", ROOT / "docs/generate_configuration.py")
+def generator(name: str = "generate_configuration") -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"docs/{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -65,6 +65,11 @@ def generator() -> ModuleType:
 def test_the_configuration_page_is_current() -> None:
     page = generator()
     assert page.PAGE.read_text(encoding="utf-8") == page.render(), "run: python docs/generate_configuration.py"
+
+
+def test_the_page_of_recall_says_what_its_samples_say() -> None:
+    page = generator("generate_recall")
+    assert page.PAGE.read_text(encoding="utf-8") == page.render(page.read_runs()), "run: python docs/generate_recall.py"
 
 
 # -- commands --------------------------------------------------------------------------------------------------------
