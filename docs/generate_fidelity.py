@@ -12,7 +12,7 @@ from pathlib import Path
 
 from actors.evaluation.fidelity import CASES, FidelityRun, together
 from pipelines.fidelity_report import Runs, bars_table, case_tables, plot_cases
-from pipelines.packed_runs import pack, with_tables
+from pipelines.packed_runs import pack_named, with_tables
 
 PAGE = Path(__file__).with_name("fidelity.md")
 FOLDER = Path(__file__).with_name("fidelity")
@@ -37,9 +37,7 @@ def render(runs: Runs) -> str:
 
 def main(arguments: list[str]) -> None:
     """Pack what is named, then write the page and its picture."""
-    for argument in arguments:
-        run, _, name = argument.partition("=")
-        pack(Path(run), FOLDER / name)
+    pack_named(arguments, FOLDER)
     runs = read_runs()
     PAGE.write_text(render(runs), encoding="utf-8")
     bars_table(runs).show()

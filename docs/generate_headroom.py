@@ -13,7 +13,7 @@ from pathlib import Path
 from actors.evaluation.headroom import Cell, FocusRun, cells_of
 from cluster.tables import Table
 from pipelines.headroom_report import headroom_tables, plot_chosen, plot_gaps, plot_long_context
-from pipelines.packed_runs import pack, with_tables
+from pipelines.packed_runs import pack_named, with_tables
 
 PAGE = Path(__file__).with_name("headroom.md")
 FOLDER = Path(__file__).with_name("headroom")
@@ -43,9 +43,7 @@ def render(groups: dict[str, list[Cell]]) -> str:
 
 def main(arguments: list[str]) -> None:
     """Pack what is named, then write the page and its pictures."""
-    for argument in arguments:
-        run, _, name = argument.partition("=")
-        pack(Path(run), FOLDER / name)
+    pack_named(arguments, FOLDER)
     groups = read_groups()
     PAGE.write_text(render(groups), encoding="utf-8")
     cells = groups[GATE]

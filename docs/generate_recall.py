@@ -14,7 +14,7 @@ from actors.evaluation.task_evaluator import TaskMeasured
 from actors.evaluation.task_places import TaskPlace
 from actors.evaluation.task_results import Cell, TaskResults
 from cluster.tables import Table
-from pipelines.packed_runs import pack, with_tables
+from pipelines.packed_runs import pack_named, with_tables
 from pipelines.task_report import length_table, plot_depth_maps
 
 PAGE = Path(__file__).with_name("recall.md")
@@ -68,9 +68,7 @@ def render(runs: dict[str, TaskResults]) -> str:
 
 def main(arguments: list[str]) -> None:
     """Pack what is named, then write the page and its pictures."""
-    for argument in arguments:
-        run, _, name = argument.partition("=")
-        pack(Path(run), FOLDER / name)
+    pack_named(arguments, FOLDER)
     runs = read_runs()
     PAGE.write_text(render(runs), encoding="utf-8")
     for group, results in runs.items():

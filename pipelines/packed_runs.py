@@ -5,11 +5,19 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
 
 from cluster.tables import Table
+
+
+def pack_named(arguments: Sequence[str], folder: Path) -> None:
+    """Pack runs given as `<run's folder>=<name>` into folders of that name."""
+    for argument in arguments:
+        run, _, name = argument.partition("=")
+        pack(Path(run), folder / name)
 
 
 def pack(run: Path, target: Path) -> None:
