@@ -9,7 +9,7 @@ import yaml
 
 from cluster.config import BaseLMConfig
 from models.gistnet import GistNet
-from models.gistnet.build import check_fits
+from models.gistnet.build import check_fits, packaged_gistnet
 from models.model_files import resolve_model
 
 ROOT = Path(__file__).parents[2]
@@ -29,4 +29,7 @@ def test_a_packaged_net_is_small_fits_its_model_and_says_what_it_is(folder: Path
 
 def test_the_demo_uses_one() -> None:
     demo = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())
-    assert ROOT / demo["gistnet"]["path"] in PACKAGED
+    # What it says nothing of is left to the model, and for the default one there is a net.
+    assert "gistnet" not in demo
+    assert "base_lm" not in demo
+    assert packaged_gistnet(resolve_model(BaseLMConfig())) in PACKAGED
