@@ -34,14 +34,17 @@ def read_runs() -> dict[str, TaskResults]:
 
 
 def tables(results: TaskResults) -> list[Table]:
-    """Of one run: accuracy and recall by length, accuracy by task."""
-    (budget,) = results.budgets
-    where = f"{len(results.samples)} questions, {budget} slots"
-    return [
-        length_table(results, budget, "correct", f"Right of eight candidates: {where}"),
-        length_table(results, budget, "recall", f"Needed blocks shown: {where}"),
-        Table(_by_task(results, budget), f"Right, by task, all lengths: {where}"),
-    ]
+    """Of one run, a budget after the other: accuracy and recall by length; of a single budget accuracy by task, too."""
+    found = []
+    for budget in results.budgets:
+        where = f"{len(results.samples)} questions, {budget} slots"
+        found.append(length_table(results, budget, "correct", f"Right of eight candidates: {where}"))
+        found.append(length_table(results, budget, "recall", f"Needed blocks shown: {where}"))
+    if len(results.budgets) == 1:
+        (budget,) = results.budgets
+        where = f"{len(results.samples)} questions, {budget} slots"
+        found.append(Table(_by_task(results, budget), f"Right, by task, all lengths: {where}"))
+    return found
 
 
 def _by_task(results: TaskResults, budget: int) -> list[dict[str, str]]:
@@ -72,9 +75,10 @@ def main(arguments: list[str]) -> None:
     runs = read_runs()
     PAGE.write_text(render(runs), encoding="utf-8")
     for group, results in runs.items():
-        (budget,) = results.budgets
-        mapped = [name for name in MAPPED if name in results.conditions(budget)]
-        plot_depth_maps(results, mapped, budget, FOLDER / f"{group}.png")
+        for budget in results.budgets:
+            mapped = [name for name in MAPPED if name in results.conditions(budget)]
+            name = group if len(results.budgets) == 1 else f"{group}-{budget}"
+            plot_depth_maps(results, mapped, budget, FOLDER / f"{name}.png")
 
 
 if __name__ == "__main__":
