@@ -140,6 +140,9 @@ def _serve(connection: Connection, store: TreeStore, folder: Path | None) -> lis
 
 
 def _num_blocks(store: TreeStore) -> int:
+    if store._bulk is not None:
+        # What is being written counts when it is stored.
+        store._bulk._landed(wait=True)
     return store.open()[0].num_blocks
 
 
