@@ -30,6 +30,7 @@ from storage.tree.lineage import LIVE
 from storage.tree.writer import ContextWriter
 from storage.versions.branching import Branching
 from storage.versions.history import History
+from storage.versions.removal import scrub, wants_scrub
 
 DAY_S = 86400.0
 
@@ -226,8 +227,8 @@ def gc(job: TreeGcJob) -> None:
     store = Store(job.store.root)
     with maintained(job.store, "main") as writer:
         found = store.collect(writer, keep_s=job.keep_days * DAY_S, dry_run=not job.apply)
-        if job.apply and writer.wants_scrub:
-            writer.scrub()
+        if job.apply and wants_scrub(writer):
+            scrub(writer)
     rows = [
         {"what": "segments", "number": len(found.segments), "bytes": human_bytes(found.segment_bytes)},
         {"what": "segments shortened", "number": len(found.shortened), "bytes": human_bytes(found.shortened_bytes)},

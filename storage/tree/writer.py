@@ -51,8 +51,6 @@ logger = logging.getLogger("megacontext.storage")
 
 MAIN_BRANCH = "main"
 
-_WANTS_SCRUB = "wants_scrub"
-
 ROW_ID_BITS = 40
 """Of a journal row's id that count the rows of one writer; the epoch is above them."""
 
@@ -442,33 +440,6 @@ class ContextWriter:
     def mark(self, db: sqlite3.Connection, request_id: str) -> None:
         """Add a version that holds what the newest one does; inside `commit`, followed by `reload`."""
         self._advance(db, request_id, self._version.num_tokens, self._version.level_counts)
-
-    def scrub(self) -> None:
-        """Leave nothing of deleted rows in the catalogue's file and log.
-
-        Raises:
-            StorageError: a reader is in the middle of a transaction, so that the log could not be emptied.
-        """
-        with self.lock, catalogue.translated(self._catalogue_path):
-            self._connection.execute("VACUUM")
-            busy = self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
-        if busy:
-            raise StorageError(
-                f"{self._catalogue_path} is being read, so its log still holds deleted rows; `tree gc --apply true` "
-                "empties it once nothing reads"
-            )
-        with self.commit() as db:
-            db.execute("DELETE FROM meta WHERE key = ?", (_WANTS_SCRUB,))
-
-    def want_scrub(self, db: sqlite3.Connection) -> None:
-        """Remember that deleted rows must not stay in the files, until `scrub` has seen to it; inside `commit`."""
-        db.execute("INSERT OR REPLACE INTO meta (key, value) VALUES (?, '1')", (_WANTS_SCRUB,))
-
-    @property
-    def wants_scrub(self) -> bool:
-        """Whether an erase did not come to its end."""
-        with self.reading() as db:
-            return db.execute("SELECT 1 FROM meta WHERE key = ?", (_WANTS_SCRUB,)).fetchone() is not None
 
     def switch_encoding(self, db: sqlite3.Connection, encoding_id: int, counts: tuple[int, ...]) -> None:
         """Give the branch another encoding in a new version; inside `commit`, followed by `reload`."""

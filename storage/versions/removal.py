@@ -26,6 +26,8 @@ from storage.versions.archive import Archives
 from storage.versions.branching import Branching
 from storage.versions.history import History
 
+_WANTS_SCRUB = "wants_scrub"
+
 UNSEEN = "being-rewritten"
 """Name of the branch that is made behind the scenes; one that an interrupted removal left is discarded."""
 
@@ -168,7 +170,7 @@ def erase_documents(store: Store, writer: ContextWriter, keys: Sequence[str], *,
         BranchConflictError: another branch, a tag or a reader still shows one, or one is open. A reader that was opened
             meanwhile keeps the version it reads; the documents are out of all newer ones.
         StorageError: no such document; or something reads the catalogue, so that its log could not be emptied:
-            `ContextWriter.scrub` does the rest.
+            `scrub` does the rest.
     """
     discard_unseen(writer)
     _refuse_while_shown(store, writer, keys)
@@ -190,11 +192,40 @@ def erase_documents(store: Store, writer: ContextWriter, keys: Sequence[str], *,
             db.executemany("UPDATE branches SET retired_at = 0 WHERE branch_id = ?", [(number,) for number in expired])
             digests = [hashlib.sha256(key.encode()).hexdigest() for key in keys]
             writer.audit(db, "erase", {"documents": removed.documents, "blocks": removed.blocks, "keys": digests})
-            writer.want_scrub(db)
+            _want_scrub(db)
         store.collect(writer, keep_s=keep_s, clip_share=0.0)
         _refuse_while_shown(store, writer, keys)
-        writer.scrub()
+        scrub(writer)
     return removed
+
+
+def scrub(writer: ContextWriter) -> None:
+    """Leave nothing of deleted rows in the catalogue's file and log.
+
+    Raises:
+        StorageError: a reader is in the middle of a transaction, so that the log could not be emptied.
+    """
+    with writer.reading() as db:
+        db.execute("VACUUM")
+        busy = db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
+    if busy:
+        raise StorageError(
+            f"the catalogue of context {writer.name!r} is being read, so its log still holds deleted rows; `tree gc "
+            "--apply true` empties it once nothing reads"
+        )
+    with writer.commit() as db:
+        db.execute("DELETE FROM meta WHERE key = ?", (_WANTS_SCRUB,))
+
+
+def wants_scrub(writer: ContextWriter) -> bool:
+    """Whether an erase did not come to its end."""
+    with writer.reading() as db:
+        return db.execute("SELECT 1 FROM meta WHERE key = ?", (_WANTS_SCRUB,)).fetchone() is not None
+
+
+def _want_scrub(db: sqlite3.Connection) -> None:
+    """Remember that deleted rows must not stay in the files, until `scrub` has seen to it; inside `commit`."""
+    db.execute("INSERT OR REPLACE INTO meta (key, value) VALUES (?, '1')", (_WANTS_SCRUB,))
 
 
 def _refuse_while_shown(store: Store, writer: ContextWriter, keys: Sequence[str]) -> None:

@@ -13,9 +13,10 @@ from cluster.errors import BranchConflictError, StorageError
 from storage.lexical.index import LexicalWriter
 from storage.lexical.search import LexicalSearcher
 from storage.store import Store
+from storage.versions import removal
 from storage.versions.backup import back_up
 from storage.versions.branching import Branching
-from storage.versions.removal import erase_documents, remove_documents
+from storage.versions.removal import erase_documents, remove_documents, scrub, wants_scrub
 from tests.storage.support import CONTEXT, Text, encoding_of, new_store, open_context, rows
 from tests.storage.version_support import history, holds, is_sound, write
 
@@ -215,9 +216,11 @@ def test_an_interrupted_erase_is_finished(root: Path, monkeypatch: pytest.Monkey
         write(writer, *TEXTS)
         with LexicalWriter(writer.folder, decode) as index, writer.reader() as reader:
             index.advance(reader)
-        owner, name = {"commit": (writer, "want_scrub"), "collect": (store, "collect"), "scrub": (writer, "scrub")}[
-            step
-        ]
+        owner, name = {
+            "commit": (removal, "_want_scrub"),
+            "collect": (store, "collect"),
+            "scrub": (removal, "scrub"),
+        }[step]
 
         def stop(*_: object, **__: object) -> None:
             raise OSError("the power went")
@@ -229,11 +232,11 @@ def test_an_interrupted_erase_is_finished(root: Path, monkeypatch: pytest.Monkey
         holds(root, *KEPT)
     with open_context(root, seal_in_background=False) as writer:
         if step == "scrub":
-            assert writer.wants_scrub
-            writer.scrub()
+            assert wants_scrub(writer)
+            scrub(writer)
         else:
             erase_documents(store, writer, ["secret"], keep_s=NEVER_S)
-        assert not writer.wants_scrub
+        assert not wants_scrub(writer)
         assert traces(root, TEXTS[1]) == set()
     is_sound(root)
 
