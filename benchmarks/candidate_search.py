@@ -28,7 +28,7 @@ from benchmarks.harness import BenchmarkError, Result, Setting, median_ratio, pe
 from benchmarks.text_contexts import build_text_context, corpus_windows
 from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.config import GistNetConfig, StoreConfig
-from cluster.session_config import PACKAGED_GISTNET, SessionConfig
+from cluster.session_config import SessionConfig
 from models.base_lm import BaseLM
 from models.decoding.focused_cache import FocusedCache
 from models.focus.allocators import ranked_by_score
@@ -53,7 +53,7 @@ def candidate_search(setting: Setting) -> Result:
     sizes = {"64k": setting.size(65_536, 4_000), "1M": setting.size(1_000_000, 8_000)}
     sizes["10M"] = setting.size(10_000_000, 80_000)
     rounds, warm_up = setting.size((20, 2), (2, 1))
-    net = GistNetConfig(path=PACKAGED_GISTNET) if not setting.quick else GistNetConfig(lm_layers=2)
+    net = GistNetConfig(lm_layers=2) if setting.quick else GistNetConfig()
     with setting.scratch() as root, one_thread(), ExitStack() as stack:
         plan = plan_models(setting.base_lm, net, StoreConfig(root=root, context="long"))
         lm = BaseLM.load(plan.base_lm)

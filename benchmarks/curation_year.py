@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from actors.curation.apply import apply_plan
-from actors.curation.curator import OwnCurator
+from actors.curation.curator import Curator
 from actors.curation.plan import SPAN_BYTES, make_plan
 from actors.curation.usage import DAY_S, measure_usage
 from actors.curation.work import collect
@@ -184,7 +184,7 @@ def _curate(store: Store, policy: CurationPolicy, now: float) -> int:
     protected = {document.meta.key for document in documents if document.meta.tags}
     if any(span.document in protected for span in plan.spans):
         raise BenchmarkError("a protected span was planned for")
-    curator = OwnCurator(StoreConfig(root=store.root, context=CONTEXT), "year", wait_s=0.0)
+    curator = Curator(StoreConfig(root=store.root, context=CONTEXT), "year", wait_s=0.0)
     applied = apply_plan(plan, curator, CurationPace(pause_s=0.0), now=now)
     if applied.stale or applied.lost:
         raise BenchmarkError(f"{len(applied.stale)} spans were stale, {len(applied.lost)} lost")

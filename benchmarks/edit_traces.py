@@ -22,7 +22,7 @@ from benchmarks.harness import BenchmarkError, Result, Setting, median_ratio, sa
 from benchmarks.text_contexts import build_text_context
 from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.config import GistNetConfig, StoreConfig
-from cluster.session_config import PACKAGED_GISTNET, SamplingConfig, SessionConfig
+from cluster.session_config import SamplingConfig, SessionConfig
 from models.base_lm import BaseLM
 from models.decoding.focused_cache import FocusedCache
 
@@ -34,7 +34,7 @@ QUESTION_TOKENS = 24
 def edit_traces(setting: Setting) -> Result:
     """Ratio of a refocus whose only edit lies in the last tenth to reading all rows; whole traces in the detail."""
     num_tokens, rounds = setting.size(65_536, 10_000), setting.size(20, 3)
-    net = GistNetConfig(path=PACKAGED_GISTNET) if not setting.quick else GistNetConfig(lm_layers=2)
+    net = GistNetConfig(lm_layers=2) if setting.quick else GistNetConfig()
     with setting.scratch() as root, one_thread():
         plan = plan_models(setting.base_lm, net, StoreConfig(root=root, context="text"))
         build_text_context(setting, root, "text", plan, num_tokens)

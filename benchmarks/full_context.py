@@ -13,7 +13,7 @@ from benchmarks.assembly import one_thread
 from benchmarks.harness import Result, Setting, say
 from benchmarks.text_contexts import corpus_windows
 from cluster.config import GistNetConfig, StoreConfig
-from cluster.session_config import PACKAGED_GISTNET, SessionConfig
+from cluster.session_config import SessionConfig
 from models.base_lm import BaseLM
 
 DECODED_TOKENS = 64
@@ -23,7 +23,7 @@ def full_context(setting: Setting) -> Result:
     """Ratio of the wall time of a decoded token at the longest length that the model can hold, refocuses included."""
     lengths = setting.size([512, 1024, 2048, 4096, 7936], [256, 512])
     repeats, decoded = setting.size(5, 2), setting.size(DECODED_TOKENS, 8)
-    net = GistNetConfig(path=PACKAGED_GISTNET) if not setting.quick else GistNetConfig(lm_layers=2)
+    net = GistNetConfig(lm_layers=2) if setting.quick else GistNetConfig()
     with setting.scratch() as root, one_thread():
         plan = plan_models(setting.base_lm, net, StoreConfig(root=root))
         size = max(lengths) + QUESTION_TOKENS + decoded

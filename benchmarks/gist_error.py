@@ -11,10 +11,8 @@ import torch
 from benchmarks.gistnet_prefill import corpus_windows
 from benchmarks.harness import NUM_SPREAD_BLOCKS, Result, Setting
 from cluster.config import GistDtype, GistNetConfig
-from cluster.environment import PROJECT_ROOT
-from cluster.session_config import PACKAGED_GISTNET
 from models.base_lm import BaseLM
-from models.gistnet import GistNet, build_gistnet
+from models.gistnet import build_gistnet, packaged_gistnet
 from models.tokenizer import Tokenizer
 from models.window_encoder import WindowEncoder
 from storage.codec import decode_array, encode_arrays
@@ -55,7 +53,7 @@ def _gists(setting: Setting) -> torch.Tensor:
     if setting.quick:
         net = build_gistnet(GistNetConfig(kind="windowed", lm_layers=2), base_lm)
     else:
-        net = GistNet.load(PROJECT_ROOT / PACKAGED_GISTNET)
+        net = build_gistnet(GistNetConfig(path=str(packaged_gistnet(base_lm))), base_lm)
     encoder = WindowEncoder(base_lm, net)
     windows = corpus_windows(setting, setting.size(96, 3), Tokenizer.load(config))
     found = [torch.as_tensor(encoder.encode_windows([window])[0].gists) for window in windows]

@@ -20,7 +20,7 @@ from benchmarks.harness import BenchmarkError, Result, Setting, median_ratio, sa
 from benchmarks.text_contexts import build_text_context
 from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.config import GistNetConfig, StoreConfig
-from cluster.session_config import PACKAGED_GISTNET, SamplingConfig, SessionConfig
+from cluster.session_config import SamplingConfig, SessionConfig
 from models.base_lm import BaseLM
 
 QUESTION_TOKENS = 24
@@ -31,7 +31,7 @@ def session_cost(setting: Setting) -> Result:
     """Ratio of wall time a decoded token, refocuses and everything else included."""
     sizes = {"long": setting.size(10_000_000, 60_000), "short": setting.size(65_536, 10_000)}
     rounds = setting.size(20, 2)
-    net = GistNetConfig(path=PACKAGED_GISTNET) if not setting.quick else GistNetConfig(lm_layers=2)
+    net = GistNetConfig(lm_layers=2) if setting.quick else GistNetConfig()
     with setting.scratch() as root, one_thread(), ExitStack() as stack:
         plan = plan_models(setting.base_lm, net, StoreConfig(root=root, context="long"))
         for name, size in sizes.items():

@@ -14,7 +14,7 @@ from cluster.config import (
     TrackingConfig,
     require,
 )
-from cluster.session_config import PACKAGED_GISTNET, SessionConfig
+from cluster.session_config import SessionConfig
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class PaperJob:
     """MLflow."""
     base_lm: BaseLMConfig = field(default_factory=BaseLMConfig)
     """The frozen language model."""
-    gistnet: GistNetConfig = field(default_factory=lambda: GistNetConfig(path=PACKAGED_GISTNET))
+    gistnet: GistNetConfig = field(default_factory=lambda: GistNetConfig(path="models/packaged/gistnet-smollm2-135m"))
     """Who compresses; not looked at with `paper.gistnet_recipe`."""
     store: StoreConfig = field(default_factory=lambda: StoreConfig(context="paper"))
     """The store; contexts are `<store.context>-<kind>` and `<store.context>-<kind>-labels`."""

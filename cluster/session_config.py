@@ -23,9 +23,6 @@ SessionLayout = Literal["before_turn", "timeline"]
 AUTO_LENSNET = "auto"
 """`session.lensnet` that takes the net that comes along."""
 
-PACKAGED_GISTNET = "models/packaged/gistnet-smollm2-135m"
-"""Trained for SmolLM2-135M; relative to the project's folder."""
-
 
 @dataclass(frozen=True)
 class SamplingConfig:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,8 +20,8 @@ RETRY_S = 0.5
 """Between attempts to become the writer."""
 
 
-class Curator(ABC):
-    """Does one piece of `work.WORK` after the other on a branch of a context."""
+class Curator:
+    """Does one piece of `work.WORK` after the other on a branch of a context, which it opens for each."""
 
     def __init__(
         self, store: StoreConfig, owner: str, wait_s: float, on_wait: Callable[[float], None] | None = None
@@ -64,30 +63,22 @@ class Curator(ABC):
                 self.waited_s += tried - begun
                 return done
 
-    @abstractmethod
     def _try(self, work: str, arguments: tuple[Any, ...]) -> Any:
         """The piece of work, if nobody else is the writer now."""
-
-
-class OwnCurator(Curator):
-    """Opens the context for every piece."""
-
-    def _try(self, work: str, arguments: tuple[Any, ...]) -> Any:
         store = Store(self.store.root)
         with store.open_maintenance(self.store.context, self.store.version, self.owner) as writer:
             return WORK[work](store, writer, *arguments)
 
 
-class ServedCurator(Curator):
-    """Has the service's actor do it."""
-
-    def __init__(self, actor: Any, *arguments: Any, **named: Any) -> None:
-        """Args: `actor` hosts the `StoreService` that has the context; the others as `Curator`."""
-        super().__init__(*arguments, **named)
-        self._actor = actor
+class SharedCurator(Curator):
+    """Has the store's service do it, where one runs on this process's cluster. It is looked for anew for every piece: a
+    job of days outlives services."""
 
     def _try(self, work: str, arguments: tuple[Any, ...]) -> Any:
-        ref = self._actor.curate.remote(self.store.context, self.store.version, self.owner, work, *arguments)
+        actor = verified_actor(self.store)
+        if actor is None:
+            return super()._try(work, arguments)
+        ref = actor.curate.remote(self.store.context, self.store.version, self.owner, work, *arguments)
         return get_or_raise(ref, CALL_TIMEOUT_S, f"curating context {self.store.context!r}")
 
 
@@ -109,11 +100,8 @@ def curating(
     """
     check_service_use(store, ray_config)
     if store.service == "off" or would_embed(ray_config):
-        yield OwnCurator(store, owner, wait_s, on_wait)
+        yield Curator(store, owner, wait_s, on_wait)
         return
     with ray_session(ray_config):
-        actor = verified_actor(store)
-        if actor is None:
-            yield OwnCurator(store, owner, wait_s, on_wait)
-        else:
-            yield ServedCurator(actor, store, owner, wait_s, on_wait)
+        verified_actor(store)  # what is wrong with it is said before anything is done
+        yield SharedCurator(store, owner, wait_s, on_wait)

@@ -10,7 +10,8 @@ from actors.plan import CompactionPlan, check_encoding, plan_models
 from cluster.config import BaseLMConfig, GistNetConfig, StoreConfig
 from cluster.environment import PROJECT_ROOT
 from cluster.errors import IncompatibleTreeError
-from models.gistnet import GistNet
+from models.gistnet import GistNet, packaged_gistnet
+from models.model_files import resolve_model
 from storage.store import Store
 from tests.actors.helpers import open_context
 
@@ -71,5 +72,6 @@ def test_a_context_of_another_net_wants_that_one(real_config: BaseLMConfig, tmp_
         check_encoding(plan_of(real_config, tmp_path), StoreConfig(root=tmp_path, context="c"))
 
 
-def test_other_models_begin_untrained(tiny_lm_config: BaseLMConfig, tmp_path: Path) -> None:
-    assert plan_of(tiny_lm_config, tmp_path, GistNetConfig(lm_layers=2)).gistnet_path == ""
+def test_other_models_have_none(tiny_lm_config: BaseLMConfig, real_config: BaseLMConfig) -> None:
+    assert packaged_gistnet(resolve_model(tiny_lm_config)) is None
+    assert packaged_gistnet(resolve_model(real_config)) == PACKAGED

@@ -20,7 +20,7 @@ import actors.service_client as client
 import actors.store_service as store_service
 from actors.compactor import Compactor
 from actors.crew import Crew
-from actors.curation.curator import ServedCurator, curating
+from actors.curation.curator import SharedCurator, curating
 from actors.curation.plan import Action, PlannedSpan
 from actors.curation.work import Order, carry_out
 from actors.packing import Packer, batched_windows
@@ -279,7 +279,7 @@ def test_curation_works_through_the_service_beside_a_job(
         append(crew, spans[:-last])
         order = order_of(root, "compact", 8)
         with curating(store, RayConfig(), "run 'watch'", 0.0) as curator:
-            assert isinstance(curator, ServedCurator)
+            assert isinstance(curator, SharedCurator)
             assert curator.run(carry_out, order).done == 1
         told: list[float] = []
         with curating(replace(store, service="off"), RayConfig(), "run 'watch'", 0.01, told.append) as curator:
@@ -289,9 +289,13 @@ def test_curation_works_through_the_service_beside_a_job(
         append(crew, spans[-last:])
     assert states(root, 8) == [BlockState.GIST_ONLY] * 8
     assert verify_context(Store(root).folder("c"), "c").problems == []
-    stop_service(root, 30)
     with curating(store, RayConfig(), "run 'watch'", 0.0) as curator:
+        # A watch of days outlives the service, and goes on by itself until there is another.
+        stop_service(root, 30)
         assert curator.run(carry_out, order).there_already == 1
+        start_service(root, 2, 60)
+        assert curator.run(carry_out, order).there_already == 1
+        stop_service(root, 30)
     with (
         pytest.raises(ResourceError, match="no service of store"),
         curating(replace(store, service="require"), RayConfig(), "run 'watch'", 0.0),

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from actors.curation.apply import Applied, apply_plan
-from actors.curation.curator import OwnCurator
+from actors.curation.curator import Curator
 from actors.curation.plan import CurationPlan, make_plan
 from actors.curation.usage import DAY_S, Usage, expected_uses, measure_usage
 from cluster.config import TOKENS_PER_BLOCK as K
@@ -50,8 +50,8 @@ TEXTS = [Text(f"doc{i}", 64 * K) for i in range(6)]
 """Two spans each."""
 
 
-def curator(root: Path, wait_s: float = 0.0, on_wait: Callable[[float], None] | None = None) -> OwnCurator:
-    return OwnCurator(StoreConfig(root=root, context=CONTEXT), "test", wait_s, on_wait)
+def curator(root: Path, wait_s: float = 0.0, on_wait: Callable[[float], None] | None = None) -> Curator:
+    return Curator(StoreConfig(root=root, context=CONTEXT), "test", wait_s, on_wait)
 
 
 def applied(plan: CurationPlan, root: Path, **told: Any) -> Applied:
