@@ -6,10 +6,12 @@ configuration wants the folder of a net. Versions are files of a run, put there 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
 import tempfile
+from contextlib import AbstractContextManager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,6 +30,8 @@ DIGEST_TAG = "megacontext.digest"
 # MLflow's defaults, 7 retries of 120 s, would hold a job up for a quarter of an hour.
 _HTTP_LIMITS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
 
+_LOCK_TIMEOUT_S = 120.0
+
 _NAME = re.compile(r"models:/(?P<name>[^/@]+)(/(?P<version>\d+|latest)|@(?P<alias>[^/@]+))")
 
 JobT = TypeVar("JobT")
@@ -38,14 +42,25 @@ def tracking_uri(config: TrackingConfig, run_dir: Path) -> str:
     return config.uri or f"sqlite:///{run_dir}/mlflow.db"
 
 
+def database_lock(uri: str) -> AbstractContextManager[Any]:
+    """Held while tables or experiments of a local database are looked for and made: of processes that do so at the same
+    time all but one would fail. Servers see to it themselves."""
+    path = uri.removeprefix("sqlite:///")
+    if path in {uri, "", ":memory:"}:
+        return contextlib.nullcontext()
+    return FileLock(Path(path).with_name(".mlflow.lock"), timeout=_LOCK_TIMEOUT_S)
+
+
 def mlflow_client(uri: str) -> Any:
-    """MLflow's client of one server or database, for runs and registry, that gives up after some 20 s."""
+    """MLflow's client of one server or database, for runs and registry, that gives up after some 20 s; a new database
+    gets its tables."""
     for name, value in _HTTP_LIMITS.items():
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient
 
     quiet_libraries()  # MLflow turns its loggers up when it is imported
-    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+    with database_lock(uri):
+        return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
 def with_local_nets(job: JobT) -> JobT:

@@ -13,16 +13,13 @@ import re
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal, Protocol
-
-from filelock import FileLock
 
 from cluster.config import TrackingConfig
 from cluster.errors import TrackingError
 from cluster.log import get_logger
-from cluster.registry import DIGEST_TAG, SCHEME, mlflow_client, tracking_uri
+from cluster.registry import DIGEST_TAG, SCHEME, database_lock, mlflow_client, tracking_uri
 
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -95,8 +92,8 @@ class MLflowTracker:
             self._client = mlflow_client(self.uri)
             from mlflow.entities import Param
 
-            # Two jobs that start together would both create the tables of a new database.
-            with FileLock(run_dir / ".mlflow.lock", timeout=120) if is_local else nullcontext():
+            # Two jobs that start together would both make the experiment.
+            with database_lock(self.uri):
                 experiment = self._client.get_experiment_by_name(config.experiment)
                 location = (run_dir / "mlflow-artifacts").as_uri() if is_local else None
                 experiment_id = (

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -90,3 +92,33 @@ def test_a_server_that_never_answers_is_given_up(run_dir: Path, monkeypatch: pyt
 def test_an_impossible_uri_is_a_tracking_error(run_dir: Path) -> None:
     with pytest.raises(TrackingError, match="nonsense://x cannot be used"):
         MLflowTracker(TrackingConfig(uri="nonsense://x"), run_dir, "x", {}, {})
+
+
+STARTED_TOGETHER = """
+import sys, time
+from pathlib import Path
+
+import mlflow  # takes seconds, and not the same in every process
+from cluster.config import TrackingConfig
+from cluster.tracking import open_tracker
+
+run_dir, name, number = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+(run_dir / f"ready-{name}").touch()
+while len(list(run_dir.glob("ready-*"))) < number:
+    time.sleep(0.001)
+open_tracker(TrackingConfig(experiment="together"), run_dir, name, {}, {}).close("FINISHED")
+"""
+
+
+def test_jobs_that_start_together_share_a_new_database(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", STARTED_TOGETHER, str(tmp_path)]
+    jobs = [
+        subprocess.Popen([*command, name, "3"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for name in "abc"
+    ]
+    said = [job.communicate(timeout=120)[0] for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0, 0], said
+    client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
+    experiment = client.get_experiment_by_name("together")
+    assert experiment is not None
+    assert {run.info.run_name for run in client.search_runs([experiment.experiment_id])} == {"a", "b", "c"}
