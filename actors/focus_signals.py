@@ -38,9 +38,6 @@ ASKING_TOKENS = 32
 LEXICAL_TOKENS = 64
 """Newest tokens whose words are looked up."""
 
-FUSION_CONSTANT = 10.0
-"""k of reciprocal rank fusion of words and keys, tuned on `dev` (docs/evaluation.md)."""
-
 RANKED_BLOCKS = 64
 """Blocks that a search ranks; far more than any budget here shows."""
 
@@ -177,17 +174,6 @@ def find_candidates(
         first = list(range(document.first_block, document.first_block + NUM_OPENING))
     wanted = np.unique(np.array([*found, *follow, *first, *newest, *also], np.int64))
     return wanted[(wanted >= history.first_block) & (wanted < shown_from)]
-
-
-def found_scores(candidates: CandidateSet) -> Float32[np.ndarray, " n"]:
-    """Of each candidate what its ranks by words and by keys are worth together, by reciprocal rank fusion; 0 where
-    neither finds it."""
-    fused = np.zeros(len(candidates), np.float32)
-    for name in ("lexical_rank", "key_rank"):
-        inverse = candidates.column(name)
-        found = inverse > 0
-        fused[found] += 1.0 / (FUSION_CONSTANT + 1.0 / inverse[found])
-    return fused
 
 
 def signals(

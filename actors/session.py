@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import time
 import uuid
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -251,7 +251,7 @@ class Session:
                 rows_behind_found=self._rows_behind_found(),
                 seed=self.config.seed,
             )
-        self._order_found(reason)
+        self._order_found(scores, reason)
         with clock.part("assemble"):
             readers = self.memory.readers()
             assembler = Assembler(self._lm.embed, readers, array=GISTS, dtype=self._lm.dtype, device=self._lm.device)
@@ -281,20 +281,14 @@ class Session:
         layout = lay_out(self.config.positional, places, wc.total_tokens)
         return embeds, layout.half_tokens, layout.next_half_token
 
-    def _order_found(self, reason: str) -> None:
-        """Runs of found blocks: what is asked for by hand last, then what words and keys find first, where the model
-        reads it best. LensNet knows better what is worth showing, and worse which of it is asked for. Within an answer
+    def _order_found(self, scores: Mapping[BlockName, float], reason: str) -> None:
+        """Runs of found blocks by their best score, the best last, where the model reads them best. Within an answer
         the order stays as long as the blocks do."""
         assert self.focus is not None
         found = self.focus.found
         if reason == "question" or set(found) != set(self._found_order):
-            runs = runs_of_neighbours(sorted(found, key=self._rank))
+            runs = runs_of_neighbours(sorted(found, key=lambda name: -scores.get(name, 0.0)))
             self._found_order = [name for run in runs[::-1] for name in run]
-
-    def _rank(self, name: BlockName) -> tuple[float, float]:
-        """Lowest for what is to stand last."""
-        match = self.matches.get(name)
-        return -self._by_hand.get(name, 0.0), 0.0 if match is None else -match.found
 
     def _rows_behind_found(self) -> int | None:
         """Rows that are read again when a found block changes; None where that depends on the block."""

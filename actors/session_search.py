@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from actors.focus_signals import FUSION_CONSTANT, Hits, Question
+from actors.focus_signals import Hits, Question
 from actors.session_memory import SessionMemory
 from models.base_lm import BaseLM
 from models.focus.allocators import reciprocal_rank_fusion
@@ -23,6 +23,9 @@ from models.tokenizer import Tokenizer
 from storage.contract import TreeReader
 from storage.lexical.search import LexicalSearcher
 from storage.schema import KEYS
+
+FUSION_CONSTANT = 10.0
+"""k of reciprocal rank fusion, tuned on `dev` (docs/evaluation.md)."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +39,6 @@ class Match:
     key_rank: int | None = None
     nats: float | None = None
     """What LensNet expects of showing it, nats a token; None where it was not asked."""
-
-    @property
-    def found(self) -> float:
-        """1 where every search finds it first, 0 where none does, whatever LensNet says of it."""
-        return fused_ranks(self.lexical_rank, self.key_rank)
 
     @property
     def why(self) -> str:
@@ -128,18 +126,13 @@ class SessionSearch:
 def fused(rankings: Sequence[Sequence[BlockName]], limit: int) -> dict[BlockName, Match]:
     """Words' and keys' rankings as one, the best first; a score of 1 is first in both."""
     words, keys = ({name: rank for rank, name in enumerate(ranking, start=1)} for ranking in rankings)
+    best = len(rankings) / (FUSION_CONSTANT + 1)
     found = {}
     for name in reciprocal_rank_fusion(rankings, FUSION_CONSTANT)[:limit]:
         ranks = (words.get(name), keys.get(name))
-        found[name] = Match(fused_ranks(*ranks), *ranks)
+        score = sum(1.0 / (FUSION_CONSTANT + rank) for rank in ranks if rank is not None) / best
+        found[name] = Match(score, *ranks)
     return found
-
-
-def fused_ranks(*ranks: int | None) -> float:
-    """Reciprocal rank fusion of a block's ranks, from 1; None where a search does not find it. At most 1."""
-    return (
-        sum(1.0 / (FUSION_CONSTANT + rank) for rank in ranks if rank is not None) * (FUSION_CONSTANT + 1) / len(ranks)
-    )
 
 
 def fused_hits(hits: Sequence[Hits], limit: int) -> dict[BlockName, Match]:

@@ -57,8 +57,8 @@ class TaskEvaluationConfig:
 
     forms: list[str] = field(default_factory=lambda: ["raw", "overlay"])
     """In which forms a choice is shown: `raw` (no gists), `late` (the same, chosen blocks behind the raw tail),
-    `late_ranked` (the best last), `late_found` (what words and keys find first last, whoever chose), `late64` (before
-    its newest 64 tokens; all with policy `compact`), `overlay`, `strict`."""
+    `late_ranked` (the best last), `late64` (before its newest 64 tokens; all with policy `compact`), `overlay`,
+    `strict`."""
 
     positional: Positional = "auto"
     """Position policy. `auto`: `global` where history and question fit the model's trained range, else `compact`."""

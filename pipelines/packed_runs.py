@@ -7,9 +7,11 @@ import gzip
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
+from cluster.errors import ConfigError
 from cluster.tables import Table
 
 
@@ -21,14 +23,26 @@ def pack_named(arguments: Sequence[str], folder: Path) -> None:
 
 
 def pack(run: Path, target: Path) -> None:
-    """Add a run's places to those packed in a folder, which is made where it is missing."""
+    """Add a run's places to those packed in a folder, which is made where it is missing; of a place that is there, what
+    was measured of other conditions.
+
+    Raises:
+        ConfigError: a place of the run is another one there.
+    """
     target.mkdir(parents=True, exist_ok=True)
     (samples,) = run.glob("samples-*.jsonl")
     packed = next(iter(target.glob("samples-*.jsonl.gz")), target / f"{samples.name}.gz")
     lines = gzip.decompress(packed.read_bytes()).splitlines() if packed.exists() else []
-    places = {json.loads(line)["place"]["number"]: line for line in [*lines, *samples.read_bytes().splitlines()]}
-    content = b"".join(places[number] + b"\n" for number in sorted(places))
-    packed.write_bytes(gzip.compress(content, mtime=0))
+    places: dict[int, dict[str, Any]] = {}
+    for line in [*lines, *samples.read_bytes().splitlines()]:
+        sample = json.loads(line)
+        there = places.setdefault(sample["place"]["number"], sample)
+        if there["place"] != sample["place"]:
+            raise ConfigError(f"{run} was measured at other places than {target}: {sample['place']}, {there['place']}")
+        measured = {_condition(one): one for one in [*there["measured"], *sample["measured"]]}
+        there["measured"] = list(measured.values())
+    content = "".join(json.dumps(places[number]) + "\n" for number in sorted(places))
+    packed.write_bytes(gzip.compress(content.encode(), mtime=0))
     recipe = yaml.safe_load((run / "config.yaml").read_text())
     evaluation = {**recipe["evaluation"], "num_places": len(places)}
     if "first_place" in evaluation:
@@ -36,6 +50,11 @@ def pack(run: Path, target: Path) -> None:
     kept = {"store": {"context": recipe["store"]["context"]}, "evaluation": evaluation}
     header = f"# What the samples beside this were measured with; see docs/{target.parts[-3]}.md.\n"
     (target / "config.yaml").write_text(header + yaml.safe_dump(kept, sort_keys=False))
+
+
+def _condition(measured: dict[str, Any]) -> tuple[Any, ...]:
+    """What was measured, of the evaluations' several kinds."""
+    return tuple(measured.get(name) for name in ("condition", "budget", "name", "lod", "tail_tokens"))
 
 
 def with_tables(page: str, program: str, group: str, tables: list[Table]) -> str:

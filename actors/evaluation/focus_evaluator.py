@@ -217,9 +217,8 @@ class FocusEvaluator:
             took = time.process_time() - started
         else:
             ranked = choices.ranked.get(condition.chooser, ())
-            found = choices.found.get(condition.chooser, ())
             contents, picked = rivals.contents_of(
-                condition, reading, ranked, budget, self._config.tail_tokens, max_blocks, found
+                condition, reading, ranked, budget, self._config.tail_tokens, max_blocks
             )
             slots = contents.num_rows
             policy = cast(Policy, condition.policy) or self._policy(history)

@@ -61,8 +61,6 @@ class Choices:
     """How those that read whole Working Contexts came to their choice."""
     single_gains: SingleGains = field(default_factory=list)
     """Of every block of the history, where it was measured."""
-    found: dict[str, RankedBlocks] = field(default_factory=dict)
-    """By chooser that does not choose by it, the order in which words and keys find blocks."""
 
 
 class FocusSearch:
@@ -106,8 +104,7 @@ class FocusSearch:
         if self._lens is not None:
             for room, choice in zip(rooms, choices, strict=True):
                 started = time.process_time()
-                chosen = self._lens.rank(self._reading, room.shown_from)
-                choice.ranked[rivals.LENSNET], choice.found[rivals.LENSNET] = chosen.ranked, chosen.found
+                choice.ranked[rivals.LENSNET] = self._lens.rank(self._reading, room.shown_from)
                 choice.seconds[rivals.LENSNET] = time.process_time() - started
         if self._wanted & {rivals.RERANK, *rivals.ORACLES}:
             self._measure_shortlists(oracle_rooms, choices, found, ids)

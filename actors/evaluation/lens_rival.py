@@ -5,23 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float32, Int64
+from jaxtyping import Int64
 
 from actors.evaluation.candidate_finder import CandidateFinder
 from actors.evaluation.contents import Reading
-from actors.focus_signals import Planted, found_scores
+from actors.focus_signals import Planted
 from models.focus.allocators import RankedBlocks
 from models.lensnet import LensNet
-
-
-@dataclass(frozen=True)
-class LensChoice:
-    """What it would show of one history, the best first."""
-
-    ranked: RankedBlocks
-    """By score, those above 0."""
-    found: RankedBlocks
-    """All candidates that words or keys find, by their fused ranks."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +27,8 @@ class LensRival:
         shown_from: int,
         asked: Int64[np.ndarray, " n"] | None = None,
         planted: Planted | None = None,
-    ) -> LensChoice:
-        """Blocks before the raw tail that are worth showing.
+    ) -> RankedBlocks:
+        """Blocks before the raw tail that are worth showing, the best first.
 
         Args:
             reading: the history.
@@ -47,10 +37,5 @@ class LensRival:
         """
         candidates = self.finder.find(reading, shown_from, asked=asked, planted=planted)
         scores, blocks = self.net.scores(candidates), candidates.blocks
-        return LensChoice(_best_first(blocks, scores), _best_first(blocks, found_scores(candidates)))
-
-
-def _best_first(blocks: Int64[np.ndarray, " n"], scores: Float32[np.ndarray, " n"]) -> RankedBlocks:
-    """Those above 0."""
-    order = sorted(range(len(blocks)), key=lambda i: (-scores[i], -blocks[i]))
-    return [(int(blocks[i]), 0) for i in order if scores[i] > 0]
+        order = sorted(range(len(blocks)), key=lambda i: (-scores[i], -blocks[i]))
+        return [(int(blocks[i]), 0) for i in order if scores[i] > 0]

@@ -2,9 +2,8 @@
 
 A condition is `chooser/form`, with `@policy` behind it where its rows stand elsewhere than by the evaluation's position
 policy. Forms: `raw` shows chosen blocks and the raw tail alone; `late` the same with chosen blocks behind the tail,
-`late_ranked` with the best of them last, `late_found` with what words and keys find first last, whoever chose, `late64`
-before its newest 64 tokens (all with `compact`: under `global` rows would stand before those they are read after);
-`overlay` and `strict` are Working Contexts whose gists stand in for
+`late_ranked` with the best of them last, `late64` before its newest 64 tokens (all with `compact`: under `global` rows
+would stand before those they are read after); `overlay` and `strict` are Working Contexts whose gists stand in for
 everything else, `constant` is an overlay whose gists all say the same. `none`, `full`, `needles` and `recency/raw` have
 no gists either.
 """
@@ -39,8 +38,7 @@ ORACLES = (ORACLE_GREEDY, ORACLE)
 MEASURING = (*ORACLES, EXHAUSTIVE)
 """They measure what the horizon gains, and so may know how many blocks are worth showing."""
 CHOOSERS = (RECENCY, UNIFORM, *RETRIEVERS, *MEASURING)
-LATE_FOUND = "late_found"
-LATE = {"late": 0, "late_ranked": 0, LATE_FOUND: 0, "late64": 64}
+LATE = {"late": 0, "late_ranked": 0, "late64": 64}
 """Forms by how many of the newest tokens stand behind what was chosen."""
 RAW_FORMS = ("raw", *LATE)
 FORMS = (*RAW_FORMS, "overlay", "strict", "constant")
@@ -116,18 +114,9 @@ def _require_known(what: str, given: Sequence[str], valid: Sequence[str]) -> Non
 
 
 def contents_of(
-    condition: Condition,
-    reading: Reading,
-    ranked: RankedBlocks,
-    budget: int,
-    tail_tokens: int,
-    max_blocks: int,
-    found: RankedBlocks = (),
+    condition: Condition, reading: Reading, ranked: RankedBlocks, budget: int, tail_tokens: int, max_blocks: int
 ) -> tuple[Contents, list[int]]:
     """Rows of a condition, never more than the budget, and the blocks of `ranked` it shows.
-
-    Args:
-        found: for `late_found`, the blocks in the order that words and keys find them in; others come behind these.
 
     Raises:
         BudgetError: the budget cannot hold a Working Context of the history.
@@ -139,8 +128,9 @@ def contents_of(
         return reading.raw(range(history.first_block, history.stop_block)), []
     chosen = ranked if condition.chooser not in {RECENCY, UNIFORM} else ()
     if condition.form in RAW_FORMS:
-        order = {"late_ranked": chosen, LATE_FOUND: [*found, *chosen]}.get(condition.form)
-        return _raw(reading, chosen, budget, tail_tokens, max_blocks, LATE.get(condition.form), order)
+        newest_last = LATE.get(condition.form)
+        ranked_order = condition.form == "late_ranked"
+        return _raw(reading, chosen, budget, tail_tokens, max_blocks, newest_last, ranked_order)
     wc = working_context(condition, history, chosen, budget, tail_tokens, max_blocks)
     # Found blocks may be raw for being recent, too: only as many as could be chosen were.
     raw = set(wc.raw_blocks().tolist())
@@ -190,12 +180,12 @@ def _raw(
     tail_tokens: int,
     max_blocks: int,
     newest_last: int | None = None,
-    order: RankedBlocks | None = None,
+    best_last: bool = False,
 ) -> tuple[Contents, list[int]]:
     """Chosen blocks and the newest tokens, filling the budget exactly where the history is long enough.
 
     In timeline order, or with the chosen before so many of the newest tokens, themselves in timeline order or with the
-    first of an order last; neighbours stay together.
+    best last; neighbours stay together.
     """
     history = reading.history
     sizes = np.diff(history.tokens_before)
@@ -218,8 +208,8 @@ def _raw(
     tail = reading.raw(newest)
     tail = tail.rows(max(0, -left), tail.num_rows)
     found = reading.raw(picked)
-    if order is not None and picked:
-        runs = runs_of_neighbours([pair for pair in dict.fromkeys(order) if pair[0] in picked])
+    if best_last and picked:
+        runs = runs_of_neighbours([(block, 0) for block in picked])
         found = Contents.joined([reading.raw([block for block, _ in run]) for run in runs[::-1]])
     if newest_last is None:
         rows = Contents.joined([found, tail])

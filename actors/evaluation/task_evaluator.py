@@ -242,7 +242,7 @@ class TaskEvaluator:
         started = time.process_time()
         room = budget - len(question.query)
         ranked = search.ranked.get(condition.chooser, ())
-        shown = self._shown(condition, question, reading, ranked, room, search.found.get(condition.chooser, ()))
+        shown = self._shown(condition, question, reading, ranked, room)
         answers = self._answer(question, reading, shown.contents, condition)
         took = time.process_time() - started
         history, needed = reading.history, question.needed
@@ -268,13 +268,7 @@ class TaskEvaluator:
         )
 
     def _shown(
-        self,
-        condition: Condition,
-        question: Question,
-        reading: Reading,
-        ranked: RankedBlocks,
-        room: int,
-        found: RankedBlocks = (),
+        self, condition: Condition, question: Question, reading: Reading, ranked: RankedBlocks, room: int
     ) -> _Shown:
         config = self._config
         if condition.chooser == rivals.NEEDLES and not condition.form:
@@ -283,7 +277,7 @@ class TaskEvaluator:
             return _Shown(contents, shown_whole(reading.history, contents), needed)
         if condition.form in {"", *rivals.RAW_FORMS}:
             contents, picked = rivals.contents_of(
-                condition, reading, ranked, room, config.tail_tokens, config.max_blocks, found
+                condition, reading, ranked, room, config.tail_tokens, config.max_blocks
             )
             return _Shown(contents, shown_whole(reading.history, contents), picked)
         wc = rivals.working_context(condition, reading.history, ranked, room, config.tail_tokens, config.max_blocks)
@@ -340,13 +334,10 @@ class TaskEvaluator:
                 key_index=key_index,
             )
             found = retrieval.find(wanted, config.seed * RANDOM_SEED_STRIDE + place.number)
-            search = _Search(found.ranked, found.seconds)
-            if self._lens is not None:
-                started = time.process_time()
+            if (lens := self._lens) is not None:
                 planted = Planted(self._reader, planted_blocks, key_index)
-                chosen = self._lens.rank(reading, shown_from, question.query, planted)
-                search.ranked[rivals.LENSNET], search.found[rivals.LENSNET] = chosen.ranked, chosen.found
-                search.seconds[rivals.LENSNET] = time.process_time() - started
+                found.timed(rivals.LENSNET, lambda: lens.rank(reading, shown_from, question.query, planted))
+            search = _Search(found.ranked, found.seconds)
         if rivals.ORACLE in wanted:
             started = time.process_time()
             self._read_shortlist(question, reading, search, shown_from)
@@ -410,8 +401,6 @@ class _Search:
     ranked: dict[str, RankedBlocks] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     """CPU seconds, what a ranking builds on included."""
-    found: dict[str, RankedBlocks] = field(default_factory=dict)
-    """By chooser that does not choose by it, the order in which words and keys find blocks."""
     shortlist: list[int] = field(default_factory=list)
     shortlist_seconds: float = 0.0
     caches: BlockCaches | None = None

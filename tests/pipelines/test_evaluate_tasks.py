@@ -148,7 +148,7 @@ def test_what_cannot_work_is_said_before_anything_starts(make_tasks_job: TasksJo
     with pytest.raises(ConfigError, match="no rival 'rerank'"):
         tasks_job.run(make_tasks_job("wrong", rivals=["rerank"]))
     with pytest.raises(
-        ConfigError, match="no form 'constant'; there are: raw, late, late_ranked, late_found, late64, overlay, strict"
+        ConfigError, match="no form 'constant'; there are: raw, late, late_ranked, late64, overlay, strict"
     ):
         tasks_job.run(make_tasks_job("wrong", rivals=["recency/constant"]))
     with pytest.raises(ConfigError, match="rival 'needles' has neither forms nor policies"):

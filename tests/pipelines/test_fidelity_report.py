@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -116,6 +117,25 @@ def test_packing_adds_places_and_keeps_what_was_measured(tmp_path: Path) -> None
     packed = read(target, PRACTICAL).results
     assert [place.number for place, _ in packed.samples] == [0, 1, 2, 3, 4, 5]
     assert packed.samples[2:] == read(second, PRACTICAL).results.samples
+
+
+def test_packing_adds_conditions_to_the_same_places_and_to_no_others(tmp_path: Path) -> None:
+    run, target = write_run(tmp_path / "a", PRACTICAL, 2), tmp_path / "fidelity/practical/code"
+    pack(run, target)
+    (samples,) = run.glob("samples-*.jsonl")
+    lines = [json.loads(line) for line in samples.read_text().splitlines()]
+    for line in lines:
+        line["measured"] = [{**line["measured"][0], "name": "another"}]
+    samples.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    before = read(target, PRACTICAL).results.samples
+    pack(run, target)
+    after = read(target, PRACTICAL).results.samples
+    assert [(place, found[:-1]) for place, found in after] == before
+    assert [found[-1].name for _, found in after] == ["another", "another"]
+    lines[1]["place"]["first_block"] += 1
+    samples.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(ConfigError, match="was measured at other places"):
+        pack(run, target)
 
 
 def test_tables_stand_between_their_marks(tmp_path: Path) -> None:

@@ -128,14 +128,6 @@ def test_the_best_run_of_blocks_stands_last(lm: BaseLM) -> None:
     assert (rows.half_tokens[::K] // 2 // K).tolist() == [19, 14, 3, 8, 9]
 
 
-def test_what_is_found_first_stands_last_whoever_chose(lm: BaseLM) -> None:
-    reading = reading_of(lm, random_tree([20 * K]))
-    ranked, found = [(9, 0), (3, 0), (8, 0), (14, 0), (1, 0)], [(12, 0), (14, 0), (3, 0)]
-    rows, picked = contents_of(Condition(BM25, "late_found"), reading, ranked, 5 * K, K, 4, found)
-    assert picked == [9, 3, 8, 14]
-    assert (rows.half_tokens[::K] // 2 // K).tolist() == [19, 8, 9, 3, 14]
-
-
 @pytest.mark.parametrize("form", ["overlay", "strict", "constant"])
 def test_what_was_picked_is_shown_beside_gists_of_the_rest(lm: BaseLM, form: str) -> None:
     reading = reading_of(lm, random_tree([70 * K]))
@@ -255,12 +247,12 @@ def test_a_rival_may_name_its_form_and_its_policy() -> None:
         (
             ["recency"],
             ["raw", "stric"],
-            "no form 'stric'; there are: raw, late, late_ranked, late_found, late64, overlay, strict, constant",
+            "there is no form 'stric'; there are: raw, late, late_ranked, late64, overlay, strict, constant",
         ),
         (
             ["recency/stric"],
             ["raw"],
-            "no form 'stric'; there are: raw, late, late_ranked, late_found, late64, overlay, strict, constant",
+            "there is no form 'stric'; there are: raw, late, late_ranked, late64, overlay, strict, constant",
         ),
         (
             ["recency/raw@gaussian"],
@@ -290,10 +282,7 @@ def test_tasks_have_rivals_and_forms_of_their_own() -> None:
     ]
     for rival, message in (
         ("rerank", "there is no rival 'rerank'; there are: none, full, needles, .*oracle$"),
-        (
-            "bm25/constant",
-            "there is no form 'constant'; there are: raw, late, late_ranked, late_found, late64, overlay, strict$",
-        ),
+        ("bm25/constant", "there is no form 'constant'; there are: raw, late, late_ranked, late64, overlay, strict$"),
         ("needles/raw", "rival 'needles' has neither forms nor policies"),
     ):
         with pytest.raises(ConfigError, match=message):

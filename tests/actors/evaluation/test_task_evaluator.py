@@ -302,10 +302,7 @@ def test_an_unknown_task_or_rival_is_refused(setting: Setting) -> None:
     for rival, message in (
         ("rerank", r"no rival 'rerank'.*needles"),
         ("exhaustive", r"no rival 'exhaustive'"),
-        (
-            "bm25/constant",
-            r"no form 'constant'; there are: raw, late, late_ranked, late_found, late64, overlay, strict$",
-        ),
+        ("bm25/constant", r"no form 'constant'; there are: raw, late, late_ranked, late64, overlay, strict$"),
         ("bm25/raw@auto", r"no position policy 'auto'"),
         ("needles/raw", r"rival 'needles' has neither forms nor policies"),
     ):

@@ -17,7 +17,6 @@ from cluster.errors import (
     ResourceTimeoutError,
 )
 from models.base_lm import BaseLM
-from models.focus.layout import runs_of_neighbours
 from models.lensnet import FEATURES, CandidateSet, LensNetSpec
 from models.lensnet.net import untrained_lensnet
 from storage.store import Store
@@ -123,23 +122,3 @@ def test_where_a_lens_fails_the_newest_tokens_are_shown(spec: SessionSpec, lm: B
         session.read(document("d", text), text)
         assert session.refocus(text[:60]).found == ()
         assert "the service is gone" in session.warning
-
-
-class Backwards:
-    """A lens that expects most of what keys find last."""
-
-    def scores(self, candidates: CandidateSet) -> np.ndarray:
-        rank = candidates.column("key_rank")
-        return np.where(rank > 0, 0.2 - 0.1 * rank, 0.0)
-
-
-def test_what_is_found_first_stands_last_whatever_the_lens_expects(spec: SessionSpec, lm: BaseLM) -> None:
-    with closing(Session(replace(spec, config=replace(CONFIG, budget=600)), lm, Backwards())) as session:
-        text = make_text(7, 700)
-        session.read(document("d", text), text)
-        found = session.refocus(text[2000:2060]).found
-        expected = max(found, key=lambda name: session.matches[name].score)
-        first = max(found, key=lambda name: session.matches[name].found)
-        assert expected != first
-        runs = runs_of_neighbours([first, *(name for name in found if name != first)])
-        assert session._found_order[-len(runs[0]) :] == runs[0]
