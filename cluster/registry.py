@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from cluster.config import BaseLMConfig, GistNetConfig, TrackingConfig
 from cluster.errors import ConfigError, TrackingError
@@ -46,21 +46,29 @@ def database_lock(uri: str) -> AbstractContextManager[Any]:
     """Held while tables or experiments of a local database are looked for and made: of processes that do so at the same
     time all but one would fail. Servers see to it themselves."""
     path = uri.removeprefix("sqlite:///")
-    if path in {uri, "", ":memory:"}:
+    # Where nothing can be written, nothing is made.
+    if path in {uri, "", ":memory:"} or not os.access(Path(path).parent, os.W_OK):
         return contextlib.nullcontext()
     return FileLock(Path(path).with_name(".mlflow.lock"), timeout=_LOCK_TIMEOUT_S)
 
 
 def mlflow_client(uri: str) -> Any:
     """MLflow's client of one server or database, for runs and registry, that gives up after some 20 s; a new database
-    gets its tables."""
+    gets its tables.
+
+    Raises:
+        TrackingError: another job has been making them for two minutes.
+    """
     for name, value in _HTTP_LIMITS.items():
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient
 
     quiet_libraries()  # MLflow turns its loggers up when it is imported
-    with database_lock(uri):
-        return MlflowClient(tracking_uri=uri, registry_uri=uri)
+    try:
+        with database_lock(uri):
+            return MlflowClient(tracking_uri=uri, registry_uri=uri)
+    except Timeout as error:
+        raise TrackingError(f"{error.lock_file} is held by another job; end that job, or wait for it") from error
 
 
 def with_local_nets(job: JobT) -> JobT:

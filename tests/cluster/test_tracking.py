@@ -11,6 +11,7 @@ from mlflow import MlflowClient
 
 from cluster.config import TrackingConfig
 from cluster.errors import TrackingError
+from cluster.registry import database_lock, mlflow_client
 from cluster.tracking import MLflowTracker, NoTracker, open_tracker
 
 
@@ -122,3 +123,17 @@ def test_jobs_that_start_together_share_a_new_database(tmp_path: Path) -> None:
     experiment = client.get_experiment_by_name("together")
     assert experiment is not None
     assert {run.info.run_name for run in client.search_runs([experiment.experiment_id])} == {"a", "b", "c"}
+
+
+def test_a_database_that_another_job_makes_for_ever_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.registry._LOCK_TIMEOUT_S", 0.05)
+    with database_lock(f"sqlite:///{tmp_path}/mlflow.db"), pytest.raises(TrackingError, match="held by another job"):
+        mlflow_client(f"sqlite:///{tmp_path}/mlflow.db")
+
+
+@pytest.mark.parametrize("uri", ["http://127.0.0.1:5000", "sqlite://", "sqlite:///:memory:", "sqlite:///{}/none/x.db"])
+def test_what_cannot_be_made_here_is_not_locked(tmp_path: Path, uri: str) -> None:
+    with database_lock(uri.format(tmp_path)):
+        assert list(tmp_path.iterdir()) == []
