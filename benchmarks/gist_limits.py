@@ -24,7 +24,7 @@ quiet_environment()  # before anything imports torch
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from jaxtyping import Float32, Int64  # noqa: E402
+from jaxtyping import Float, Float32, Int64  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from cluster.config import TOKENS_PER_BLOCK as K  # noqa: E402
@@ -68,26 +68,19 @@ class Reader:
         self._lm = lm
 
     def horizon(
-        self,
-        ids: Int64[Tensor, "B T"],
-        rows: Float32[Tensor, "B R D"] | None = None,
-        centres: Int64[Tensor, "B R"] | Int64[Tensor, " R"] | None = None,
+        self, ids: Int64[Tensor, "B T"], rows: Float[Tensor, "B R D"], centres: Int64[Tensor, "B R"]
     ) -> Float32[Tensor, "B S"]:
         """NLL of every token of the horizon but the first.
 
         Args:
             ids: of places, the horizon last.
-            rows: what stands before it; None: nothing.
+            rows: what stands before it.
             centres: of those rows, in half tokens from the history's beginning.
         """
-        tokens = ids[:, -HORIZON:]
-        embeds = self._lm.embed(tokens)
-        places = 2 * torch.arange(HISTORY, HISTORY + HORIZON).expand(len(ids), -1)
-        num_rows = 0
-        if rows is not None and centres is not None:
-            num_rows = rows.shape[1]
-            embeds = torch.cat((rows.to(embeds.dtype), embeds), dim=1)
-            places = torch.cat((centres.expand(len(ids), -1), places), dim=1)
+        tokens, num_rows = ids[:, -HORIZON:], rows.shape[1]
+        embeds = torch.cat((rows.to(self._lm.dtype), self._lm.embed(tokens)), dim=1)
+        behind = 2 * torch.arange(HISTORY, HISTORY + HORIZON).expand(len(ids), -1)
+        places = torch.cat((centres, behind), dim=1)
         targets = torch.full(embeds.shape[:2], IGNORED_TARGET)
         targets[:, num_rows:-1] = tokens[:, 1:]
         return self._lm.nll(embeds, targets, positions=Positions(places), start=num_rows)[:, :-1]
@@ -153,7 +146,7 @@ class Measurement:
             self._add_vectors(f"gists moved by half of what comes, {part * half} steps", ids, told)
 
     def _horizon(self, ids: Int64[Tensor, "B T"], vectors: Float32[Tensor, "B n D"]) -> Float32[Tensor, "B S"]:
-        return self._reader.horizon(ids, vectors, self._centres)
+        return self._reader.horizon(ids, vectors, self._centres.expand(len(ids), -1))
 
     @torch.no_grad()
     def _add_vectors(self, name: str, ids: Int64[Tensor, "B T"], vectors: Float32[Tensor, "B n D"]) -> None:
@@ -164,8 +157,9 @@ class Measurement:
 
     def _add_raw(self, ids: Int64[Tensor, "B T"]) -> None:
         reader, samples = self._reader, self.samples
-        samples.add("nothing", reader.horizon(ids))
-        samples.add("the whole history", reader.raw(ids, torch.arange(HISTORY).expand(len(ids), -1)))
+        everything = torch.arange(HISTORY).expand(len(ids), -1)
+        samples.add("nothing", reader.raw(ids, everything[:, :0]))
+        samples.add("the whole history", reader.raw(ids, everything))
         rarity = self._rarity[history(ids)]
         seen_before = history(ids)[:, :, None] == history(ids)[:, None]
         repeats = seen_before.tril(-1).any(dim=2)
@@ -173,8 +167,7 @@ class Measurement:
             [torch.isin(past, to_come[1:]) for past, to_come in zip(history(ids), ids[:, -HORIZON:], strict=True)]
         )
         for count in NUM_WORDS:
-            newest = torch.arange(HISTORY - count, HISTORY).expand(len(ids), -1)
-            samples.add(f"the newest {count} tokens", reader.raw(ids, newest))
+            samples.add(f"the newest {count} tokens", reader.raw(ids, everything[:, -count:]))
             rarest = rarity.masked_fill(repeats, -1.0)
             samples.add(f"the {count} rarest tokens", reader.raw(ids, rarest.topk(count, dim=1).indices))
             coming = rarest + comes * self._rarity.max()
@@ -284,11 +277,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ConfigError(
                 "--num_places and --steps must be at least 2: another place's vectors stand beside its own"
             )
-        lm = BaseLM.load(BaseLMConfig(source=options.lm, dtype=options.dtype, cache_dir=options.cache_dir))
+        config = BaseLMConfig(source=options.lm, dtype=options.dtype, device="cpu", cache_dir=options.cache_dir)
+        lm = BaseLM.load(config)
         path = packaged_gistnet(lm) if options.gistnet == "auto" else options.gistnet
         if path is None:
             raise ConfigError(f"no GistNet comes along for {lm.model_id}; name a folder with --gistnet")
-        dense = DensePass(lm, build_gistnet(GistNetConfig(path=str(path)), lm))
+        gistnet = build_gistnet(GistNetConfig(path=str(path)), lm)
+        if gistnet.num_vectors != 1:
+            raise ConfigError(f"{path} makes {gistnet.num_vectors} vectors a block; give a net that makes one")
+        dense = DensePass(lm, gistnet)
         counts, places = torch.ones(lm.vocab_size), []
         for name in options.contexts:
             with contextlib.closing(Store(options.store).open_reader(name)) as reader:
