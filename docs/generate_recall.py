@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from actors.evaluation.rivals import NEEDLES, RECENCY
 from actors.evaluation.samples import files_of_run, read_samples
 from actors.evaluation.statistics import clustered_mean
 from actors.evaluation.task_evaluator import TaskMeasured
@@ -49,14 +50,16 @@ def tables(results: TaskResults) -> list[Table]:
         (budget,) = results.budgets
         where = f"{len(results.samples)} questions, {budget} slots"
         found.append(Table(_by_task(results, budget), f"Right, by task, all lengths: {where}"))
+        if len(results.lengths) > 1:
+            found += [Table(_by_task(results, budget, n), f"Right, by task, {n:,} slots") for n in results.lengths]
     return found
 
 
-def _by_task(results: TaskResults, budget: int) -> list[dict[str, str]]:
+def _by_task(results: TaskResults, budget: int, length: int | None = None) -> list[dict[str, str]]:
     return [
         {"shown": condition}
-        | {task: _share(results, Cell(condition, budget, task)) for task in results.tasks}
-        | {"all": _share(results, Cell(condition, budget))}
+        | {task: _share(results, Cell(condition, budget, task, length)) for task in results.tasks}
+        | {"all": _share(results, Cell(condition, budget, None, length))}
         for condition in results.conditions(budget)
     ]
 
@@ -67,35 +70,44 @@ def _share(results: TaskResults, cell: Cell) -> str:
 
 
 def in_another_order(timeline: TaskResults, late: TaskResults) -> Table:
-    """Of the same questions and the same choice, what the best block last is worth, and what is left to the needles."""
-    budget = late.budgets[0]
+    """What the best block last is worth, and what is left to the needles: of the same questions, and of choosers that
+    chose the same. Questions whose needles alone were read at other positions are left out: within the model's trained
+    range rows in timeline order stand at their true places, and late ones one after the other."""
+    there, here = _by_question(timeline), _by_question(late)
+    keys = [key for key in here if key in there and _same(here[key], there[key], NEEDLES)]
+    clusters = [here[key][NEEDLES].cluster for key in keys]
+
+    def points(ahead: list[TaskMeasured], behind: list[TaskMeasured]) -> str:
+        differences = [100.0 * (one.correct - other.correct) for one, other in zip(ahead, behind, strict=True)]
+        estimate = clustered_mean(np.array(differences), clusters)
+        return f"{estimate.mean:+.1f} ± {estimate.standard_error:.1f}"
+
+    needles = [here[key][NEEDLES] for key in keys]
     rows = []
-    for condition in late.conditions(budget):
+    for condition in late.conditions(late.budgets[0]):
         chooser, _, form = condition.partition("/")
-        if not form or chooser == "recency":
+        if not form or chooser == RECENCY:
             continue
-        row = {"chosen by": chooser}
-        if f"{chooser}/raw" in timeline.conditions(budget):
-            row["over their place in the timeline"] = _paired(late, condition, timeline, f"{chooser}/raw")
-        rows.append(row | {"behind the needles alone": _paired(late, "needles", late, condition)})
-    return Table(rows, f"Right, the best block last: points, paired, {len(late.samples)} questions, {budget} slots")
+        now = [here[key][condition] for key in keys]
+        row = {"chosen by": chooser, "behind the needles alone": points(needles, now)}
+        before = [there[key].get(f"{chooser}/raw") for key in keys]
+        same = [one for one, other in zip(before, now, strict=True) if one and set(one.picked) == set(other.picked)]
+        if len(same) == len(now):
+            row["in their place in the timeline"] = points(needles, same)
+            row["won"] = points(now, same)
+        rows.append(row)
+    return Table(rows, f"Points, paired, the best block last: {len(keys)} questions, {late.budgets[0]} slots")
 
 
-def _paired(results: TaskResults, condition: str, others: TaskResults, other: str) -> str:
-    """Points by which one condition is right more often than another, of questions in both runs."""
-    found = [
-        {(place.task, place.sample, place.history_tokens, place.depth_percent): _named(measured, name)
-         for place, measured in run.samples}
-        for run, name in ((results, condition), (others, other))
-    ]  # fmt: skip
-    shared = [key for key in found[0] if key in found[1]]
-    differences = [100.0 * (found[0][key].correct - found[1][key].correct) for key in shared]
-    estimate = clustered_mean(np.array(differences), [found[0][key].cluster for key in shared])
-    return f"{estimate.mean:+.1f} ± {estimate.standard_error:.1f}"
+def _by_question(results: TaskResults) -> dict[tuple[str, int, int, int], dict[str, TaskMeasured]]:
+    return {
+        (place.task, place.sample, place.history_tokens, place.depth_percent): {one.condition: one for one in measured}
+        for place, measured in results.samples
+    }
 
 
-def _named(measured: list[TaskMeasured], condition: str) -> TaskMeasured:
-    return next(m for m in measured if m.condition == condition)
+def _same(here: dict[str, TaskMeasured], there: dict[str, TaskMeasured], condition: str) -> bool:
+    return here[condition].answer_nll == there[condition].answer_nll
 
 
 def render(runs: dict[str, TaskResults]) -> str:
@@ -103,7 +115,7 @@ def render(runs: dict[str, TaskResults]) -> str:
     page = PAGE.read_text(encoding="utf-8")
     for group, results in runs.items():
         found = tables(results)
-        if group.endswith("late"):
+        if group in TIMELINE:
             found.append(in_another_order(runs[TIMELINE[group]], results))
         page = with_tables(page, PROGRAM, group, found)
     return page

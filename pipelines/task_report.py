@@ -111,7 +111,9 @@ def plot_depths(results: TaskResults, condition: str, budget: int, path: Path) -
 
 def plot_depth_maps(results: TaskResults, conditions: Sequence[str], budget: int, path: Path) -> None:
     """As `plot_depths`, of several conditions side by side."""
-    size = (len(conditions) * (1.2 + 0.9 * len(results.lengths)), 1.6 + 0.5 * len(results.depths))
+    # A single length leaves less room than a title takes.
+    width = max(1.2 + 0.9 * len(results.lengths), 0.4 + 0.12 * max(map(len, conditions)))
+    size = (len(conditions) * width, 1.6 + 0.5 * len(results.depths))
     with figure(path, f"{budget} slots: accuracy", num_columns=len(conditions), size=size) as columns:
         for axes, condition in zip(columns, conditions, strict=True):
             _draw_depths(axes, results, condition, budget)
