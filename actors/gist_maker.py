@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from actors.compactor import Compactor
 from actors.follower import encode_groups
 from actors.packing import BLOCKS_PER_WINDOW, windows_of
-from actors.plan import CompactionPlan
+from actors.plan import CompactionPlan, plan_models
+from cluster.config import BaseLMConfig, GistNetConfig, StoreConfig
 from models.node_encoder import NodeEncoder
 from storage.geometry import NO_TOKEN
+from storage.schema import Encoding, check_same
 from storage.tree.reader import ContextReader
 
 
@@ -52,3 +56,30 @@ class GistMaker:
             rows = len(stored) // span.num_blocks
             arrays[name] = stored[(inside - start) * rows : (behind - start) * rows]
         return arrays, document.first_block + behind
+
+
+def load_gist_maker(
+    what: str, encoding: Encoding, base_lm: BaseLMConfig, gistnet: GistNetConfig, store: StoreConfig, num_threads: int
+) -> GistMaker:
+    """Who makes an encoding's gists.
+
+    Args:
+        what: is to be made anew, for the error.
+        encoding: of those gists.
+        base_lm, gistnet, store: as configured; a dtype of `auto` is the encoding's.
+        num_threads: CPU threads.
+
+    Raises:
+        IncompatibleTreeError: the configured net is another one.
+        ModelError: a model that is not there.
+    """
+    if base_lm.dtype == "auto":
+        base_lm = replace(base_lm, dtype=encoding.compute_dtype)
+    plan = plan_models(base_lm, gistnet, replace(store, gist_dtype=encoding.arrays[0].dtype))
+    check_same(
+        what,
+        encoding,
+        plan.encoding,
+        "Give the net that made it with --gistnet.path (and --base_lm.dtype); nothing was changed",
+    )
+    return GistMaker(plan, num_threads)

@@ -107,10 +107,12 @@ class Session:
             self.matches: dict[BlockName, Match] = {}
             """Why the last refocus found what it found."""
             self._found_order: list[BlockName] = []
+            self._asked_for: dict[BlockName, float] = {}
+            """Blocks the question at hand found, with their scores."""
             self._opening: int | None = None
             """First block of the document that holds the turns."""
             self._turn_tokens = 0
-            """Of the question at hand and its answer so far."""
+            """Of the question at hand and its answer so far, as far as they stand behind what was found."""
             self._pinned: list[BlockName] = []
             self._by_hand: dict[BlockName, float] = {}
             self.warning = ""
@@ -156,10 +158,12 @@ class Session:
         clock, tally = Clock(), Tally()
         asked = self._tokenizer.encode(question)
         opening = self._format.next_turn(self.memory.last_token)
-        turn = np.concatenate([opening, asked, self._format.before_answer]).astype(np.uint32)
+        # What was found is read behind the opening, as a turn of its own, which ends before the question begins.
+        between = self._format.between_turns if self.config.layout == "own_turn" else opening[:0]
+        turn = np.concatenate([opening, between, asked, self._format.before_answer]).astype(np.uint32)
         with clock.part("write"):
             self.memory.say(turn)
-        self._turn_tokens = len(turn)
+        self._turn_tokens = len(turn) - (len(opening) if self.config.layout == "own_turn" else 0)
         query = asked[-self.config.query_tokens :].astype(np.int64)
         self._refocus("question", query, clock, tally)
 
@@ -236,7 +240,7 @@ class Session:
         histories = self.memory.histories()
         before = dict(clock.seconds)
         with clock.part("search"):
-            scores = self._scores(query, histories)
+            scores = self._scores(query, histories, reason)
         budget = self.config.budget - self.config.refocus_tokens
         previous = self.focus
         with clock.part("focus"):
@@ -251,6 +255,8 @@ class Session:
                 rows_behind_found=self._rows_behind_found(),
                 seed=self.config.seed,
             )
+        if reason == "question":
+            self._asked_for = {name: scores.get(name, 0.0) for name in self.focus.found}
         self._order_found(scores, reason)
         with clock.part("assemble"):
             readers = self.memory.readers()
@@ -270,7 +276,7 @@ class Session:
         assert self.focus is not None
         assembled, wc = self._assembled, self.focus.wc
         embeds, places = assembled.embeds, assembled.half_tokens
-        if self.config.layout == "before_turn" and self.focus.found:
+        if self.config.layout != "timeline" and self.focus.found:
             entry = {tuple(node): position for position, node in enumerate(wc.nodes())}
             found = [entry[(0, block, source)] for block, source in self._found_order]
             # Of a turn that is longer than the tail the older part has become gists: the tail is as far as it reaches.
@@ -283,12 +289,12 @@ class Session:
 
     def _order_found(self, scores: Mapping[BlockName, float], reason: str) -> None:
         """Runs of found blocks by their best score, the best last, where the model reads them best. Within an answer
-        the order stays as long as the blocks do."""
+        blocks that stay keep their order, and new ones stand before them: what the question found is still asked."""
         assert self.focus is not None
         found = self.focus.found
-        if reason == "question" or set(found) != set(self._found_order):
-            runs = runs_of_neighbours(sorted(found, key=lambda name: -scores.get(name, 0.0)))
-            self._found_order = [name for run in runs[::-1] for name in run]
+        stay = [] if reason == "question" else [name for name in self._found_order if name in found]
+        new = sorted((name for name in found if name not in stay), key=lambda name: -scores.get(name, 0.0))
+        self._found_order = [name for run in runs_of_neighbours(new)[::-1] for name in run] + stay
 
     def _rows_behind_found(self) -> int | None:
         """Rows that are read again when a found block changes; None where that depends on the block."""
@@ -296,7 +302,7 @@ class Session:
             return None
         return 0 if self.focus is None else self._turn_tokens + K * len(self.focus.found)
 
-    def _scores(self, query: np.ndarray, histories: Sequence[History]) -> dict[BlockName, float]:
+    def _scores(self, query: np.ndarray, histories: Sequence[History], reason: str) -> dict[BlockName, float]:
         """What blocks are worth; on trouble nothing, which is recency."""
         self.warning, self.matches = "", {}
         scores = dict(self._by_hand)
@@ -308,7 +314,7 @@ class Session:
             question = self._search.read(query)
             hits = self._search.hits(question, tail_from)
             self.matches = fused_hits(hits, self.config.candidates)
-            if self._lens is not None:
+            if self._lens is not None and (reason != "question" or self.config.question_scores == "lensnet"):
                 self.matches = self._lens.matches(
                     question,
                     self.memory.readers(),
@@ -326,6 +332,10 @@ class Session:
         for name, match in self.matches.items():
             # What is asked for by hand is shown whatever a net thinks of it.
             scores[name] = scores[name] + max(0.0, match.score) if name in scores else match.score
+        if reason != "question" and self.focus is not None:
+            # An answer is still about its question: what that found is never worth less until it ends.
+            for name in set(self.focus.found) & self._asked_for.keys():
+                scores[name] = max(scores.get(name, 0.0), self._asked_for[name])
         return scores
 
     # -- by hand ---------------------------------------------------------------------------------------------------
@@ -363,6 +373,11 @@ class Session:
             return False
         self._pinned.remove(name)
         return True
+
+    @property
+    def found_order(self) -> tuple[BlockName, ...]:
+        """Found blocks as the model reads them where they stand before the turn: the last is the nearest to it."""
+        return tuple(self._found_order)
 
     @property
     def pinned(self) -> tuple[BlockName, ...]:

@@ -417,12 +417,27 @@ class InspectJob:
 
 @dataclass(frozen=True)
 class TreeVerifyJob:
-    """Check every byte and relation of a context; exit code 5 when something is wrong."""
+    """Check every byte and relation of a context, and with `gists` what gists say; exit code 5 when one is wrong."""
 
     store: StoreConfig = field(default_factory=StoreConfig)
     """Which store and context."""
+    gists: int = 0
+    """Besides, make so many groups of 32 nodes of every level anew, drawn at random, from their tokens or children, and
+    compare them: bytes may be as they were written and yet not what the net makes. 0: none."""
+    seed: int = 0
+    """Of the draw."""
+    base_lm: BaseLMConfig = field(default_factory=BaseLMConfig)
+    """The language model that the tree was made with; loaded only with `gists`."""
+    gistnet: GistNetConfig = field(default_factory=GistNetConfig)
+    """The net that made the gists; another one is refused."""
+    threads: int = 1
+    """CPU threads for making gists."""
     json: bool = False
     """Print JSON instead of tables."""
+
+    def validate(self) -> None:
+        require(self.gists >= 0, f"gists={self.gists} must be 0 (none) or more")
+        require(self.threads >= 1, f"threads={self.threads} must be at least 1")
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from cluster.config import (
 Allocator = Literal["greedy", "optimal", "stochastic", "recency"]
 SessionMode = Literal["overlay", "strict"]
 SessionPositional = Literal["compact", "anchored", "global"]
-SessionLayout = Literal["before_turn", "timeline"]
+SessionLayout = Literal["before_turn", "own_turn", "timeline"]
+QuestionScores = Literal["ranks", "lensnet"]
 
 AUTO_LENSNET = "auto"
 """`session.lensnet` that takes the net that comes along."""
@@ -97,8 +98,8 @@ class SessionConfig:
 
     layout: SessionLayout = "before_turn"
     """Where found blocks stand: `before_turn` right before the question at hand, the best last, where the model finds
-    them best and what is read again when they change is them and the turn; `timeline` in their place
-    (docs/sessions.md)."""
+    them best and what is read again when they change is them and the turn; `own_turn` behind the markup of a question,
+    as if somebody had said them just before; `timeline` in their place (docs/sessions.md)."""
 
     allocator: Allocator = "greedy"
     """Who chooses the blocks that are shown. `greedy`: by score. `optimal`: the exact optimum of scores for each cut.
@@ -108,6 +109,10 @@ class SessionConfig:
     """Folder of a LensNet of `train lensnet` that scores what words and keys found, and the newest blocks. `auto`: the
     one that comes along, where it was trained with the context's models. Empty, and where there is none: ranks are the
     scores."""
+
+    question_scores: QuestionScores = "ranks"
+    """Who scores on a new question, where there is a LensNet: `ranks` of words and keys, or `lensnet`. Within an answer
+    it is LensNet, which knows when nothing that was found is worth its room (docs/sessions.md)."""
 
     lens_unit: float = 0.05
     """Nats a token that LensNet must expect of a block for a score of 1, the unit of bonus and price."""
@@ -161,7 +166,7 @@ class SessionConfig:
         block = TOKENS_PER_BLOCK
         require(
             self.layout == "timeline" or self.positional == "compact",
-            f"session.layout=before_turn gives rows an order of their own and needs session.positional=compact, not "
+            f"session.layout={self.layout} gives rows an order of their own and needs session.positional=compact, not "
             f"{self.positional}; or set session.layout=timeline",
         )
         require(self.refocus_tokens >= 1, "session.refocus_tokens must be at least 1")

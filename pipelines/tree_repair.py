@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
-from actors.gist_maker import GistMaker
+from actors.gist_maker import GistMaker, load_gist_maker
 from actors.lexical_indexer import LexicalIndexer, LexicalIndexerSpec
-from actors.plan import plan_models
 from cluster.errors import CorruptTreeError
 from cluster.tables import Table
 from cluster.tree_config import TreeRepairJob
@@ -16,7 +15,7 @@ from pipelines.tree_versions import emit, maintained
 from storage.check import ContextReport, check_context
 from storage.lexical.index import remove_index
 from storage.repair import Repair, TreeRepair
-from storage.schema import Encoding, check_same
+from storage.schema import Encoding
 from storage.store import Store
 from storage.tree import catalogue
 from storage.tree.log_check import forget_lost_commits, lost_commits
@@ -98,20 +97,8 @@ def _beside_the_tree(store: Store, name: str, found: ContextReport) -> list[Repa
 
 
 def _maker(job: TreeRepairJob, encoding: Encoding) -> GistMaker:
-    """Who makes an encoding's gists.
-
-    Raises:
-        IncompatibleTreeError: the configured net is another one.
-    """
-    base_lm = job.base_lm if job.base_lm.dtype != "auto" else replace(job.base_lm, dtype=encoding.compute_dtype)
-    plan = plan_models(base_lm, job.gistnet, replace(job.store, gist_dtype=encoding.arrays[0].dtype))
-    check_same(
-        f"what is damaged in context {job.store.context!r}",
-        encoding,
-        plan.encoding,
-        "Give the net that made it with --gistnet.path (and --base_lm.dtype); nothing was changed",
-    )
-    return GistMaker(plan, job.threads)
+    what = f"what is damaged in context {job.store.context!r}"
+    return load_gist_maker(what, encoding, job.base_lm, job.gistnet, job.store, job.threads)
 
 
 def _rebuild_index(job: TreeRepairJob, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sqlite3
 from dataclasses import dataclass, field
@@ -31,6 +32,11 @@ def _select(tail: bool, where: str) -> str:
 _BEFORE = "d.first_block < coalesce(?, 9223372036854775807)"
 # Of those that begin inside the version. One that is open reaches to its end.
 _HAS_BLOCKS = "(d.state = 'open' OR d.num_blocks > 0)"
+
+
+def key_digest(key: str) -> str:
+    """Stands for a key in the audit log, which outlives what is erased: SHA-256 in hexadecimal digits."""
+    return hashlib.sha256(key.encode()).hexdigest()
 
 
 @dataclass

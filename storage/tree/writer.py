@@ -37,7 +37,14 @@ from storage.schema import Encoding
 from storage.tree import catalogue, journal, sealing
 from storage.tree.accept import Accepted, accept_spans, accept_tail, ended_document
 from storage.tree.commits import Writing, insert_audit, insert_commit
-from storage.tree.documents import OpenDocument, find_document, insert_document, open_document, update_document
+from storage.tree.documents import (
+    OpenDocument,
+    find_document,
+    insert_document,
+    key_digest,
+    open_document,
+    update_document,
+)
 from storage.tree.levels import fresh_nodes, sealed_nodes
 from storage.tree.lineage import LIVE, Branch, check_head, find_branch, load_lineage
 from storage.tree.log_check import lost_commits
@@ -392,7 +399,8 @@ class ContextWriter:
             document = ended_document(key, self.name, self._open, complete=complete)
             with self.commit() as db:
                 update_document(db, self.branch.branch_id, document)
-                self.audit(db, f"close_document: {document.state}", {"key": key, "num_blocks": document.num_blocks})
+                detail = {"key_sha256": key_digest(key), "num_blocks": document.num_blocks}
+                self.audit(db, f"close_document: {document.state}", detail)
                 version = self._advance(db, "close", self._version.num_tokens, self._version.level_counts)
             self._version, self._open = version, None
             return Ack(version)

@@ -8,7 +8,6 @@ document, expires what is retired, collects, and scrubs what SQLite keeps of del
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sqlite3
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from cluster.errors import BranchConflictError, StorageError
 from storage.contract import DocumentInfo, Version
 from storage.lexical.index import LEXICAL_FILE, lexical_lock
 from storage.store import Store
-from storage.tree.documents import plain_key
+from storage.tree.documents import key_digest, plain_key
 from storage.tree.lineage import LIVE, RETIRED, Lineage, branches, find_branch, load_lineage
 from storage.tree.reader import ContextReader
 from storage.tree.writer import ContextWriter
@@ -190,7 +189,7 @@ def erase_documents(store: Store, writer: ContextWriter, keys: Sequence[str], *,
         Archives(writer.folder).forget(set(keys))
         with writer.commit() as db:
             db.executemany("UPDATE branches SET retired_at = 0 WHERE branch_id = ?", [(number,) for number in expired])
-            digests = [hashlib.sha256(key.encode()).hexdigest() for key in keys]
+            digests = [key_digest(key) for key in keys]
             writer.audit(db, "erase", {"documents": removed.documents, "blocks": removed.blocks, "keys": digests})
             _want_scrub(db)
         store.collect(writer, keep_s=keep_s, clip_share=0.0)

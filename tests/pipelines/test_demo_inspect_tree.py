@@ -11,7 +11,8 @@ import pytest
 import pipelines.compact as compact_job
 import pipelines.demo as demo_job
 import pipelines.inspect as inspect_job
-import pipelines.tree as tree_job
+import pipelines.tree_rebuild as rebuild_job
+import pipelines.tree_verify as verify_job
 from cluster.config import InspectJob, ReadBackConfig, TreeRebuildGistsJob, TreeVerifyJob
 from cluster.demo_config import DemoFocusConfig, DemoJob
 from cluster.errors import ConfigError, ContextNotFoundError, CorruptTreeError, IncompatibleTreeError
@@ -95,14 +96,14 @@ def test_inspect_shows_store_context_and_node(make_job: JobFactory, capsys: pyte
 def test_verify_finds_damage(make_job: JobFactory, capsys: pytest.CaptureFixture[str]) -> None:
     job = make_job()
     compact_job.run(job)
-    tree_job.verify(TreeVerifyJob(store=job.store))
+    verify_job.run(TreeVerifyJob(store=job.store))
     shard = next(Store(job.store.root).folder("c").glob("segments/*/lod1/gists/c.0.0"))
     data = bytearray(shard.read_bytes())
     data[1000] ^= 1
     shard.write_bytes(data)
     capsys.readouterr()
     with pytest.raises(CorruptTreeError, match="problem"):
-        tree_job.verify(TreeVerifyJob(store=job.store, json=True))
+        verify_job.run(TreeVerifyJob(store=job.store, json=True))
     assert "lod1/gists" in json.loads(capsys.readouterr().out)["problems"][0]
 
 
@@ -123,13 +124,13 @@ def test_rebuild_gives_what_compacting_with_the_other_net_gives(make_job: JobFac
             store=job.store,
             compaction=job.compaction,
         )
-        tree_job.rebuild_gists(rebuild)
+        rebuild_job.run(rebuild)
         assert pinned.read("gists", 1, [0, 5]).equal(old)
         assert pinned.version.encoding.gistnet_id == "windowed-m1-l2"
     with store.open_reader("c") as new, store.open_reader("fresh") as expected:
         assert new.version.encoding.gistnet_id == "block-m2"
         assert_same_tree(new, expected)
-    tree_job.verify(TreeVerifyJob(store=job.store))
+    verify_job.run(TreeVerifyJob(store=job.store))
     # From now on the context takes documents of the new net, and of no other.
     with pytest.raises(IncompatibleTreeError):
         compact_job.run(job)

@@ -15,7 +15,7 @@ import pytest
 
 import pipelines.compact as compact_job
 import pipelines.store as store_job
-import pipelines.tree as tree_job
+import pipelines.tree_rebuild as rebuild_job
 from actors.crew import Crew
 from actors.service_client import ServedContext, find_service, stop_service
 from cluster.config import CompactJob, GistNetConfig, RayConfig, StoreConfig, TreeRebuildGistsJob
@@ -183,7 +183,7 @@ def test_a_job_outlives_a_service_that_is_stopped(
 def test_gists_are_rebuilt_through_the_service(service: None, make_job: JobFactory) -> None:
     job = through(make_job("first", "c"))
     compact_job.run(job)
-    tree_job.rebuild_gists(
+    rebuild_job.run(
         TreeRebuildGistsJob(
             run=dataclasses.replace(job.run, name="again"),
             base_lm=job.base_lm,

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 import pipelines.compact as compact_job
-import pipelines.tree as tree_job
 import pipelines.tree_repair as repair_job
+import pipelines.tree_verify as verify_job
 from cluster.config import (
     BaseLMConfig,
     CompactionConfig,
@@ -102,7 +102,7 @@ def spoil_rows(root: Path, lod: int) -> int:
 
 
 def is_whole(job: TreeRepairJob, made: CompactJob) -> None:
-    tree_job.verify(TreeVerifyJob(store=job.store))
+    verify_job.run(TreeVerifyJob(store=job.store))
     assert contents(job.store.root) == contents(made.store.root)
 
 
@@ -212,7 +212,7 @@ def test_a_log_that_lost_commits_is_cut_and_kept(job: TreeRepairJob) -> None:
     with pytest.raises(CorruptTreeError, match="acknowledged behind it are gone"):
         store.open_maintenance(NAME)
     repair_job.run(job)
-    tree_job.verify(TreeVerifyJob(store=job.store))
+    verify_job.run(TreeVerifyJob(store=job.store))
     assert (folder / "catalogue.sqlite-wal.damaged").read_bytes() == damaged
     actions = [entry.action for entry in History(folder, NAME).audit()]
     assert actions[0] == "repair"

@@ -264,7 +264,7 @@ def test_a_document_that_was_cut_before_its_first_block_is_erased(root: Path) ->
         writer.close_document("secret")
         write(writer, TEXTS[2])
         erase_documents(Store(root), writer, ["secret"], keep_s=NEVER_S)
-        assert b"secret" not in (root / CONTEXT / "catalogue.sqlite").read_bytes().replace(b'"key": "secret"', b"")
+        assert b"secret" not in (root / CONTEXT / "catalogue.sqlite").read_bytes()
     holds(root, TEXTS[0], TEXTS[2])
 
 

@@ -48,7 +48,8 @@ def test_what_is_asked_and_answered_is_remembered(session: Session) -> None:
 
 @pytest.mark.parametrize("mode", ["overlay", "strict"])
 @pytest.mark.parametrize(
-    ("layout", "positional"), [("before_turn", "compact"), ("timeline", "compact"), ("timeline", "anchored")]
+    ("layout", "positional"),
+    [("before_turn", "compact"), ("own_turn", "compact"), ("timeline", "compact"), ("timeline", "anchored")],
 )
 def test_over_a_long_session_the_model_reads_what_a_full_pass_would(
     spec: SessionSpec, lm: BaseLM, mode: Any, layout: Any, positional: Any
@@ -75,7 +76,7 @@ def test_over_a_long_session_the_model_reads_what_a_full_pass_would(
 def test_found_blocks_stand_before_the_turn_and_leave_what_is_before_them(spec: SessionSpec, lm: BaseLM) -> None:
     config = replace(CONFIG, budget=600, compact_tokens=32)
     read = {}
-    for layout in ("before_turn", "timeline"):
+    for layout in ("before_turn", "own_turn", "timeline"):
         store = replace(spec.store, context=layout)
         laid_out = replace(spec, store=store, config=replace(config, layout=layout))
         with closing(Session(laid_out, lm)) as session:
@@ -94,7 +95,12 @@ def test_found_blocks_stand_before_the_turn_and_leave_what_is_before_them(spec: 
             tokens = session.memory.readers()[source].tokens(block, 1)[0][0].astype(np.int64)
             shown = lm.embed(torch.from_numpy(tokens)[None])[0]
             stop = len(embeds) - session._turn_tokens
-            assert torch.equal(embeds[stop - K : stop], shown) == (layout == "before_turn")
+            assert torch.equal(embeds[stop - K : stop], shown) == (layout != "timeline")
+            if layout == "own_turn":
+                between = lm.embed(torch.from_numpy(session._format.between_turns)[None].long())[0]
+                assert torch.equal(embeds[stop : stop + len(between)], between)
+                first = stop - 3 * K
+                assert torch.equal(embeds[first - len(between) + 1 : first], between[1:]), "the question's markup"
     assert read["before_turn"] < 0.7 * read["timeline"]
 
 

@@ -1,13 +1,10 @@
-"""tree: care for a context. `verify` checks every byte; `rebuild-gists` re-derives its levels with another net."""
+"""tree rebuild-gists: re-derives a context's levels with another net."""
 
 from __future__ import annotations
 
-import json
 import logging
-import sys
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import asdict
 from typing import Any
 
 import ray
@@ -20,58 +17,19 @@ from actors.service_client import check_service_use
 from actors.tree_store import TreeStoreSpec
 from cluster import metric_names as names
 from cluster.config import TOKENS_PER_BLOCK as K
-from cluster.config import TreeRebuildGistsJob, TreeVerifyJob
-from cluster.errors import CorruptTreeError
+from cluster.config import TreeRebuildGistsJob
 from cluster.ray_runtime import ray_session
 from cluster.run import JobRun
 from cluster.tables import Table
-from pipelines.tree_report import encoding_rows, human_bytes, level_rows, measure_tree
-from storage.check import check_context
+from pipelines.tree_report import encoding_rows, level_rows, measure_tree
 from storage.contract import TreeReader
 from storage.geometry import NO_TOKEN
 from storage.store import Store
-from storage.tree.verify import VerifyReport
 
 logger = logging.getLogger("megacontext.tree")
 
-SHOWN_PROBLEMS = 20
 
-
-def verify(job: TreeVerifyJob) -> None:
-    """Check every byte and relation of a context.
-
-    Raises:
-        CorruptTreeError: something is wrong; all of it has been printed.
-    """
-    name = job.store.context
-    found = check_context(Store(job.store.root), name)
-    problems = found.problems
-    if job.json:
-        shown = {**asdict(found.tree), "problems": problems}
-        sys.stdout.write(json.dumps({"context": name, "ok": not problems, **shown}, indent=1) + "\n")
-    else:
-        Table(_verify_rows(found.tree, len(problems)), f"Context {name}").show()
-        for problem in problems[:SHOWN_PROBLEMS]:
-            sys.stdout.write(f"  {problem}\n")
-    if problems:
-        raise CorruptTreeError(
-            f"context {name!r} has {len(problems)} problem(s); damaged nodes are not served. `tree repair` says what "
-            "it can mend; restore the rest from a backup."
-        )
-
-
-def _verify_rows(report: VerifyReport, num_problems: int) -> list[dict[str, Any]]:
-    return [
-        {"what": "blocks", "value": f"{report.num_blocks:,}"},
-        {"what": "documents", "value": f"{report.num_documents:,}"},
-        {"what": "segments", "value": f"{report.num_segments:,}"},
-        {"what": "journal rows", "value": f"{report.num_journal_rows:,}"},
-        {"what": "bytes read", "value": human_bytes(report.num_bytes)},
-        {"what": "problems", "value": f"{num_problems:,}"},
-    ]
-
-
-def rebuild_gists(job: TreeRebuildGistsJob) -> None:
+def run(job: TreeRebuildGistsJob) -> None:
     """Encode the stored tokens again with another GistNet, beside the old gists, and activate the result.
 
     Interrupted, it goes on where it stopped. Readers pinned before the activation keep the old gists.
