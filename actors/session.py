@@ -314,7 +314,7 @@ class Session:
             question = self._search.read(query)
             hits = self._search.hits(question, tail_from)
             self.matches = fused_hits(hits, self.config.candidates)
-            if self._lens is not None and (reason != "question" or self.config.question_scores == "lensnet"):
+            if self._lens is not None:
                 self.matches = self._lens.matches(
                     question,
                     self.memory.readers(),

@@ -37,11 +37,10 @@ from storage.corpus import Document, open_corpus, read_corpus
 
 SCORERS: Mapping[str, SessionConfig] = {
     "the newest tokens": SessionConfig(allocator="recency"),
-    "LensNet": SessionConfig(question_scores="lensnet"),
-    "words and keys, LensNet within answers": SessionConfig(question_scores="ranks"),
     "words and keys": SessionConfig(lensnet=""),
-    "words and keys, as a turn of their own": SessionConfig(lensnet="", layout="own_turn"),
-    "words and keys, in the timeline": SessionConfig(lensnet="", layout="timeline"),
+    "words and keys, a turn of their own": SessionConfig(lensnet="", layout="own_turn"),
+    "LensNet": SessionConfig(),
+    "LensNet, a turn of its own": SessionConfig(layout="own_turn"),
 }
 """By what stands in the table, how a session is focused."""
 

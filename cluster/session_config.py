@@ -19,7 +19,6 @@ Allocator = Literal["greedy", "optimal", "stochastic", "recency"]
 SessionMode = Literal["overlay", "strict"]
 SessionPositional = Literal["compact", "anchored", "global"]
 SessionLayout = Literal["before_turn", "own_turn", "timeline"]
-QuestionScores = Literal["ranks", "lensnet"]
 
 AUTO_LENSNET = "auto"
 """`session.lensnet` that takes the net that comes along."""
@@ -109,10 +108,6 @@ class SessionConfig:
     """Folder of a LensNet of `train lensnet` that scores what words and keys found, and the newest blocks. `auto`: the
     one that comes along, where it was trained with the context's models. Empty, and where there is none: ranks are the
     scores."""
-
-    question_scores: QuestionScores = "ranks"
-    """Who scores on a new question, where there is a LensNet: `ranks` of words and keys, or `lensnet`. Within an answer
-    it is LensNet, which knows when nothing that was found is worth its room (docs/sessions.md)."""
 
     lens_unit: float = 0.05
     """Nats a token that LensNet must expect of a block for a score of 1, the unit of bonus and price."""

@@ -46,7 +46,7 @@ def test_the_actor_asks_a_service_and_publishes_its_numbers(
     *_, turn = [ray.get(piece) for piece in actor.ask.options(num_returns="streaming").remote(text[:60], SAMPLING)]
     assert isinstance(turn, Turn)
     stats: Any = ray.get(service.stats.remote())
-    assert stats["num_requests"] >= turn.num_refocuses - 1 > 0, "on the question itself ranks score"
+    assert stats["num_requests"] >= turn.num_refocuses
     present, added = turn_metrics(turn, 0)
     wanted = {f"ray_{name}" for name in {**present, **added}}
     assert {"ray_swap_rate", "ray_first_token_seconds", "ray_turn_seconds_decode"} <= wanted
