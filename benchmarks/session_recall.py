@@ -37,10 +37,10 @@ from storage.corpus import Document, open_corpus, read_corpus
 
 SCORERS: Mapping[str, SessionConfig] = {
     "the newest tokens": SessionConfig(allocator="recency"),
-    "words and keys": SessionConfig(lensnet=""),
-    "words and keys, a turn of their own": SessionConfig(lensnet="", layout="own_turn"),
-    "LensNet": SessionConfig(),
-    "LensNet, a turn of its own": SessionConfig(layout="own_turn"),
+    "words and keys": SessionConfig(lensnet="", layout="before_turn"),
+    "words and keys, a turn of their own": SessionConfig(lensnet=""),
+    "LensNet": SessionConfig(layout="before_turn"),
+    "LensNet, a turn of its own": SessionConfig(),
 }
 """By what stands in the table, how a session is focused."""
 

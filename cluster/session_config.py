@@ -18,7 +18,7 @@ from cluster.config import (
 Allocator = Literal["greedy", "optimal", "stochastic", "recency"]
 SessionMode = Literal["overlay", "strict"]
 SessionPositional = Literal["compact", "anchored", "global"]
-SessionLayout = Literal["before_turn", "own_turn", "timeline"]
+SessionLayout = Literal["own_turn", "before_turn", "timeline"]
 
 AUTO_LENSNET = "auto"
 """`session.lensnet` that takes the net that comes along."""
@@ -95,10 +95,10 @@ class SessionConfig:
     """Where rows stand: `compact` one after the other, `anchored` compressed far from the end, `global` at their true
     places, which only holds as far as the model was trained."""
 
-    layout: SessionLayout = "before_turn"
-    """Where found blocks stand: `before_turn` right before the question at hand, the best last, where the model finds
-    them best and what is read again when they change is them and the turn; `own_turn` behind the markup of a question,
-    as if somebody had said them just before; `timeline` in their place (docs/sessions.md)."""
+    layout: SessionLayout = "own_turn"
+    """Where found blocks stand, the best last. `own_turn`: right before the question at hand, as if somebody had said
+    them in a turn just before; `before_turn`: before the question's turn, without markup of their own. What is read
+    again when they change is them and the question. `timeline`: in their place (docs/sessions.md)."""
 
     allocator: Allocator = "greedy"
     """Who chooses the blocks that are shown. `greedy`: by score. `optimal`: the exact optimum of scores for each cut.
