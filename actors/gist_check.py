@@ -42,7 +42,7 @@ def check_gists(
     seed: int,
     on_group: Callable[[], None] = lambda: None,
 ) -> list[LevelCheck]:
-    """Make groups of 32 nodes of every level anew and compare them; blocks whose tokens were pruned are left out.
+    """Make groups of 32 nodes of every level anew and compare them. Groups of LOD1 beside pruned tokens are left out.
 
     Args:
         reader: of a version whose bytes are sound.
@@ -70,9 +70,12 @@ def check_gists(
 def _groups(reader: ContextReader) -> list[np.ndarray]:
     """By level from LOD1, groups that can be made."""
     version = reader.version
-    whole = has_tokens(reader)
-    starts = np.arange(0, len(whole), K)
-    lowest = np.flatnonzero(np.logical_and.reduceat(whole, starts)) if len(whole) else starts
+    tokens = has_tokens(reader)
+    padded = np.ones((2 + -(-len(tokens) // K)) * K, bool)
+    padded[K : K + len(tokens)] = tokens
+    whole = padded.reshape(-1, K).min(axis=1)
+    # The windows that a group's gists are made of reach into the groups beside it.
+    lowest = np.flatnonzero(whole[:-2] & whole[1:-1] & whole[2:])
     return [lowest, *(np.arange(-(-version.num_nodes(lod) // K)) for lod in range(2, version.max_lod + 1))]
 
 

@@ -86,6 +86,8 @@ class Session:
         self._tokenizer = spec.plan.tokenizer
         self._lens = _session_lens(spec, lens)
         self._format = ChatFormat.of(spec.plan.files.folder, self._tokenizer, spec.config.system_prompt)
+        self._markup = self._format.between_turns if spec.config.layout == "own_turn" else np.empty(0, np.int64)
+        """Between what was found and the question at hand."""
         self.id = uuid.uuid4().hex[:12]
         self.memory = SessionMemory(
             spec.plan,
@@ -124,13 +126,17 @@ class Session:
 
     def _check_budget(self, histories: Sequence[History]) -> None:
         need = smallest_budget(histories) - histories[-1].tail_tokens + self.config.compact_tokens + K
-        room = self.config.budget - self.config.refocus_tokens
-        if need > room:
+        if need > self._room:
             raise BudgetError(
                 f"a budget of {self.config.budget} is too small for {len(histories)} contexts of "
                 f"{sum(h.num_tokens for h in histories):,} tokens: gists and waiting tokens need "
-                f"{need + self.config.refocus_tokens}. Set session.budget to that or more"
+                f"{need + self.config.budget - self._room}. Set session.budget to that or more"
             )
+
+    @property
+    def _room(self) -> int:
+        """Rows a Working Context may have: the budget, less what is kept free for decoded tokens and markup."""
+        return self.config.budget - self.config.refocus_tokens - len(self._markup)
 
     # -- reading and answering -------------------------------------------------------------------------------------
 
@@ -158,11 +164,10 @@ class Session:
         clock, tally = Clock(), Tally()
         asked = self._tokenizer.encode(question)
         opening = self._format.next_turn(self.memory.last_token)
-        # What was found is read behind the opening, as a turn of its own, which ends before the question begins.
-        between = self._format.between_turns if self.config.layout == "own_turn" else opening[:0]
-        turn = np.concatenate([opening, between, asked, self._format.before_answer]).astype(np.uint32)
+        turn = np.concatenate([opening, asked, self._format.before_answer]).astype(np.uint32)
         with clock.part("write"):
             self.memory.say(turn)
+        # As a turn of its own, what was found takes the question's opening, and the question gets another.
         self._turn_tokens = len(turn) - (len(opening) if self.config.layout == "own_turn" else 0)
         query = asked[-self.config.query_tokens :].astype(np.int64)
         self._refocus("question", query, clock, tally)
@@ -241,13 +246,12 @@ class Session:
         before = dict(clock.seconds)
         with clock.part("search"):
             scores = self._scores(query, histories, reason)
-        budget = self.config.budget - self.config.refocus_tokens
         previous = self.focus
         with clock.part("focus"):
             self.focus = refocus(
                 self._policy,
                 histories,
-                budget,
+                self._room,
                 scores,
                 previous,
                 pinned=list(dict.fromkeys([*self._opening_blocks(histories), *self._pinned])),
@@ -283,7 +287,11 @@ class Session:
             own = (wc.source == len(wc.histories) - 1) & (wc.lod == 0) & (wc.first_block >= self.focus.tail_from)
             turn_rows = min(self._turn_tokens, int(wc.cost[own].sum()))
             order = found_before_turn(assembled.row_of_entry, found, turn_rows)
-            embeds, places = embeds[torch.from_numpy(order).to(embeds.device)], places[order]
+            markup = self._lm.embed(torch.from_numpy(self._markup.astype(np.int64))[None].to(embeds.device))[0]
+            rows = embeds[torch.from_numpy(order).to(embeds.device)]
+            behind = len(rows) - turn_rows
+            embeds = torch.cat([rows[:behind], markup.to(rows.dtype), rows[behind:]])
+            places = np.arange(len(embeds))  # one after the other, whatever they are
         layout = lay_out(self.config.positional, places, wc.total_tokens)
         return embeds, layout.half_tokens, layout.next_half_token
 
@@ -300,7 +308,7 @@ class Session:
         """Rows that are read again when a found block changes; None where that depends on the block."""
         if self.config.layout == "timeline":
             return None
-        return 0 if self.focus is None else self._turn_tokens + K * len(self.focus.found)
+        return 0 if self.focus is None else len(self._markup) + self._turn_tokens + K * len(self.focus.found)
 
     def _scores(self, query: np.ndarray, histories: Sequence[History], reason: str) -> dict[BlockName, float]:
         """What blocks are worth; on trouble nothing, which is recency."""

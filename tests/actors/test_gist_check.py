@@ -20,6 +20,7 @@ from cluster.errors import CorruptTreeError, IncompatibleTreeError
 from storage.check import check_context
 from storage.contract import SpanWrite
 from storage.store import Store
+from storage.versions.curation import prune
 from tests.actors.helpers import follow, ingest, make_compactor, make_documents, open_context, tiny_plan
 
 LENGTHS = [900, 40, 1200, 3]
@@ -56,6 +57,23 @@ def test_what_was_compacted_is_made_again_bit_for_bit(tmp_path: Path, tiny_lm_co
         assert check.num_equal == check.num_nodes
         assert check.worst_error == 0.0
         assert not check.problems
+
+
+def test_what_cannot_be_made_again_for_want_of_tokens_is_left_out(tmp_path: Path, tiny_lm_config: BaseLMConfig) -> None:
+    plan = tiny_plan(tiny_lm_config, tmp_path)
+    with open_context(tmp_path, plan) as writer:
+        ingest(writer, plan, make_compactor(plan), make_documents([40, 2000]))
+        follow(writer, plan)
+        num_groups = -(-writer.version().num_blocks // 32)
+        assert num_groups > 4
+        # The second document begins inside the first group, so windows lie across groups.
+        prune(writer, [(70, 1)], keep_until=1e12)
+        with writer.reader() as reader:
+            lowest, upper = check_gists(reader, GistMaker(plan, 1), 1_000, 0)
+            expected = reader.version.num_nodes(1) - 3 * 32
+    assert lowest.num_nodes == lowest.num_equal == expected
+    assert upper.num_equal == upper.num_nodes > 0
+    assert not lowest.problems
 
 
 def test_gists_of_other_tokens_are_found(

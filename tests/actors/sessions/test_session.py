@@ -94,13 +94,15 @@ def test_found_blocks_stand_before_the_turn_and_leave_what_is_before_them(spec: 
             block, source = neighbours[-1]
             tokens = session.memory.readers()[source].tokens(block, 1)[0][0].astype(np.int64)
             shown = lm.embed(torch.from_numpy(tokens)[None])[0]
-            stop = len(embeds) - session._turn_tokens
+            stop = len(embeds) - session._turn_tokens - len(session._markup)
             assert torch.equal(embeds[stop - K : stop], shown) == (layout != "timeline")
             if layout == "own_turn":
                 between = lm.embed(torch.from_numpy(session._format.between_turns)[None].long())[0]
                 assert torch.equal(embeds[stop : stop + len(between)], between)
                 first = stop - 3 * K
                 assert torch.equal(embeds[first - len(between) + 1 : first], between[1:]), "the question's markup"
+                markup = session._tokenizer.decode(session._format.between_turns)
+                assert said(session).count(markup) == 1, "what is only read is not written"
     assert read["before_turn"] < 0.7 * read["timeline"]
 
 
@@ -119,7 +121,7 @@ def test_a_question_longer_than_the_tail_is_read_behind_what_was_found(spec: Ses
         first = next(i for i, node in enumerate(focus.wc.nodes()) if tuple(node) not in found and node.lod == 0)
         tail_row = assembled.embeds[assembled.row_of_entry[first]]
         # Gists, then what was found, then the tail, in which no gist stands.
-        assert torch.equal(embeds[num_gists + K * len(found)], tail_row)
+        assert torch.equal(embeds[num_gists + K * len(found) + len(session._markup)], tail_row)
         assert_as_full_pass_after_refocus(session)
 
 
@@ -212,7 +214,7 @@ def test_every_refocus_leaves_an_event(spec: SessionSpec, lm: BaseLM) -> None:
         text = make_text(2, 500)
         session.read(document("d", text), text)
         turns = [ask(session, text[30:90]), ask(session, text[400:480])]
-        folder, budget = session.memory.folder, session.config.budget - session.config.refocus_tokens
+        folder, budget, markup = session.memory.folder, session._room, len(session._markup)
     events = session.events()
     assert len(events) == sum(turn.num_refocuses for turn in turns)
     assert [event["number"] for event in events] == list(range(len(events)))
@@ -220,7 +222,7 @@ def test_every_refocus_leaves_an_event(spec: SessionSpec, lm: BaseLM) -> None:
     assert sum(event["num_decoded"] for event in events) == sum(turn.num_answer_tokens for turn in turns)
     for event in events:
         assert event["cost"] <= event["budget"] == budget
-        assert event["rows_reused"] + event["rows_read"] == event["cost"]
+        assert event["rows_reused"] + event["rows_read"] == event["cost"] + (markup if event["found"] else 0)
         raw = {entry["index"] for entry in event["entries"] if entry["lod"] == 0}
         assert {block["block"] for block in event["found"]} <= raw
         assert event["nll_decoded"] is None or 0 < event["nll_decoded"] < 20
