@@ -422,7 +422,7 @@ class BaseLM:
         return output.last_hidden_state
 
     def _gains_from_tiles(self, embeds: Tensor) -> bool:
-        """Whether attention by plain products is faster here: bfloat16 on a CPU, several entries, no gradients."""
+        """Whether attention by plain products is faster here: bfloat16 on some CPUs, several entries, no gradients."""
         on_cpu = self.device.type == "cpu" and self.dtype == torch.bfloat16
         no_gradients = not (torch.is_grad_enabled() and embeds.requires_grad)
         return self._takes_tiles and on_cpu and embeds.shape[1] > 1 and no_gradients

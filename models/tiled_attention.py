@@ -1,10 +1,10 @@
-"""Causal attention in bfloat16 on CPUs, by plain matrix products over tiles that fit the cache.
+"""Causal attention in bfloat16 on CPUs without AMX, by plain matrix products over tiles that fit the cache.
 
-PyTorch's fused kernel reaches a fifth of a CPU's bfloat16 matmul peak, so that attention took 40% of a forward pass at
-600 entries and most of one at 4,096. Here every step is a matrix product or a softmax over a tile of scores:
-`make bench ONLY=attention` compares the two. Scores are rounded to bfloat16, as keys, queries and everything else is.
-Models whose keys have biases keep the fused kernel: what all keys have in common makes scores large, and
-rounding them then loses what tells entries apart.
+Without AMX, PyTorch's fused kernel reaches a fifth of a CPU's bfloat16 matmul peak, so that attention took 40% of a
+forward pass at 600 entries and most of one at 4,096. Here every step is a matrix product or a softmax over a tile of
+scores. With AMX the fused kernel is the faster one: `make bench ONLY=attention` compares the two. Scores are rounded to
+bfloat16, as keys, queries and everything else is. Models whose keys have biases keep the fused kernel: what all keys
+have in common makes scores large, and rounding them then loses what tells entries apart.
 
 Shapes: B rows, T entries of the call after P cached ones, S = P + T.
 """
@@ -76,8 +76,22 @@ def attend_in_tiles(
     return output.view(num_rows, num_heads, num_entries, -1).transpose(1, 2), None
 
 
+def tiles_are_faster() -> bool:
+    """Whether this CPU attends faster by tiles than by PyTorch's fused kernel.
+
+    By what the CPU is and not by a measurement: one machine gives the same numbers every time. Time of tiles over the
+    fused kernel's: 0.39 on AVX512-bf16 without AMX; with AMX 1.1 to 1.8 (`benchmarks/attention.py`).
+    """
+    # PyTorch before 2.10 does not tell.
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return not capabilities.get("amx_bf16", False)
+
+
 def takes_tiles(config: Any, layers: Iterable[nn.Module]) -> bool:
-    """Whether a model's attention may go by tiles: plainly causal, and by keys without biases."""
+    """Whether a model's attention may go by tiles, and should: plainly causal, by keys without biases, on a CPU that
+    gains from it."""
+    if not tiles_are_faster():
+        return False
     attention = (getattr(layer, "self_attn", None) for layer in layers)
     biases = (getattr(getattr(part, "k_proj", None), "bias", None) for part in attention)
     return is_plainly_causal(config) and all(bias is None for bias in biases)

@@ -14,7 +14,7 @@ from transformers import AttentionInterface
 import models.tiled_attention
 from cluster.config import BaseLMConfig
 from models.base_lm import BaseLM
-from models.tiled_attention import ATTENTION_NAME, TILE_ENTRIES, attend_in_tiles, is_plainly_causal
+from models.tiled_attention import ATTENTION_NAME, TILE_ENTRIES, attend_in_tiles, is_plainly_causal, tiles_are_faster
 
 IDS = torch.randint(0, 256, (2, 150), generator=torch.Generator().manual_seed(3))
 
@@ -49,8 +49,9 @@ def test_values_may_have_another_width_than_keys() -> None:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Entries of every call that attends by tiles."""
+    """Entries of every call that attends by tiles, on a CPU without AMX."""
     seen: list[int] = []
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": False}, raising=False)
 
     def counting(module: nn.Module, query: torch.Tensor, *rest: Any, **options: Any) -> tuple[torch.Tensor, None]:
         seen.append(query.shape[2])
@@ -106,6 +107,22 @@ def test_a_model_whose_keys_have_biases_keeps_its_attention(tiny_bf16_config: Ba
     with torch.inference_mode():
         biased.logits(biased.embed(IDS))
     assert not calls
+
+
+def test_a_cpu_with_amx_attends_by_the_fused_kernel(
+    monkeypatch: pytest.MonkeyPatch, tiny_bf16_config: BaseLMConfig, calls: list[int]
+) -> None:
+    assert tiles_are_faster()
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True}, raising=False)
+    assert not tiles_are_faster()
+    lm = BaseLM.load(tiny_bf16_config)
+    lm.logits(lm.embed(IDS))
+    assert not calls
+
+
+def test_a_pytorch_that_does_not_tell_attends_by_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert tiles_are_faster()
 
 
 def test_nothing_else_is_read_by_tiles(tiny_lm: BaseLM, tiny_bf16_config: BaseLMConfig, calls: list[int]) -> None:
