@@ -124,6 +124,7 @@ def branch(job: TreeBranchJob) -> None:
                 "documents": done.documents,
                 "blocks": done.blocks,
                 "there already": done.skipped_documents,
+                "taken out before": done.removed_documents,
                 "version": str(done.version.seq),
             }
         ]

@@ -12,36 +12,23 @@ import json
 import re
 import sqlite3
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.errors import BranchConflictError, StorageError
-from storage.contract import DocumentInfo, SpanWrite, Version
+from storage.contract import Version
 from storage.tree import journal
 from storage.tree.commits import insert_commit
 from storage.tree.documents import OpenDocument, insert_document, open_document
 from storage.tree.lineage import LIVE, RETIRED, Lineage, find_branch, inherited_nodes, load_lineage
 from storage.tree.reader import ContextReader
 from storage.tree.writer import MAIN_BRANCH, ContextWriter
+from storage.versions.merging import MergeResult, append_branch, documents_behind
 
 NAME_RULE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
-MERGE_BLOCKS = 4096
-"""Blocks of whole documents that a merge appends in one commit."""
-
-
-@dataclass(frozen=True)
-class MergeResult:
-    """What a merge did."""
-
-    version: Version
-    fast_forward: bool
-    documents: int
-    blocks: int
-    skipped_documents: int = 0
-    """They were on the branch already."""
 
 
 class Branching:
@@ -101,8 +88,13 @@ class Branching:
             self._check_fast_forward(source)
             return self._move("fast_forward", self._tip(source).branch.head_seq, message or f"fast-forward to {source}")
 
-    def take_over(self, source: str, action: str, message: str) -> Version:
+    def take_over(self, source: str, action: str, detail: Mapping[str, object]) -> Version:
         """Give the name of the writer's branch to another branch; the one that had it is retired.
+
+        Args:
+            source: the other branch.
+            action: in the audit log.
+            detail: goes there, too.
 
         Raises:
             StorageError: no such branch.
@@ -113,7 +105,8 @@ class Branching:
             with writer.commit() as db:
                 _retire(db, writer.branch.branch_id, old.branch)
                 db.execute("UPDATE branches SET name = ? WHERE branch_id = ?", (old.branch, new.branch_id))
-                writer.audit(db, action, {"branch": old.branch, "from": old.seq, "to": new.head_seq})
+                ends = {"branch": old.branch, "from": old.seq, "to": new.head_seq, "branch_id": new.branch_id}
+                writer.audit(db, action, {**ends, **detail})
             return writer.switch(old.branch)
 
     def discard(self, name: str) -> None:
@@ -181,7 +174,8 @@ class Branching:
         Where the writer's branch has not gone on, it is fast-forwarded. Otherwise the documents that began behind the
         fork are appended, with the gists they have: those do not depend on a document's place. Documents come whole,
         in commits of at most `MERGE_BLOCKS` blocks or one document; a merge that was interrupted goes on when it is
-        called again. Levels above the blocks are the follower's work, as after any append.
+        called again. Levels above the blocks are the follower's work, as after any append. A document that was taken
+        out of the writer's branch before does not come back.
 
         Raises:
             BranchConflictError: a document goes on across the fork, is still open on either branch, or is another one
@@ -195,77 +189,11 @@ class Branching:
         try:
             version = self.fast_forward(source, message)
         except BranchConflictError:
-            return self._append_all(source, message)
+            with self._reader(self._tip(source).branch.head_seq) as reader:
+                return append_branch(writer, source, reader, message)
         with writer.reader() as reader:
-            new = _behind(reader, before)
+            new = documents_behind(reader, before)
         return MergeResult(version, True, len(new), version.num_blocks - before)
-
-    def _append_all(self, source: str, message: str) -> MergeResult:
-        writer = self._writer
-        with self._reader(self._tip(source).branch.head_seq) as reader:
-            shared = min(
-                reader.lineage.shared_blocks(writer.lineage), reader.version.num_blocks, writer.version().num_blocks
-            )
-            new, skipped = self._mergeable(source, reader, shared)
-            message = message or f"merge {source} at version {reader.version.seq}"
-            blocks = self.append_documents(reader, new, f"merge {source}", message)
-        with writer.commit() as db:
-            writer.audit(db, "merge", {"branch": source, "head": reader.version.seq, "blocks": blocks})
-        return MergeResult(writer.version(), False, len(new), blocks, skipped)
-
-    def append_documents(
-        self, reader: ContextReader, documents: Sequence[DocumentInfo], request_id: str, message: str
-    ) -> int:
-        """Append documents of another version with the gists they have, in commits of at most `MERGE_BLOCKS` blocks or
-        one document, and seal behind them. Returns how many blocks that were.
-
-        Not to be called with the writer's lock held.
-        """
-        writer = self._writer
-        blocks = 0
-        for batch in _batches(documents):
-            spans = [_span_of(reader, document) for document in batch]
-            blocks += writer.append(spans, request_id, message).new_blocks
-            if batch[-1].state == "cut":
-                writer.close_document(batch[-1].meta.key)
-            writer.flush()
-        return blocks
-
-    def _mergeable(self, source: str, reader: ContextReader, shared: int) -> tuple[list[DocumentInfo], int]:
-        """The documents to append, checked before the first is, and how many are there already."""
-        writer = self._writer
-        into = writer.version().branch
-        if reader.encoding_id != writer.encoding_id:
-            raise BranchConflictError(
-                f"branch {source!r} has gists of {reader.version.encoding.gistnet_id}, {into!r} of "
-                f"{writer.encoding.gistnet_id}; rebuild one of them with `tree rebuild-gists`"
-            )
-        growing = writer.open_document()
-        if growing is not None:
-            raise BranchConflictError(f"document {growing.key!r} is still open on {into!r}; end it, then merge")
-        with writer.reader() as mine:
-            cut = {(d.meta.key, d.num_tokens) for d in _behind(mine, shared) if d.state == "cut"}
-        new, skipped = [], 0
-        for document in _behind(reader, shared):
-            key = document.meta.key
-            if document.first_block < shared:
-                raise BranchConflictError(
-                    f"document {key!r} goes on across the fork at block {shared}, and {into!r} has gone on as well: "
-                    f"its blocks have no place there. Keep the branch, or discard it."
-                )
-            if document.state == "open":
-                raise BranchConflictError(f"document {key!r} is still open on {source!r}; end it, then merge")
-            there = writer.document(key)
-            if (key, document.num_tokens) in cut if document.state == "cut" else there is not None:
-                skipped += 1
-            else:
-                new.append(document)
-            if there is not None and (document.state == "cut" or there.num_tokens != document.num_tokens):
-                raise BranchConflictError(
-                    f"document {key!r} has {there.num_tokens} tokens on {into!r} and {document.num_tokens} on "
-                    f"{source!r}"
-                )
-        return new, skipped
 
     # -- helpers ---------------------------------------------------------------------------------------------------
 
@@ -460,38 +388,3 @@ def _check_name(what: str, name: str) -> None:
             f"{what} {name!r}: names hold letters, digits, '_', '.' and '-', begin with a letter, digit or '_', and "
             "are not numbers, which versions have"
         )
-
-
-def _behind(reader: ContextReader, block: int) -> list[DocumentInfo]:
-    """Documents with blocks behind a fork."""
-    return [d for d in reader.documents() if d.first_block + d.num_blocks > block]
-
-
-def _batches(documents: Sequence[DocumentInfo]) -> Iterator[list[DocumentInfo]]:
-    batch: list[DocumentInfo] = []
-    for document in documents:
-        if batch and sum(d.num_blocks for d in batch) + document.num_blocks > MERGE_BLOCKS:
-            yield batch
-            batch = []
-        batch.append(document)
-        if document.state == "cut":
-            # It is ended by a commit of its own, and nothing may follow it before.
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-
-
-def _span_of(reader: ContextReader, document: DocumentInfo) -> SpanWrite:
-    first, count = document.first_block, document.num_blocks
-    # Tokens of pruned blocks come along for as long as they are kept.
-    blocks = reader.stored_arrays(0, first, count)
-    return SpanWrite(
-        document.meta,
-        0,
-        blocks["tokens"].reshape(count, K),
-        blocks["num_tokens"].reshape(count),
-        reader.stored_arrays(1, first, count),
-        last=document.state == "complete",
-        pruned=reader.pruned_spans(first, count),
-    )

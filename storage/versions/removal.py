@@ -24,6 +24,7 @@ from storage.tree.writer import ContextWriter
 from storage.versions.archive import Archives
 from storage.versions.branching import Branching
 from storage.versions.history import History
+from storage.versions.merging import REMOVE, append_documents
 
 _WANTS_SCRUB = "wants_scrub"
 
@@ -43,7 +44,8 @@ class Removed:
 
 
 def remove_documents(writer: ContextWriter, keys: Sequence[str], message: str = "") -> Removed:
-    """Take documents out of the writer's branch. Older versions keep them; roll back to undo it.
+    """Take documents out of the writer's branch. Older versions keep them; roll back to undo it. Merging a branch that
+    still shows them does not bring them back.
 
     Costs reading and writing every block behind the first of the documents. Levels above the blocks are the
     follower's work from there on, as after any append.
@@ -78,10 +80,10 @@ def remove_documents(writer: ContextWriter, keys: Sequence[str], message: str = 
         branching.fork(UNSEEN, at_block=first, message=message)
         try:
             writer.switch(UNSEEN)
-            branching.append_documents(reader, kept, "remove", message)
+            append_documents(writer, reader, kept, REMOVE, message)
         finally:
             writer.switch(name)
-        version = branching.take_over(UNSEEN, "remove", message)
+        version = branching.take_over(UNSEEN, REMOVE, {"keys": sorted(map(key_digest, places))})
     moved = sum(document.num_blocks for document in kept)
     return Removed(version, len(places), sum(document.num_blocks for document in behind) - moved, moved)
 

@@ -72,6 +72,56 @@ def test_what_is_taken_out_can_be_had_back(root: Path) -> None:
     is_sound(root)
 
 
+def test_what_was_taken_out_does_not_come_back_by_a_merge(root: Path) -> None:
+    secret, new, more = TEXTS[1], Text("new", 33 * K), Text("more", 40 * K)
+    with open_context(root) as writer:
+        write(writer, *TEXTS)
+        whole = writer.version().seq
+        branching = Branching(writer)
+        branching.fork("side")
+        remove_documents(writer, ["secret"])
+        remove_documents(writer, ["one"])
+        branching.fork("late", at_block=20)
+        writer.switch("side")
+        write(writer, new)
+        writer.switch("main")
+        merged = branching.merge("side")
+        assert (merged.documents, merged.skipped_documents, merged.removed_documents) == (1, 2, 2)
+        holds(root, TEXTS[2], TEXTS[3], new)
+        # Nor on a branch that was forked since, wherever; but where they were never taken out, and where they come
+        # again of their own.
+        writer.switch("late")
+        writer.close_document("two")
+        assert branching.merge("side").removed_documents == 2
+        writer.switch("main")
+        branching.roll_back(whole)
+        write(writer, more)
+        merged = branching.merge("side")
+        assert (merged.documents, merged.removed_documents) == (1, 0)
+        holds(root, *TEXTS, more, new)
+        remove_documents(writer, ["secret"])
+        write(writer, secret)
+        merged = branching.merge("side")
+        assert (merged.documents, merged.removed_documents) == (0, 0)
+        holds(root, *KEPT, more, new, secret)
+    is_sound(root)
+
+
+def test_removals_that_do_not_say_of_what_are_passed_over(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_context(root) as writer:
+        write(writer, *TEXTS)
+        Branching(writer).fork("side")
+        audit = writer.audit
+        with monkeypatch.context() as patch:
+            # As programs wrote it before.
+            older = {"branch": "main", "from": 5, "to": 9}
+            patch.setattr(writer, "audit", lambda db, action, _: audit(db, action, older))
+            remove_documents(writer, ["secret"])
+        merged = Branching(writer).merge("side")
+        assert (merged.documents, merged.removed_documents) == (1, 0)
+        holds(root, *KEPT, TEXTS[1])
+
+
 def test_searches_find_blocks_where_they_are_now(root: Path) -> None:
     """An index of the branch that had the name before would name blocks of another timeline."""
     with open_context(root) as writer, LexicalSearcher(writer.folder, decode) as searcher:

@@ -65,10 +65,12 @@ class Shown:
 
     texts: tuple[Text, ...] = ()
     blocks: tuple[Block, ...] = ()
+    removed: frozenset[str] = frozenset()
+    """Keys of documents that were taken out in its history."""
 
     def clipped(self, num_blocks: int) -> Shown:
         """Its first blocks."""
-        return Shown(clipped(self.texts, num_blocks), self.blocks[:num_blocks])
+        return replace(self, texts=clipped(self.texts, num_blocks), blocks=self.blocks[:num_blocks])
 
     def parts(self) -> Iterator[tuple[Text, tuple[Block, ...]]]:
         """Each document with its blocks."""
@@ -84,11 +86,13 @@ class Shown:
     def with_documents(self, *more: tuple[Text, tuple[Block, ...]]) -> Shown:
         """Documents behind it."""
         texts = tuple(text for text, _ in more)
-        return Shown(self.texts + texts, self.blocks + tuple(block for _, blocks in more for block in blocks))
+        blocks = tuple(block for _, blocks in more for block in blocks)
+        return replace(self, texts=self.texts + texts, blocks=self.blocks + blocks)
 
     def without(self, key: str) -> Shown:
         """All but one document."""
-        return Shown().with_documents(*((text, blocks) for text, blocks in self.parts() if text.key != key))
+        kept = ((text, blocks) for text, blocks in self.parts() if text.key != key)
+        return Shown(removed=self.removed | {key}).with_documents(*kept)
 
     def changed(self, first: int, blocks: list[Block]) -> Shown:
         """With other blocks from the first on."""
@@ -265,8 +269,9 @@ class Versions(RuleBasedStateMachine):
             self.moved()
             return
         inside = len(theirs.clipped(shared).texts)
-        new = [(text, blocks) for text, blocks in list(theirs.parts())[inside:] if text not in mine.texts]
-        assert merged.documents == len(new)
+        behind = [(text, blocks) for text, blocks in list(theirs.parts())[inside:] if text not in mine.texts]
+        new = [(text, blocks) for text, blocks in behind if text.key not in mine.removed]
+        assert (merged.documents, merged.removed_documents) == (len(new), len(behind) - len(new))
         if new:
             self.shown[self.branch] = mine.with_documents(*new)
             self.goes_on()
