@@ -86,6 +86,7 @@ def _gist_row(check: LevelCheck) -> dict[str, Any]:
     return {
         "level": f"LOD{check.lod}",
         "nodes": f"{check.num_nodes:,}",
+        "cannot be made (no tokens)": f"{check.num_left_out:,}",
         "same bits": f"{check.num_equal:,}",
         "largest relative error": f"{check.worst_error:.1e}",
     }

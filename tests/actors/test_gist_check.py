@@ -72,6 +72,7 @@ def test_what_cannot_be_made_again_for_want_of_tokens_is_left_out(tmp_path: Path
             lowest, upper = check_gists(reader, GistMaker(plan, 1), 1_000, 0)
             expected = reader.version.num_nodes(1) - 3 * 32
     assert lowest.num_nodes == lowest.num_equal == expected
+    assert (lowest.num_left_out, upper.num_left_out) == (3 * 32, 0)
     assert upper.num_equal == upper.num_nodes > 0
     assert not lowest.problems
 
