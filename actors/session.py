@@ -25,7 +25,7 @@ from actors.plan import CompactionPlan
 from actors.session_events import FocusRecorder
 from actors.session_lens import Lens, SessionLens
 from actors.session_memory import SessionMemory
-from actors.session_search import Match, SessionSearch, fused_hits
+from actors.session_search import Match, SessionSearch, fused_hits, leads
 from actors.session_turn import Clock, Tally, Turn
 from cluster.config import TOKENS_PER_BLOCK as K
 from cluster.config import StoreConfig
@@ -333,6 +333,7 @@ class Session:
                     tail_from,
                     self.focus,
                 )
+            self.matches |= leads(self.matches, self.config.lead_share, self.config.max_blocks, self._document_from)
         except MegaContextError as error:
             self.warning = f"search failed ({error}); the newest tokens are shown instead"
             logger.warning("%s", self.warning)
@@ -345,6 +346,11 @@ class Session:
             for name in set(self.focus.found) & self._asked_for.keys():
                 scores[name] = max(scores.get(name, 0.0), self._asked_for[name])
         return scores
+
+    def _document_from(self, name: BlockName) -> int:
+        """First block of the document that holds a block."""
+        block, source = name
+        return self.memory.readers()[source].document_at(block).first_block
 
     # -- by hand ---------------------------------------------------------------------------------------------------
 

@@ -6,8 +6,8 @@ A LensNet (`session_lens`) scores what was found instead.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -39,6 +39,8 @@ class Match:
     key_rank: int | None = None
     nats: float | None = None
     """What LensNet expects of showing it, nats a token; None where it was not asked."""
+    leads_to: int | None = None
+    """The found block behind it, whose passage may begin in it; None where it is worth something by itself."""
 
     @property
     def why(self) -> str:
@@ -47,6 +49,8 @@ class Match:
         parts = [f"{name} #{rank}" for name, rank in found if rank is not None]
         if self.nats is not None:
             parts.append(f"LensNet {self.nats:+.3f} nats")
+        if self.leads_to is not None:
+            parts.append(f"leads to block {self.leads_to}")
         return ", ".join(parts)
 
 
@@ -140,6 +144,30 @@ def fused_hits(hits: Sequence[Hits], limit: int) -> dict[BlockName, Match]:
     by_words = [scored for source, of in enumerate(hits) for scored in _named(source, of.lexical)]
     by_keys = [scored for source, of in enumerate(hits) for scored in _named(source, of.dense)]
     return fused([_names(by_words), _names(by_keys)], limit)
+
+
+def leads(
+    matches: Mapping[BlockName, Match], share: float, count: int, first_block: Callable[[BlockName], int]
+) -> dict[BlockName, Match]:
+    """The blocks before the best ones, with what they are worth for that.
+
+    Borders of blocks cut sentences, and searches mostly find the part that ends one: its first words are in the block
+    before, which nothing else may speak for.
+
+    Args:
+        matches: what was found.
+        share: of a found block's score that the one before it is worth.
+        count: of the best that have one.
+        first_block: of the document that holds a block: what stands before it belongs to something else.
+    """
+    best = sorted((name for name in matches if matches[name].score > 0), key=lambda name: -matches[name].score)[:count]
+    found = {}
+    for block, source in best if share > 0 else ():
+        before = (block - 1, source)
+        known, worth = matches.get(before, Match(0.0)), share * matches[block, source].score
+        if known.score < worth and block > first_block((block, source)):
+            found[before] = replace(known, score=worth, leads_to=block)
+    return found
 
 
 def _scores(blocks: np.ndarray, scores: np.ndarray) -> dict[int, float]:

@@ -14,7 +14,7 @@ import contextlib
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast, get_args
 
@@ -35,12 +35,17 @@ from models.base_lm import BaseLM
 from storage.contract import DocumentMeta
 from storage.corpus import Document, open_corpus, read_corpus
 
+ALONE = "nobody: the needed blocks alone"
+"""The ceiling: what the model answers where nothing else is shown beside the newest tokens."""
+
 SCORERS: Mapping[str, SessionConfig] = {
     "the newest tokens": SessionConfig(allocator="recency"),
     "words and keys": SessionConfig(lensnet="", layout="before_turn"),
     "words and keys, a turn of their own": SessionConfig(lensnet=""),
     "LensNet": SessionConfig(layout="before_turn"),
+    "LensNet, a turn of its own, no leads": SessionConfig(lead_share=0.0),
     "LensNet, a turn of its own": SessionConfig(),
+    ALONE: SessionConfig(lensnet="", lead_share=0.0),
 }
 """By what stands in the table, how a session is focused."""
 
@@ -194,6 +199,18 @@ class Memory:
             left = [] if in_a_row else left[1:]
         return asked
 
+    def ask_alone(self, config: SessionConfig, num_tokens: int) -> list[Asked]:
+        """Every fact, of a session each that shows the needed blocks and no other that was found."""
+        asked: list[Asked] = []
+        for fact, blocks in zip(self._facts, self._blocks, strict=True):
+            self._talks += 1
+            only = replace(config, max_blocks=len(blocks))
+            with contextlib.closing(self._session(f"talk-{self._talks}", (MEMORY,), only)) as session:
+                for block in blocks:
+                    session.expand(block, 0)
+                asked.append(ask(session, fact, blocks, num_tokens))
+        return asked
+
 
 def tables(asked: Mapping[str, Sequence[Asked]], facts: Sequence[Fact], remembered: int) -> list[Table]:
     """Shares of every scorer, and right answers compared question by question."""
@@ -250,6 +267,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=2, help="contexts, of other facts each")
     parser.add_argument("--in_a_row", action="store_true", help="ask one session everything")
     parser.add_argument("--answer_tokens", type=int, default=48, help="decoded; there is a refocus after every 32")
+    parser.add_argument("--only", nargs="+", choices=list(SCORERS), metavar="SCORER", help=f"of {', '.join(SCORERS)}")
     parser.add_argument("--seed", type=int, default=0, help="of the facts")
     parser.add_argument("--threads", type=int, default=0, help="torch threads; 0: all cores")
     parser.add_argument("--lm", default="smollm2-135m", help="who answers")
@@ -259,7 +277,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
-    asked: dict[str, list[Asked]] = {name: [] for name in SCORERS}
+    # A session that was asked for other things before shows them, too: there is no needed block alone.
+    names = [name for name in options.only or SCORERS if not (options.in_a_row and name == ALONE)]
+    asked: dict[str, list[Asked]] = {name: [] for name in names}
     all_facts: list[Fact] = []
     try:
         config = BaseLMConfig(source=options.lm, dtype=options.dtype, device="cpu", cache_dir=options.cache_dir)
@@ -271,8 +291,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             all_facts += facts
             with tempfile.TemporaryDirectory() as folder:
                 memory = Memory(Path(folder), plan, lm, with_facts(lines, facts), facts)
-                for name, session in SCORERS.items():
-                    asked[name] += memory.ask_all(session, options.answer_tokens, in_a_row=options.in_a_row)
+                for name in names:
+                    if name == ALONE:
+                        asked[name] += memory.ask_alone(SCORERS[name], options.answer_tokens)
+                    else:
+                        asked[name] += memory.ask_all(SCORERS[name], options.answer_tokens, in_a_row=options.in_a_row)
                     right = sum(a.right for a in asked[name])
                     print(f"round {number + 1}: {name}: {right} of {len(asked[name])} right", file=sys.stderr)
     except MegaContextError as error:

@@ -148,6 +148,10 @@ class SessionConfig:
     candidates: int = 32
     """Blocks that each search brings, of each context."""
 
+    lead_share: float = 0.8
+    """What the block before a found one is worth, of its score, at least: a passage that a border cuts begins there. 0:
+    what searches make of it alone."""
+
     system_prompt: str = ""
     """First words of a new session, always shown. Empty: the chat template's own."""
 
@@ -183,6 +187,7 @@ class SessionConfig:
         require(min(self.keep_bonus, self.row_price, self.exploration) >= 0, "session's scores must not be negative")
         require(1 <= self.query_tokens <= 512, "session.query_tokens must be from 1 to 512")
         require(self.candidates >= 1, "session.candidates must be at least 1")
+        require(0 <= self.lead_share <= 1, f"session.lead_share={self.lead_share} must be from 0 to 1")
 
 
 @dataclass(frozen=True)

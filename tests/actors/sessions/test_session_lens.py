@@ -56,7 +56,9 @@ def test_a_lens_scores_the_candidates_of_all_contexts(
         assert worthless
         assert not set(worthless) & set(focus.found)
         # Keys of untrained nets are compared in another space in every context: a set for each.
-        assert sum(len(candidates) for candidates in lens.seen) == len(session.matches)
+        scored = [of for of in session.matches.values() if of.nats is not None]
+        assert sum(len(candidates) for candidates in lens.seen) == len(scored)
+        assert {of.leads_to is None for of in session.matches.values() if of.nats is None} == {False}
         assert {source for _, source in session.matches} == {0, 1}
         lens.seen.clear()
 
