@@ -35,7 +35,7 @@ from models.base_lm import BaseLM
 from storage.contract import DocumentMeta
 from storage.corpus import Document, open_corpus, read_corpus
 
-ALONE = "nobody: the needed blocks alone"
+ALONE = "the needed blocks alone"
 """The ceiling: what the model answers where nothing else is shown beside the newest tokens."""
 
 SCORERS: Mapping[str, SessionConfig] = {
@@ -82,6 +82,8 @@ class Asked:
     kept: bool
     """It is shown when the answer ends, too."""
     right: bool
+    is_cut: bool = False
+    """The sentence lies in several blocks."""
 
 
 def make_facts(count: int, seed: int) -> list[Fact]:
@@ -166,7 +168,7 @@ def ask(session: Session, fact: Fact, blocks: range, num_tokens: int) -> Asked:
     if session.warning:
         raise ConfigError(session.warning)
     assert isinstance(turn, Turn)
-    return Asked(shown, nearest, raw_blocks(session).issuperset(blocks), fact.code in turn.text)
+    return Asked(shown, nearest, raw_blocks(session).issuperset(blocks), fact.code in turn.text, len(blocks) > 1)
 
 
 class Memory:
@@ -222,6 +224,7 @@ def tables(asked: Mapping[str, Sequence[Asked]], facts: Sequence[Fact], remember
             {
                 "scored by": name,
                 "shown": _share([a.shown for a in of]),
+                "of those a border cuts": _share([a.shown for a in of if a.is_cut]),
                 "stands nearest": _share([a.nearest for a in of]),
                 "shown to the end": _share([a.kept for a in of]),
                 "right": _share(right),
@@ -240,12 +243,17 @@ def tables(asked: Mapping[str, Sequence[Asked]], facts: Sequence[Fact], remember
                     "by description": _points(gain[described]),
                 }
             )
-    where = f"{len(facts)} questions about {remembered:,} tokens, {SessionConfig().budget} slots"
+    num_cut = max((sum(a.is_cut for a in of) for of in asked.values()), default=0)
+    where = (
+        f"{len(facts)} questions about {remembered:,} tokens, {SessionConfig().budget} slots; {num_cut} facts are cut"
+    )
     return [Table(rows, where), Table(pairs, f"Question by question: {where}")]
 
 
 def _share(values: Sequence[bool] | np.ndarray) -> str:
     share = np.asarray(values, float)
+    if len(share) < 2:
+        return "too few"
     return f"{share.mean():.0%} ± {_error(share):.0%}"
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import session_recall
-from benchmarks.session_recall import SCORERS, Asked, make_facts, tables, with_facts
+from benchmarks.session_recall import ALONE, Asked, make_facts, tables, with_facts
 from cluster.config import BaseLMConfig
 from cluster.errors import ConfigError
 from tests.actors.helpers import make_text, tiny_plan
@@ -22,11 +22,14 @@ def test_facts_are_read_asked_and_counted(
     tiny_plan(tiny_lm_config, tmp_path).gistnet.save(tmp_path / "gistnet")
     models = ["--lm", "tiny", "--dtype", "float32", "--cache_dir", str(tiny_lm_config.cache_dir)]
     models += ["--gistnet", str(tmp_path / "gistnet")]
-    assert session_recall.main([*given, *models, "--answer_tokens", "36"]) == 0
+    only = ["the newest tokens", "words and keys", ALONE]
+    assert session_recall.main([*given, *models, "--answer_tokens", "36", "--only", *only]) == 0
     said = capsys.readouterr()
     assert "4 questions about 2,000 tokens, 512 slots" in said.out
-    for name in SCORERS:
+    for name in only:
         assert f"round 1: {name}: " in said.err
+    alone = next(line for line in said.out.splitlines() if ALONE in line)
+    assert alone.count("100% ± 0%") >= 2, "what is needed is shown, and nearest"
     assert session_recall.main([*given, *models, "--tokens", "200000"]) == 2
     assert "tokens too few" in capsys.readouterr().err
 
@@ -49,9 +52,10 @@ def test_facts_are_as_far_apart_as_each_other() -> None:
 
 
 def test_scorers_are_compared_question_by_question() -> None:
-    yes, no = Asked(True, True, True, True), Asked(True, False, False, False)
+    yes, no = Asked(True, True, True, True), Asked(True, False, False, False, is_cut=True)
     shares, pairs = tables({"a": [yes, no, no, no], "b": [yes, no, yes, yes]}, make_facts(4, seed=0), 1_000)
     assert [row["right"] for row in shares.rows] == ["25% ± 25%", "75% ± 25%"]
+    assert [row["of those a border cuts"] for row in shares.rows] == ["100% ± 0%", "too few"]
     assert [row["by name"] for row in shares.rows] == ["50% ± 50%", "100% ± 0%"]
     assert pairs.rows == [
         {
