@@ -123,10 +123,12 @@ def ask(job: DemoJob, plan: CompactionPlan, lm: BaseLM, folder: Path) -> tuple[s
     were shown for it. The session's pictures go to the run's folder."""
     store = dataclasses.replace(job.store, context=f"{job.store.context}-talk")
     session = Session(SessionSpec(plan, store, (job.store.context,)), lm)
+    # One paragraph: a small model says the same again in the next.
+    sampling = SamplingConfig(max_new_tokens=96, do_sample=False, stop_strings=["\n\n"])
     with contextlib.closing(session):
         sys.stdout.write(f"\n> {job.question}\n")
         answer = ""
-        for piece in session.ask(job.question, SamplingConfig(max_new_tokens=96, do_sample=False)):
+        for piece in session.ask(job.question, sampling):
             if isinstance(piece, Turn):
                 answer = piece.text
             else:
