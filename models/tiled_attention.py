@@ -79,10 +79,11 @@ def attend_in_tiles(
 def tiles_are_faster() -> bool:
     """Whether this CPU attends faster by tiles than by PyTorch's fused kernel.
 
-    By what the CPU is and not by a measurement: one machine gives the same numbers every time. Time of tiles over the
-    fused kernel's: 0.39 on AVX512-bf16 without AMX; with AMX 1.1 to 1.8 (`benchmarks/attention.py`).
+    By what the CPU is and not by a measurement: one machine gives the same numbers every time. In the worst of four
+    shapes tiles take 0.39 of the fused kernel's time on AVX512-bf16 without AMX, and the fused kernel 0.74 of that of
+    tiles with AMX (`benchmarks/attention.py`).
     """
-    # PyTorch before 2.10 does not tell.
+    # Older PyTorch does not tell.
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()
     return not capabilities.get("amx_bf16", False)
 

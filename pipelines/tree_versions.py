@@ -33,6 +33,14 @@ from storage.versions.history import History
 from storage.versions.removal import scrub, wants_scrub
 
 DAY_S = 86400.0
+SHOWN_ITEMS = 3
+"""Of a list in the audit log, for people; `--json true` has all."""
+
+
+def _short(detail: Mapping[str, Any]) -> dict[str, Any]:
+    """A line of the audit log for people: a removal names every document."""
+    lists = {key: value for key, value in detail.items() if isinstance(value, list) and len(value) > SHOWN_ITEMS}
+    return {**detail, **{key: [*of[:SHOWN_ITEMS], f"and {len(of) - SHOWN_ITEMS:,} more"] for key, of in lists.items()}}
 
 
 def log(job: TreeLogJob) -> None:
@@ -41,7 +49,8 @@ def log(job: TreeLogJob) -> None:
     if job.audit:
         entries = history.audit(job.limit)
         rows = [
-            {"when": _when(e.at), "who": e.actor, "what": e.action, "detail": json.dumps(e.detail)} for e in entries
+            {"when": _when(e.at), "who": e.actor, "what": e.action, "detail": json.dumps(_short(e.detail))}
+            for e in entries
         ]
         emit(
             job.json, {"audit": [asdict(entry) for entry in entries]}, Table(rows, f"Audit log of {job.store.context}")

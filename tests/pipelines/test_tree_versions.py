@@ -109,6 +109,22 @@ def test_documents_are_taken_out_and_had_back_or_erased(root: Path, capsys: pyte
     assert run(root, "tree", "verify") == 0
 
 
+def test_what_was_taken_out_stays_out_of_a_merge_and_is_told_in_short(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with open_context(root) as writer:
+        writer.append([Text(f"more{number}", 40).span(ENCODING) for number in range(5)])
+    assert run(root, "tree", "branch", "--create", "side") == 0
+    assert run(root, "tree", "delete", "--documents", '["*more*"]', "--apply", "true") == 0
+    merged = asked(root, capsys, "tree", "branch", "--merge", "side")["merge"]
+    assert (merged["documents"], merged["removed_documents"]) == (0, 5)
+    lines = asked(root, capsys, "tree", "log", "--audit", "true")["audit"]
+    assert [len(line["detail"]["keys"]) for line in lines if line["action"] == "remove"] == [5]
+    assert run(root, "tree", "log", "--audit", "true") == 0
+    said = capsys.readouterr().out
+    assert "2 more" in " ".join(said.replace("│", " ").split())
+
+
 def test_what_an_updated_file_left_behind_goes(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with open_context(root) as writer:
         newer = Text("one", 30 * K)
